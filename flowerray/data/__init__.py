@@ -1,0 +1,1 @@
+"""Photographs: readers, the decoded store, batches, augmentation."""

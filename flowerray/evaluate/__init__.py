@@ -1,0 +1,1 @@
+"""Measurements: embedding, retrieval, verification pairs, statistics."""
