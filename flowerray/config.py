@@ -1,9 +1,33 @@
 """The base of every typed configuration."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from flowerray.errors import UserError
 
 
 class Config(BaseModel):
     """Frozen, refuses unknown keys; the docstring under a field is its help text and names its unit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, **fields: Any) -> None:
+        """Checks every field.
+
+        Raises:
+            UserError: the first field that does not fit, and why.
+        """
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise UserError(first_fault(error)) from error
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first fault of a validation, as one sentence."""
+    fault = error.errors()[0]
+    name = ".".join(map(str, fault["loc"]))
+    if fault["type"] == "extra_forbidden":
+        return f"there is no option {name}."
+    return f"{name} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}."

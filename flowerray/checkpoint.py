@@ -1,0 +1,137 @@
+"""Checkpoints, exports, and what loads them again.
+
+A checkpoint folder holds `state.pt` (everything that exact resume needs) and `run.json`. An export is one `.pth` file that
+`torch.load(file, weights_only=True)` reads: embedder, method, run, threshold, classes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowerray.errors import UserError
+from flowerray.files import atomic_file
+from flowerray.methods._base import Method
+from flowerray.model import Embedder, EmbedderConfig
+
+STATE = "state.pt"
+EXPORT_KEYS = {"embedder", "method", "run", "threshold", "classes"}
+
+
+def split_state(method: Method) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The embedder's state and the rest of the method's (class weights, centers, a learned head)."""
+    prefix = "embedder."
+    state = method.state_dict()
+    return (
+        {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)},
+        {name: value for name, value in state.items() if not name.startswith(prefix)},
+    )
+
+
+def join_state(embedder: dict[str, Tensor], method: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `split_state`."""
+    return {**{f"embedder.{name}": value for name, value in embedder.items()}, **method}
+
+
+def save_state(folder: Path, state: dict[str, Any], run: dict[str, Any]) -> None:
+    """Writes a checkpoint into an existing folder (the caller makes the folder atomic)."""
+    torch.save(state, folder / STATE)
+    (folder / "run.json").write_text(json.dumps(run, indent=2))
+
+
+def load_state(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Reads a checkpoint folder.
+
+    Raises:
+        UserError: the folder holds no readable checkpoint.
+    """
+    return _load(folder / STATE, device)
+
+
+def export(
+    path: Path,
+    method: Method,
+    embedder_state: dict[str, Tensor],
+    run: dict[str, Any],
+    threshold: float,
+    classes: tuple[str, ...],
+) -> None:
+    """Writes an export file atomically.
+
+    Args:
+        path: `best_model_<name>.pth` or `robust_model_<name>.pth`.
+        method: whose loss parameters are kept beside the embedder.
+        embedder_state: the weights to export (the moving average's where there is one).
+        run: the Run as a plain dict.
+        threshold: cosine from which two photographs count as the same class, fitted on val.
+        classes: names of the training classes, in the order of the method's targets.
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in embedder_state.items()}
+    content = {
+        "embedder": tensors,
+        "method": {name: value.detach().cpu() for name, value in split_state(method)[1].items()},
+        "run": json.dumps(run),
+        "threshold": float(threshold),
+        "classes": list(classes),
+    }
+    with atomic_file(path) as temporary:
+        torch.save(content, temporary)
+
+
+def export_file(path: Path) -> Path:
+    """The export that `path` (a RUN folder or the file itself) means.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path}: no such RUN folder or exported .pth file.")
+    found = sorted(path.glob("best_model_*.pth")) + sorted(path.glob("robust_model_*.pth"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise UserError(f"{path} holds several exported models ({names}); name the file itself.")
+    if not found:
+        unfinished = " (its training has not finished: `flowerray train METHOD --resume` ends it)"
+        hint = unfinished if (path / "run.json").exists() else ""
+        raise UserError(f"{path} holds no exported model best_model_*.pth{hint}.")
+    return found[0]
+
+
+def load_export(run_or_file: str | Path) -> dict[str, Any]:
+    """The content of an export: "embedder", "method", "run" (as a dict), "threshold", "classes".
+
+    Raises:
+        UserError: nothing there, or not a flowerray export.
+    """
+    file = export_file(Path(run_or_file).expanduser())
+    content = _load(file, "cpu")
+    if not isinstance(content, dict) or set(content) != EXPORT_KEYS:
+        raise UserError(f"{file} is not a flowerray model (expected keys {sorted(EXPORT_KEYS)}).")
+    return {**content, "run": json.loads(content["run"])}
+
+
+def build_embedder(content: dict[str, Any]) -> Embedder:
+    """The embedder of a loaded export, in eval mode on the CPU; no other weights are fetched."""
+    config = EmbedderConfig(**{**content["run"]["embedder"], "weights": "none"})
+    embedder = Embedder(config)
+    embedder.load_state_dict(content["embedder"])
+    return embedder.eval()
+
+
+def load_embedder(run_or_file: str | Path) -> Embedder:
+    """See `flowerray.load`."""
+    return build_embedder(load_export(run_or_file))
+
+
+def _load(file: Path, device: torch.device | str) -> Any:
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no checkpoint there.") from None
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError ... by fault
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(f"{file} cannot be read as a checkpoint ({reason}).") from error

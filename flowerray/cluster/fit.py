@@ -1,0 +1,200 @@
+"""One training from the driver's side: prepares the RUN, starts 0..N workers, shows progress, keeps MLflow fed."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from flowerray import tracking
+from flowerray.cluster.session import ray_session
+from flowerray.cluster.worker import build_method, pick_device, split_store, work
+from flowerray.data.batches import PKSampler
+from flowerray.data.source import open_dataset
+from flowerray.errors import UserError
+from flowerray.run import Run, flatten
+from flowerray.rundir import FolderReporter, RunDir
+from flowerray.train import DivergedError
+
+USER_ERROR = "user_error"
+"""Key under which a worker hands an error back that a retry would only repeat."""
+
+
+def fit(run: Run, out: Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Trains a run into the folder `out`; returns the worker's summary.
+
+    Args:
+        resume: `out` holds an interrupted run that goes on; otherwise `out` must not exist.
+        quiet: no progress line.
+
+    Raises:
+        UserError: bad data, options, folder or cluster; a diverged loss. The RUN stays resumable.
+        KeyboardInterrupt: the user's; the RUN stays resumable.
+    """
+    folder = RunDir(out)
+    if not resume:
+        folder.refuse_existing()
+    tags, total_steps = prepare(run, quiet)
+    if resume:
+        folder.read()
+    else:
+        folder.create(run.to_dict())
+
+    tracked = tracking.start(
+        folder.path, name=folder.path.name, params=flatten(run.to_dict()), tags=tags
+    )
+    status, reason = "KILLED", "interrupted"
+    try:
+        with tracking.LiveTracking(folder.path), progress_line(folder, total_steps, quiet):
+            if run.resources.workers == 0:
+                device = pick_device(run.resources.device)
+                summary = work(run, FolderReporter(folder.path), device)
+            else:
+                summary = fit_on_ray(run, folder)
+        status, reason = "FINISHED", ""
+    except Exception as error:
+        status, reason = "FAILED", str(error).splitlines()[0]
+        raise
+    finally:
+        tracking.finish(folder.path, status, reason)
+    del tracked
+    return summary
+
+
+def prepare(run: Run, quiet: bool = False) -> tuple[dict[str, str], int]:
+    """Builds the decoded stores on this node and finds the configuration's faults before a cluster starts.
+
+    Returns:
+        The data set's tags and the number of steps of the whole run.
+
+    Raises:
+        UserError: bad data, backbone, weights, or a batch that does not fit.
+    """
+    dataset = open_dataset(run.data, progress=not quiet)
+    for split in ("train", "val"):
+        if split in dataset.splits:
+            split_store(dataset, split, run.embedder.image_size, progress=not quiet)
+    _, targets_N = np.unique(dataset.split_labels("train"), return_inverse=True)
+    config = run.train
+    sampler = PKSampler(targets_N, config.classes_per_batch, config.images_per_class, config.seed)
+    workers = max(1, run.resources.workers)
+    batch = config.classes_per_batch * config.images_per_class
+    if batch % workers:
+        raise UserError(
+            f"a batch of P x K = {batch} images cannot be shared equally by {workers} workers: "
+            "change --train.classes-per-batch, --train.images-per-class or --resources.workers."
+        )
+    build_method(run, int(targets_N.max()) + 1)
+    return dataset.tags, sampler.steps * config.epochs
+
+
+def fit_on_ray(run: Run, folder: RunDir) -> dict[str, Any]:
+    """Runs the workers under Ray Train; a worker that dies is replaced and goes on from the last checkpoint."""
+    workers = run.resources.workers
+    with ray_session(min_cpus=workers) as ray:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        resources = ray.cluster_resources()
+        use_gpu = run.resources.device == "cuda" or (
+            run.resources.device == "auto" and resources.get("GPU", 0) >= workers
+        )
+        cpus = run.resources.cpus_per_worker or max(1, int(resources.get("CPU", 1)) // workers)
+        trainer = TorchTrainer(
+            ray_worker,
+            train_loop_config={"run": run.to_dict(), "folder": str(folder.path), "threads": cpus},
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus}
+            ),
+            run_config=RunConfig(
+                # The same name would make Ray resume by itself; the RUN's own checkpoints do that here.
+                name=f"train-{time.time_ns()}",
+                storage_path=str(folder.ray),
+                failure_config=FailureConfig(max_failures=2),
+            ),
+        )
+        try:
+            summary = trainer.fit().return_value
+        except Exception as error:
+            raise UserError(f"the training workers failed: {innermost(error)}") from error
+    if summary and USER_ERROR in summary:
+        raise UserError(summary[USER_ERROR])
+    assert isinstance(summary, dict)
+    return summary
+
+
+def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """The function that Ray Train runs on each worker."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    torch.set_num_threads(config["threads"])
+    context = ray.train.get_context()
+    reporter = RayReporter(
+        Path(config["folder"]), context.get_world_rank(), context.get_world_size()
+    )
+    try:
+        return work(Run.from_dict(config["run"]), reporter, get_device())
+    except DivergedError as error:  # every rank sees the same loss, so every rank returns
+        return {USER_ERROR: str(error)}
+
+
+class RayReporter(FolderReporter):
+    """Writes the RUN folder and tells Ray Train of each epoch, for its dashboard."""
+
+    def report(self, step: int, epoch: int, metrics: dict[str, float], *args: Any, **more: Any) -> None:
+        """See `FolderReporter.report`."""
+        super().report(step, epoch, metrics, *args, **more)
+        if any(name.startswith("epoch/") for name in metrics):
+            import ray.train
+
+            ray.train.report({"step": step, "epoch": epoch, **metrics})
+
+
+def innermost(error: BaseException) -> str:
+    """One line of the worker's own error, out of Ray's wrappers."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = next(iter(failures.values()))
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = cause
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+@contextmanager
+def progress_line(folder: RunDir, total_steps: int, quiet: bool) -> Iterator[None]:
+    """A live line on standard error, fed from metrics.jsonl, so that it looks alike wherever the workers run."""
+    stop = threading.Event()
+
+    def follow() -> None:
+        name = folder.path.name
+        with tqdm(total=total_steps, unit="step", desc=name, disable=quiet, dynamic_ncols=True) as bar:
+            shown: dict[str, float] = {}
+            while True:
+                last = stop.is_set()
+                for record in folder.records():
+                    bar.n = max(bar.n, record["step"])
+                    shown |= record["metrics"]
+                labels = {"loss": "train/loss", "val MAP@R": "val/map_at_r", "img/s": "train/images_per_second"}
+                bar.set_postfix(
+                    {k: f"{shown[n]:.3g}" for k, n in labels.items() if n in shown}, refresh=True
+                )
+                if last:
+                    return
+                stop.wait(1.0)
+
+    thread = threading.Thread(target=follow, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,125 @@
+"""What one training worker does: assembles the parts of a Run, trains, and (rank 0) exports the result."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flowerray import checkpoint, methods
+from flowerray.data.dataset import Dataset
+from flowerray.data.source import open_dataset
+from flowerray.data.store import Store, build_store, resize_side
+from flowerray.errors import UserError
+from flowerray.evaluate.embed import embed
+from flowerray.evaluate.measure import frozen_pairs, split_names, validation
+from flowerray.evaluate.pairs import fit_threshold, pair_cosines, save_pairs
+from flowerray.files import write_json
+from flowerray.methods._base import Method
+from flowerray.model import Embedder
+from flowerray.run import Run
+from flowerray.rundir import FolderReporter, RunDir
+from flowerray.train import Data, Result, train
+
+PAIR_SEED = 0
+"""Of the verification pairs: the same for every run, so that runs can be compared."""
+
+
+def split_store(dataset: Dataset, split: str, image_size: int, progress: bool = False) -> Store:
+    """The decoded store of a split, built on this node if it is not there."""
+    paths = [dataset.paths[i] for i in dataset.splits[split]]
+    return build_store(paths, resize_side(image_size), progress=progress)
+
+
+def build_method(run: Run, num_classes: int) -> Method:
+    """The module that trains, from the run's seed."""
+    torch.manual_seed(run.train.seed)  # the loss's own parameters
+    file = methods.get(run.method_name)
+    return file.method(run.method, Embedder(run.embedder, seed=run.train.seed), num_classes)
+
+
+def work(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str, Any]:
+    """Trains one run as one of `reporter.world` workers; returns a summary as plain data.
+
+    Raises:
+        UserError: see `train.train`; bad data.
+    """
+    dataset = open_dataset(run.data, progress=False)
+    trained_classes, targets_N = np.unique(dataset.split_labels("train"), return_inverse=True)
+    train_store = split_store(dataset, "train", run.embedder.image_size)
+    val_store = None
+    if "val" in dataset.splits:
+        val_store = split_store(dataset, "val", run.embedder.image_size)
+    method = build_method(run, len(trained_classes)).to(device)
+
+    def validate(embedder: Embedder) -> dict[str, float]:
+        assert val_store is not None
+        return validation(
+            embedder, train_store, dataset.split_labels("train"), val_store,
+            dataset.split_labels("val"), self_gallery=dataset.protocol == "disjoint",
+        )
+
+    data = Data(train_store, targets_N, validate if val_store is not None else None)
+    result = train(run.train, run.augment, method, data, reporter, run.to_dict())
+    if reporter.rank != 0:
+        return {}
+    return finish(run, reporter.dir, method, dataset, trained_classes, val_store, result)
+
+
+def finish(
+    run: Run,
+    folder: RunDir,
+    method: Method,
+    dataset: Dataset,
+    trained_classes: NDArray[np.int64],
+    val_store: Store | None,
+    result: Result,
+) -> dict[str, Any]:
+    """Fits the threshold on val, writes pairs.json and thresholds.json, exports the model; returns a summary."""
+    device = next(method.parameters()).device
+    source = folder.best if val_store is not None else folder.checkpoint()
+    assert source is not None, "a finished training has saved a checkpoint"
+    state = checkpoint.load_state(source, device)
+    method.load_state_dict(state["method"])
+    embedder_state = state["average"] or checkpoint.split_state(method)[0]
+    method.embedder.load_state_dict(embedder_state)
+
+    threshold = run.threshold
+    if val_store is not None:
+        untrained = Embedder(run.embedder, seed=run.train.seed).to(device)
+        pairs = frozen_pairs(untrained, val_store, dataset.split_labels("val"), seed=PAIR_SEED)
+        save_pairs(folder.pairs, {"val": (pairs, split_names(dataset, "val"))}, seed=PAIR_SEED)
+        emb_ND = embed(method.embedder, val_store, device=device)
+        if threshold is None:
+            threshold = fit_threshold(pair_cosines(emb_ND, pairs), pairs.same)
+    assert threshold is not None, "the driver refuses a run with neither val nor threshold"
+
+    file = methods.get(run.method_name)
+    model = folder.path / f"best_model_{file.export_name}.pth"
+    classes = tuple(dataset.classes[c] for c in trained_classes)
+    checkpoint.export(model, method, embedder_state, run.to_dict(), threshold, classes)
+    summary = {
+        "model": str(model),
+        "threshold": threshold,
+        "best_epoch": result.best_epoch or result.epochs,
+        "val_map_at_r": result.best if val_store is not None else None,
+        **result._asdict(),
+    }
+    write_json(
+        folder.thresholds,
+        {"threshold": threshold, "fitted_on": "val" if run.threshold is None else "given",
+         "best_epoch": summary["best_epoch"]},
+    )
+    return summary
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of a training in this process.
+
+    Raises:
+        UserError: a GPU was asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--resources.device cuda: this machine has no GPU that torch can use; choose cpu.")
+    use_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda:0" if use_gpu else "cpu")

@@ -1,0 +1,178 @@
+"""One photograph: a file (or its bytes) to RGB pixels, resized and cropped as every part expects.
+
+Letters: H W C an image. Pillow and numpy are all it imports, so that decoding processes start fast.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from hashlib import blake2b
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from flowerray.errors import UserError
+
+LONGEST = 2
+"""The longer side is cut to this many shorter sides: one panorama must not blow up a batch."""
+_WORTH_A_POOL = 256  # fewer images are decoded before new processes have started
+
+
+def resize_side(size: int) -> int:
+    """Shorter side, pixels, from which a square of `size` is cropped: the usual 0.875."""
+    return round(size / 0.875)
+
+
+def decode(source: Path | bytes) -> Image.Image:
+    """Upright RGB image of a file or of its bytes.
+
+    EXIF orientation is applied; transparent parts show white, since what hides under them is often
+    black; of an animation the first frame counts.
+
+    Raises:
+        UserError: missing, damaged, cut short, or no image.
+    """
+    image = _decode(source)
+    if isinstance(image, str):
+        name = "The given bytes" if isinstance(source, bytes) else str(source)
+        raise UserError(f"{name} cannot be read as an image ({image}); replace or remove it.")
+    return image
+
+
+def examine(path: Path) -> tuple[str, str | None]:
+    """Hash of a file's bytes, and why it is not a whole image, as a short clause, or None."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return "", _reason(error)
+    image = _decode(data)
+    return blake2b(data, digest_size=16).hexdigest(), image if isinstance(image, str) else None
+
+
+def load_image(source: Path | bytes, shorter_side: int) -> NDArray[np.uint8]:
+    """Decoded, cut to at most 1 : 2 around its centre, resized (bicubic, antialiased).
+
+    Args:
+        source: a file or its bytes.
+        shorter_side: of the result, pixels.
+
+    Returns:
+        uint8 HWC, RGB.
+
+    Raises:
+        UserError: see `decode`.
+    """
+    return _resize(decode(source), shorter_side)
+
+
+def load_or_fault(path: Path, shorter_side: int) -> NDArray[np.uint8] | str:
+    """`load_image`, or why the file is not a whole image."""
+    image = _decode(path)
+    return image if isinstance(image, str) else _resize(image, shorter_side)
+
+
+def centre_crop(image_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """The middle square of `size` pixels, a view; an odd pixel stays at the bottom or right."""
+    height, width = image_HWC.shape[:2]
+    assert size <= min(height, width), "the image is smaller than its crop"
+    top, left = (height - size) // 2, (width - size) // 2
+    return image_HWC[top : top + size, left : left + size]
+
+
+def eval_image(source: Path | bytes, size: int) -> NDArray[np.uint8]:
+    """The evaluation transform of one image: shorter side to `resize_side(size)`, centre crop.
+
+    Returns:
+        uint8 CHW, RGB, bit-equal to `Store.centre` of the same file.
+
+    Raises:
+        UserError: see `decode`.
+    """
+    crop_HWC = centre_crop(load_image(source, resize_side(size)), size)
+    return np.ascontiguousarray(crop_HWC.transpose(2, 0, 1))
+
+
+@contextmanager
+def decoding_map(count: int, processes: int | None = None) -> Iterator[Callable]:
+    """A lazy, ordered `map` for `count` images, in this process or over new ones.
+
+    Args:
+        count: images to come.
+        processes: None = one per core where that is worth starting them.
+    """
+    if processes is None:
+        processes = (os.cpu_count() or 1) if count >= _WORTH_A_POOL else 1
+    if processes == 1:
+        yield map
+        return
+    # Pillow decodes under the GIL: threads gain nothing. A forked process would inherit the locks
+    # of the parent's threads (torch, Ray).
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        yield partial(pool.map, chunksize=16)
+
+
+def _decode(source: Path | bytes) -> Image.Image | str:
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except OSError as error:
+        return _reason(error)
+    if (fault := _unnoticed_fault(data)) is not None:
+        return fault
+    try:
+        with Image.open(BytesIO(data)) as image:
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # a damaged file makes Pillow's decoders raise almost any class
+        return _reason(error)
+
+
+def _unnoticed_fault(data: bytes) -> str | None:
+    """What Pillow does not notice: a JPEG whose missing end was filled with zeros."""
+    if not data:
+        return "the file is empty"
+    if data[:2] != b"\xff\xd8":
+        return None
+    position = 2
+    while data[position : position + 1] == b"\xff":  # the headers, up to the start of the scan
+        if data[position + 1 : position + 2] == b"\xda":
+            break
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    if data.endswith(b"\0\0") and data.find(b"\xff\xd9", position) < 0:
+        return "the image file is truncated and filled with zeros"
+    return None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 instead of scaling them
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    """One short clause; Pillow's own message for an unknown format shows a memory address."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "no known image format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[0].lower() + text[1:]
+
+
+def _resize(image: Image.Image, shorter_side: int) -> NDArray[np.uint8]:
+    shortest = min(image.size)
+    width, height = (min(length, LONGEST * shortest) for length in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    scale = shorter_side / shortest
+    target = (round(width * scale), round(height * scale))
+    box = (left, top, left + width, top + height)
+    return np.asarray(image.resize(target, Image.Resampling.BICUBIC, box=box))

@@ -1,0 +1,1 @@
+"""Procedural pictures of flowers: `species` says what they look like, `blooms` paints them."""

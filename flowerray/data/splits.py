@@ -1,0 +1,101 @@
+"""The named split protocols, and the facts about a data set that are logged beside a run.
+
+Letters: N images, C classes.
+"""
+
+import json
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowerray.errors import UserError
+
+Protocol = Literal["official", "trainval", "disjoint", "notebooks"]
+
+_HELD_OUT = 0.2
+"""Share of the training classes that `disjoint` validates on: 10 of Oxford's 51."""
+
+
+def arrange(
+    protocol: Protocol,
+    parts: Mapping[str, NDArray[np.int64]],
+    labels_N: NDArray[np.int64],
+    seed: int,
+) -> dict[str, NDArray[np.int64]]:
+    """Turns a set's own parts into the splits of a protocol.
+
+    official: the parts as they are. trainval: train and val together train, no val. disjoint: the
+    first half of the classes trains, about a fifth of them, drawn from `seed`, held out as val; the
+    second half tests; every image of a class is used. notebooks: train and test exchanged, for
+    comparison with tables that were made so.
+
+    Args:
+        protocol: which.
+        parts: "train", "val", "test" -> indices of images.
+        labels_N: 0-based class of each image, each of 0..C-1 present.
+        seed: of the held-out classes.
+
+    Returns:
+        split -> ascending indices.
+
+    Raises:
+        UserError: `disjoint` with fewer than 4 classes.
+    """
+    train, val, test = (np.sort(parts[name]) for name in ("train", "val", "test"))
+    if protocol == "official":
+        return {"train": train, "val": val, "test": test}
+    if protocol == "trainval":
+        return {"train": np.union1d(train, val), "test": test}
+    if protocol == "notebooks":
+        return {"train": test, "val": val, "test": train}
+    num_classes = int(labels_N.max()) + 1
+    if num_classes < 4:
+        raise UserError(
+            f"The protocol disjoint needs at least 4 classes and this set has {num_classes}; "
+            "choose official."
+        )
+    half = num_classes // 2
+    held_out = np.random.default_rng(seed).permutation(half)[: max(1, round(_HELD_OUT * half))]
+    is_val_N = np.isin(labels_N, held_out)
+    return {
+        "train": np.flatnonzero((labels_N < half) & ~is_val_N),
+        "val": np.flatnonzero(is_val_N),
+        "test": np.flatnonzero(labels_N >= half),
+    }
+
+
+def tags(
+    root: Path,
+    kind: str,
+    protocol: str,
+    paths: tuple[Path, ...],
+    labels_N: NDArray[np.int64],
+    splits: Mapping[str, NDArray[np.int64]],
+    facts: Mapping[str, str],
+) -> dict[str, str]:
+    """What identifies a data set, as MLflow tags `dataset/...`.
+
+    The fingerprint covers relative paths, labels, splits and `facts`, not the pixels (a store's
+    fingerprint does).
+    """
+    content = [
+        [path.relative_to(root).as_posix() for path in paths],
+        labels_N.tolist(),
+        {name: indices.tolist() for name, indices in splits.items()},
+        dict(facts),
+    ]
+    fingerprint = blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+    values = {
+        "fingerprint": fingerprint,
+        "kind": kind,
+        "protocol": protocol,
+        "images": str(len(paths)),
+        "classes": str(len(np.unique(labels_N))),
+        **{name: str(len(indices)) for name, indices in splits.items()},
+        **facts,
+    }
+    return {f"dataset/{name}": value for name, value in values.items()}

@@ -1,0 +1,224 @@
+"""Photographs decoded once to a memory-mapped folder that all workers and trials of a node share.
+
+    <key>/pixels.bin   the images one after the other, uint8 HWC
+          index.npy    int64 (N, 3): offset in pixels.bin, height, width
+          meta.json    version, shorter side, count, bytes, fingerprint
+
+Letters: N images, B of a batch, C H W an image.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from flowerray.data.images import (
+    centre_crop,
+    decoding_map,
+    eval_image,
+    load_image,
+    load_or_fault,
+    resize_side,
+)
+from flowerray.errors import UserError
+from flowerray.files import atomic_folder, home, write_json
+
+__all__ = ["Store", "build_store", "eval_image", "load_image", "resize_side"]
+
+STORE_VERSION = 1
+"""Rises when the same files would give other pixels."""
+_NAMED = 10  # bad files that an error lists
+
+
+class Store:
+    """One list of decoded images; an index is the position in that list. Read-only."""
+
+    def __init__(self, folder: Path) -> None:
+        """Maps a finished store; see `open`."""
+        self.folder = Path(folder)
+        meta = _read_meta(self.folder)
+        if meta is None:
+            raise UserError(f"{folder} holds no complete store of decoded images; build it again.")
+        self.side: int = meta["side"]
+        """Shorter side of each image, pixels."""
+        self.fingerprint: str = meta["fingerprint"]
+        """Hash of the source files' bytes in their order, the side and the version."""
+        self._index_N3 = np.load(self.folder / "index.npy")
+        self._pixels = np.memmap(self.folder / "pixels.bin", np.uint8, "r")
+
+    @classmethod
+    def open(cls, folder: Path) -> "Store":
+        """A finished store.
+
+        Raises:
+            UserError: absent, of another version, or files of other sizes than it was built with.
+        """
+        return cls(folder)
+
+    def __len__(self) -> int:
+        return len(self._index_N3)
+
+    def __reduce__(self) -> tuple[type["Store"], tuple[Path]]:
+        """Travels to another process of the node as a path: pickle would copy the mapped pixels."""
+        return Store, (self.folder,)
+
+    def image(self, i: int) -> NDArray[np.uint8]:
+        """Image i, a read-only HWC view."""
+        offset, height, width = (int(value) for value in self._index_N3[i])
+        return self._pixels[offset : offset + height * width * 3].reshape(height, width, 3)
+
+    def centre(self, indices: Sequence[int] | NDArray[np.int64], size: int) -> Tensor:
+        """Centre crops of `size` pixels: uint8 BCHW, in channels_last memory.
+
+        Equal to `eval_image(path, size)` where the store's side is `resize_side(size)`.
+        """
+        crops_BHWC = np.empty((len(indices), size, size, 3), np.uint8)
+        for row, i in enumerate(indices):
+            crops_BHWC[row] = centre_crop(self.image(i), size)
+        return torch.from_numpy(crops_BHWC).permute(0, 3, 1, 2)
+
+    def padded(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Whole images, zeros at the right and the bottom up to the largest of the batch.
+
+        Returns:
+            uint8 BCHW in channels_last memory, and int64 B2: height and width inside the padding.
+        """
+        sizes_B2 = self._index_N3[np.asarray(indices), 1:]
+        images_BHWC = np.zeros((len(indices), *sizes_B2.max(axis=0), 3), np.uint8)
+        for row, i in enumerate(indices):
+            height, width = sizes_B2[row]
+            images_BHWC[row, :height, :width] = self.image(i)
+        return torch.from_numpy(images_BHWC).permute(0, 3, 1, 2), torch.from_numpy(sizes_B2)
+
+
+def build_store(
+    paths: Iterable[Path],
+    shorter_side: int,
+    *,
+    progress: bool = True,
+    processes: int | None = None,
+) -> Store:
+    """The store of these files, decoded now if this node does not have it.
+
+    It lies in `$FLOWERRAY_HOME/stores` under a key made of the files' bytes, so a changed file
+    gives another store. Builders of the same key wait for each other; a killed one leaves nothing
+    behind that counts as a store.
+
+    Args:
+        paths: N image files, at least one.
+        shorter_side: of the decoded images, pixels; `resize_side(size)` for a model of `size`.
+        progress: show a progress bar while decoding.
+        processes: how many decode; None = one per core.
+
+    Raises:
+        UserError: files that are missing or no whole images, each by name (up to 10, then a count),
+            or the store cannot be written.
+    """
+    paths = [Path(path) for path in paths]
+    assert paths, "a store needs at least one image"
+    key = _key(paths, shorter_side)
+    folder = home() / "stores" / key
+    if _read_meta(folder) is not None:
+        return Store(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{key}.lock")):
+            if _read_meta(folder) is None:
+                for leftover in folder.parent.glob(f".{key}.*"):  # a builder that was killed
+                    rmtree(leftover, ignore_errors=True)
+                with atomic_folder(folder) as temporary:
+                    _write(temporary, paths, shorter_side, key, progress, processes)
+    except OSError as error:
+        raise UserError(
+            f"Decoded images cannot be stored in {folder.parent} ({error.strerror}); "
+            "set FLOWERRAY_HOME to a folder with room that you may write to."
+        ) from error
+    return Store(folder)
+
+
+def _key(paths: list[Path], shorter_side: int) -> str:
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_digest, paths))
+    _refuse_bad(paths, [digest if isinstance(digest, str) else None for digest in digests])
+    total = blake2b(f"{STORE_VERSION} {shorter_side} ".encode(), digest_size=16)
+    for digest in digests:
+        assert isinstance(digest, bytes)
+        total.update(digest)
+    return total.hexdigest()
+
+
+def _digest(path: Path) -> bytes | str:
+    """Hash of a file's bytes, or why it cannot be read."""
+    try:
+        return blake2b(path.read_bytes(), digest_size=16).digest()
+    except OSError as error:
+        return (error.strerror or "unreadable").lower()
+
+
+def _write(
+    folder: Path,
+    paths: list[Path],
+    shorter_side: int,
+    key: str,
+    progress: bool,
+    processes: int | None,
+) -> None:
+    index_N3 = np.zeros((len(paths), 3), np.int64)
+    faults: list[str | None] = []
+    offset = 0
+    bar = tqdm(total=len(paths), desc="decoding images", unit="img", disable=not progress)
+    pool = decoding_map(len(paths), processes)
+    with (folder / "pixels.bin").open("wb") as file, bar, pool as run:
+        for image in run(partial(load_or_fault, shorter_side=shorter_side), paths):
+            faults.append(image if isinstance(image, str) else None)
+            if not isinstance(image, str):
+                index_N3[len(faults) - 1] = offset, *image.shape[:2]
+                offset += file.write(np.ascontiguousarray(image).data)
+            bar.update()
+    _refuse_bad(paths, faults)
+    np.save(folder / "index.npy", index_N3)
+    meta = {
+        "version": STORE_VERSION,
+        "side": shorter_side,
+        "count": len(paths),
+        "bytes": offset,
+        "fingerprint": key,
+    }
+    write_json(folder / "meta.json", meta)
+
+
+def _refuse_bad(paths: list[Path], faults: list[str | None]) -> None:
+    bad = [f"{p} ({fault})" for p, fault in zip(paths, faults, strict=True) if fault is not None]
+    if bad:
+        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        raise UserError(
+            f"{len(bad)} of {len(paths)} images cannot be read: {', '.join(bad[:_NAMED])}{more}; "
+            "replace or remove them."
+        )
+
+
+def _read_meta(folder: Path) -> dict[str, Any] | None:
+    """A store's meta.json, or None where its files are absent or not as they were written."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        index_N3 = np.load(folder / "index.npy")
+        size = (folder / "pixels.bin").stat().st_size
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = (
+        meta.get("version") == STORE_VERSION
+        and size == meta["bytes"] == int(index_N3[:, 1:].prod(axis=1).sum() * 3)
+        and len(index_N3) == meta["count"]
+    )
+    return meta if whole else None

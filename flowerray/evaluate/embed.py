@@ -1,0 +1,60 @@
+"""Embeddings of a whole store, without augmentation and without leaving a trace on the model.
+
+Letters: N images, B of a batch, C H W an image, D embedding dimensions, F backbone features.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from flowerray.data.store import Store
+from flowerray.model import Embedder
+
+
+def embed(
+    embedder: Embedder,
+    store: Store,
+    *,
+    batch_size: int = 64,
+    device: str | torch.device | None = None,
+    frozen: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> NDArray[np.float32]:
+    """Embeds every image of a store with the evaluation transform.
+
+    Args:
+        embedder: in eval mode meanwhile; each of its submodules is as before afterwards.
+        store: images to embed; row n of the result is image n.
+        batch_size: images at a time; changes nothing beyond rounding.
+        device: where the images go; by default where the embedder is, and it must be there.
+        frozen: pooled backbone features, L2-normalised, instead: the floor that training must beat.
+        progress: called with the number of images done after each batch (a tqdm bar's `update`).
+
+    Returns:
+        float32 (N, D) unit vectors, or (N, F) with `frozen`.
+    """
+    device = next(embedder.parameters()).device if device is None else device
+    modes = [(module, module.training) for module in embedder.modules()]
+    embedder.eval()
+    rows: list[NDArray[np.float32]] = []
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(store), batch_size):
+                indices = np.arange(start, min(start + batch_size, len(store)))
+                images_BCHW = store.centre(indices, embedder.image_size).to(device)
+                images_BCHW = images_BCHW.float().div_(255)
+                images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+                if frozen:
+                    emb_BD = F.normalize(embedder.features(images_BCHW).float(), dim=1)
+                else:
+                    emb_BD = embedder(images_BCHW)
+                rows.append(emb_BD.float().cpu().numpy())
+                if progress is not None:
+                    progress(len(indices))
+    finally:
+        for module, training in modes:
+            module.training = training
+    return np.concatenate(rows)

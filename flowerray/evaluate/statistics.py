@@ -1,0 +1,215 @@
+"""Intervals and paired tests: how sure a mean is, and whether two runs differ.
+
+Letters: Q queries, S seeds, R resamples or permutations.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from flowerray.errors import UserError
+
+_CHUNK = 2**22
+"""Random numbers held at a time."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean (or mean difference) and its confidence interval, as text `0.812 [0.800, 0.824]`."""
+
+    n: int
+    """Queries or seeds behind the mean."""
+    mean: float
+    low: float
+    high: float
+    """NaN bounds where one value allows no interval."""
+    level: float = 0.95
+    """Coverage in the long run."""
+
+    def __str__(self) -> str:
+        return format(self, "")
+
+    def __format__(self, spec: str) -> str:
+        """`spec` is that of the numbers, by default `.3f`."""
+        spec = spec or ".3f"
+        if np.isnan(self.low):
+            return f"{self.mean:{spec}} (n={self.n})"
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+@dataclass(frozen=True)
+class PairedTest(Interval):
+    """A mean difference with its interval and the two-sided p-value of no difference."""
+
+    p_value: float = 1.0
+
+    def __format__(self, spec: str) -> str:
+        return f"{super().__format__(spec)}, p = {self.p_value:.2g}"
+
+
+def bootstrap_interval(
+    values_Q: ArrayLike, *, seed: int = 0, resamples: int = 10_000, level: float = 0.95
+) -> Interval:
+    """Percentile bootstrap of a mean over queries (Efron 1979).
+
+    Raises:
+        UserError: no values, or one that is not finite.
+    """
+    values = _checked("values", values_Q, 1)
+    if len(values) == 1:
+        return Interval(1, float(values[0]), float("nan"), float("nan"), level)
+    means = np.concatenate(
+        [values[index].mean(1) for index in _resamples(len(values), seed, resamples)]
+    )
+    return Interval(len(values), float(values.mean()), *_percentiles(means, level), level)
+
+
+def t_interval(values_S: ArrayLike, *, level: float = 0.95) -> Interval:
+    """Student's t interval of a mean over independent runs (one value a seed); no bounds for one
+    value.
+
+    Raises:
+        UserError: no values, or one that is not finite.
+    """
+    values = _checked("values", values_S, 1)
+    mean, n = float(values.mean()), len(values)
+    if n == 1:
+        return Interval(1, mean, float("nan"), float("nan"), level)
+    half = float(stats.t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
+    return Interval(n, mean, mean - half, mean + half, level)
+
+
+def paired_bootstrap(
+    first_SQ: ArrayLike,
+    second_SQ: ArrayLike,
+    *,
+    seed: int = 0,
+    resamples: int = 10_000,
+    level: float = 0.95,
+) -> Interval:
+    """Bootstrap of the mean of first - second over the same queries, resampling seeds and queries
+    alike.
+
+    Each resample draws S seeds and Q queries with replacement and keeps a drawn query's scores
+    together across the drawn seeds, since the seeds share the test set (the pigeonhole bootstrap,
+    Owen 2007). With few seeds the spread between them is understated: say how many there were.
+
+    Args:
+        first_SQ: one run's score of each query, a row a seed (or one row for a single run).
+        second_SQ: the other's; a single row is compared with every row of the first (frozen
+            features).
+
+    Returns:
+        The interval; `n` counts queries.
+
+    Raises:
+        UserError: shapes that do not pair, or a value that is not finite.
+    """
+    first, second = _pair(first_SQ, second_SQ)
+    difference_QS = (first - second).T.copy()
+    queries, seeds = difference_QS.shape
+    if queries == 1:
+        raise UserError("One query allows no paired comparison: give at least two.")
+    rng = np.random.default_rng((seed, 1))
+    means = []
+    for index_RQ in _resamples(queries, seed, resamples, width=seeds):
+        per_seed_RS = difference_QS[index_RQ].mean(1)
+        drawn_RS = rng.integers(seeds, size=per_seed_RS.shape)
+        means.append(np.take_along_axis(per_seed_RS, drawn_RS, axis=1).mean(1))
+    bounds = _percentiles(np.concatenate(means), level)
+    return Interval(queries, float(difference_QS.mean()), *bounds, level)
+
+
+def mcnemar(first_hit_Q: ArrayLike, second_hit_Q: ArrayLike, *, level: float = 0.95) -> PairedTest:
+    """Exact test of equal hit rates on the same queries (McNemar 1947, with the binomial
+    distribution).
+
+    The interval of the difference first - second takes the number of queries on which the two
+    differ as given (Clopper and Pearson 1934).
+
+    Raises:
+        UserError: lengths that differ, no values, or a value that is neither 0 nor 1.
+    """
+    first, second = (side[0] for side in _pair(first_hit_Q, second_hit_Q))
+    if not np.isin(np.concatenate([first, second]), (0, 1)).all():
+        raise UserError("McNemar's test compares hits and misses: every value must be 0 or 1.")
+    queries = len(first)
+    wins, losses = int((first > second).sum()), int((first < second).sum())
+    if wins + losses == 0:
+        return PairedTest(queries, 0.0, 0.0, 0.0, level, 1.0)
+    result = stats.binomtest(wins, wins + losses, 0.5)
+    bounds = result.proportion_ci(level, method="exact")
+    low, high = ((2 * bound - 1) * (wins + losses) / queries for bound in (bounds.low, bounds.high))
+    mean = (wins - losses) / queries
+    return PairedTest(queries, mean, float(low), float(high), level, float(result.pvalue))
+
+
+def permutation_test(
+    first_Q: ArrayLike,
+    second_Q: ArrayLike,
+    *,
+    seed: int = 0,
+    permutations: int = 10_000,
+    level: float = 0.95,
+) -> PairedTest:
+    """Paired permutation test: where nothing differs, every difference could have the other sign.
+
+    p = (1 + as extreme) / (1 + permutations) (Phipson and Smyth 2010), so it is never 0; the
+    interval is that of `paired_bootstrap`.
+
+    Raises:
+        UserError: lengths that differ, fewer than two values, or one that is not finite.
+    """
+    first, second = (side[0] for side in _pair(first_Q, second_Q))
+    difference = first - second
+    interval = paired_bootstrap(first, second, seed=seed, level=level)
+    observed = abs(difference.sum())
+    # Sums that are equal on paper may differ in the last digit.
+    slack = 1e-12 * np.abs(difference).sum()
+    rng = np.random.default_rng((seed, 2))
+    extreme, left = 0, permutations
+    while left:
+        rows = min(left, max(1, _CHUNK // len(difference)))
+        signs = rng.integers(0, 2, size=(rows, len(difference)), dtype=np.int8) * 2 - 1
+        extreme += int((np.abs(signs @ difference) >= observed - slack).sum())
+        left -= rows
+    p_value = (1 + extreme) / (1 + permutations)
+    return PairedTest(
+        interval.n, interval.mean, interval.low, interval.high, interval.level, p_value
+    )
+
+
+def _resamples(size: int, seed: int, number: int, width: int = 1) -> Iterator[NDArray[np.int64]]:
+    """Indices (rows, size) with replacement, `number` rows in all, a chunk at a time."""
+    rng = np.random.default_rng((seed, 0))
+    rows = max(1, _CHUNK // (size * width))
+    for start in range(0, number, rows):
+        yield rng.integers(size, size=(min(rows, number - start), size))
+
+
+def _percentiles(means_R: NDArray, level: float) -> tuple[float, float]:
+    low, high = np.quantile(means_R, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _checked(name: str, values: ArrayLike, ndim: int) -> NDArray[np.float64]:
+    array = np.asarray(values, np.float64)
+    if array.ndim != ndim or array.size == 0 or not np.isfinite(array).all():
+        raise UserError(
+            f"The {name} to compare have shape {array.shape}: at least one finite number is needed."
+        )
+    return array
+
+
+def _pair(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    one = _checked("scores", np.atleast_2d(np.asarray(first, np.float64)), 2)
+    two = _checked("scores", np.atleast_2d(np.asarray(second, np.float64)), 2)
+    if one.shape[1] != two.shape[1] or (len(one) != len(two) and len(two) != 1):
+        raise UserError(
+            f"Scores of shapes {one.shape} and {two.shape} cannot be paired: "
+            "both runs must be measured on the same queries."
+        )
+    return one, two

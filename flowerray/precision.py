@@ -1,0 +1,55 @@
+"""Which precision trains faster with a backbone on this device: measured once, then remembered."""
+
+import copy
+import json
+import statistics
+import time
+from typing import Literal
+
+import torch
+from torch import nn
+
+from flowerray.files import home, write_json
+from flowerray.model import Embedder
+
+MARGIN = 1.15
+"""bf16 has to be faster by this factor, so that a noisy machine does not flip the choice."""
+
+
+def faster_precision(embedder: Embedder, device: torch.device) -> Literal["fp32", "bf16"]:
+    """Times training steps in fp32 and in bf16 autocast, interleaved, and keeps the answer in FLOWERRAY_HOME.
+
+    The key is backbone, image size, device, torch version and thread count. On CPUs bf16 slows depthwise
+    models down and nearly doubles ResNets' speed, so no rule of thumb replaces the measurement.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    config = embedder.config
+    key = f"{config.backbone} {config.image_size} {name} torch{torch.__version__} {torch.get_num_threads()}t"
+    memory = home() / "precision.json"
+    known = json.loads(memory.read_text()) if memory.exists() else {}
+    if key not in known:
+        known[key] = _measure(copy.deepcopy(embedder), device)
+        write_json(memory, known)
+    fp32, bf16 = known[key]["fp32"], known[key]["bf16"]
+    return "bf16" if fp32 / bf16 >= MARGIN else "fp32"
+
+
+def _measure(embedder: Embedder, device: torch.device, batch: int = 16) -> dict[str, float]:
+    """Median seconds of a step in each precision."""
+    size = embedder.image_size
+    images = torch.rand(batch, 3, size, size, device=device)
+    optimizer = torch.optim.SGD(embedder.parameters(), lr=0.0)
+    seconds: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    for repeat in range(4):
+        for precision, taken in seconds.items():
+            start = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                loss = embedder(images).square().sum()
+            loss.backward()
+            optimizer.step()
+            nn.Module.zero_grad(embedder)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if repeat:  # the first one warms up
+                taken.append(time.perf_counter() - start)
+    return {precision: statistics.median(taken) for precision, taken in seconds.items()}

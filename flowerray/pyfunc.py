@@ -1,0 +1,49 @@
+"""The model that MLflow serves: image files' bytes in, embeddings out.
+
+MLflow stores and runs this file (models-from-code). flowerray itself has to be installed where it
+serves: `mlflow models serve --env-manager local -m models:/...`.
+"""
+
+from typing import Any
+
+import mlflow
+import numpy as np
+import torch
+from mlflow.pyfunc import PythonModel
+from numpy.typing import NDArray
+
+import flowerray
+from flowerray.data.store import eval_image
+
+BATCH = 64  # images embedded at once
+
+
+class EmbedderModel(PythonModel):
+    """Wraps an exported `.pth` (the artifact `model`)."""
+
+    def load_context(self, context: Any) -> None:
+        """Loads the embedder on the CPU."""
+        self.embedder = flowerray.load(context.artifacts["model"])
+
+    def predict(self, context, model_input, params=None) -> NDArray[np.float32]:  # type: ignore[no-untyped-def]
+        """Embeds a table's column `image`: JPEG or PNG files as bytes.
+
+        Without annotations on its arguments, which MLflow would take for a signature of its own.
+
+        Returns:
+            Unit-norm embeddings, float32 (N, D).
+
+        Raises:
+            flowerray.errors.UserError: bytes that are no image.
+        """
+        files = list(model_input["image"])
+        embeddings = [np.zeros((0, self.embedder.dim), np.float32)]
+        for start in range(0, len(files), BATCH):
+            size = self.embedder.image_size
+            images = np.stack([eval_image(file, size) for file in files[start : start + BATCH]])
+            with torch.inference_mode():
+                embeddings.append(self.embedder(torch.from_numpy(images) / 255).numpy())
+        return np.concatenate(embeddings)
+
+
+mlflow.models.set_model(EmbedderModel())

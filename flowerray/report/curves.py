@@ -1,0 +1,52 @@
+"""Training curves of one run as a picture."""
+
+from pathlib import Path
+
+from flowerray.files import atomic_file
+from flowerray.rundir import RunDir
+
+INK, GRID = "#222222", "#dddddd"
+BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito: told apart by the colour-blind
+
+
+def plot_training(run: RunDir, out_png: Path) -> Path:
+    """Loss, validation and collapse curves of metrics.jsonl, over training steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 3.4), dpi=120, layout="constrained")
+    loss, retrieval, spread = figure.subplots(1, 3)
+    panels = [
+        (loss, "Training loss", "loss", [("train/loss", "step mean", BLUE), ("epoch/loss", "epoch mean", ORANGE)]),
+        (
+            retrieval, "Validation retrieval", "share",
+            [("val/recall_at_1", "R@1", BLUE), ("val/map_at_r", "MAP@R", ORANGE)],
+        ),
+        (
+            spread, "Distances in a batch", "distance (0..2)",
+            [("epoch/d_an", "different classes", BLUE), ("epoch/d_ap", "same class", ORANGE),
+             ("epoch/spread", "spread", GREEN)],
+        ),
+    ]  # fmt: skip
+    for axes, title, label, curves in panels:
+        for name, text, colour in curves:
+            series = run.series(name)
+            if not series:
+                continue
+            faint = name.startswith("train/")
+            axes.plot(
+                *zip(*series, strict=True), label=text, color=colour,
+                alpha=0.35 if faint else 1.0, linewidth=1.0 if faint else 1.8,
+                marker=None if faint else "o", markersize=3,
+            )
+        axes.set_title(title, fontsize=11, color=INK)
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.grid(color=GRID, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=9)
+    out_png.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out_png) as temporary:
+        figure.savefig(temporary, format="png")
+    return out_png

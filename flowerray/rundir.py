@@ -1,0 +1,146 @@
+"""The RUN folder: its files, and the reporter that writes them.
+
+run.json  metrics.jsonl  checkpoints/{last,best}/  pairs.json  thresholds.json  *_model_<name>.pth  plots/  ray/
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flowerray.errors import UserError
+from flowerray.files import atomic_folder, write_json
+
+Save = Callable[[Path], None]
+"""Writes a checkpoint into the folder that it is given."""
+
+
+class RunDir:
+    """Paths of a RUN folder and the few operations on them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser().absolute()
+        self.run_json = self.path / "run.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.pairs = self.path / "pairs.json"
+        self.thresholds = self.path / "thresholds.json"
+        self.plots = self.path / "plots"
+        self.ray = self.path / "ray"
+        self.last = self.path / "checkpoints" / "last"
+        self.best = self.path / "checkpoints" / "best"
+
+    def refuse_existing(self) -> None:
+        """Raises UserError where something is at the path already."""
+        if self.path.exists():
+            raise UserError(
+                f"{self.path} exists already: choose another --out, or continue it with --resume {self.path}."
+            )
+
+    def create(self, run: dict[str, Any]) -> None:
+        """Makes the folder and writes run.json.
+
+        Raises:
+            UserError: something is there already, or the place cannot be written.
+        """
+        self.refuse_existing()
+        try:
+            self.path.mkdir(parents=True)
+            write_json(self.run_json, run)
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror}): choose another --out."
+            ) from error
+
+    def read(self) -> dict[str, Any]:
+        """run.json as a dict.
+
+        Raises:
+            UserError: the folder is no RUN.
+        """
+        try:
+            content = json.loads(self.run_json.read_text())
+        except FileNotFoundError:
+            raise UserError(f"{self.path} is not a RUN folder: it has no run.json.") from None
+        except ValueError:
+            raise UserError(f"{self.run_json} is not valid JSON.") from None
+        assert isinstance(content, dict)
+        return content
+
+    def checkpoint(self) -> Path | None:
+        """The newest whole checkpoint, or None. A kill between two renames leaves it at `last.old`."""
+        for folder in (self.last, self.last.with_name("last.old")):
+            if folder.is_dir():
+                return folder
+        return None
+
+    def records(self) -> list[dict[str, Any]]:
+        """metrics.jsonl; a last line that a kill cut short is left out."""
+        if not self.metrics.exists():
+            return []
+        whole = self.metrics.read_text().rpartition("\n")[0]
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def series(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of one metric."""
+        return [(r["step"], r["metrics"][name]) for r in self.records() if name in r["metrics"]]
+
+
+class FolderReporter:
+    """The training loop's way out: metrics and checkpoints into a RUN folder, written by rank 0.
+
+    With several nodes the folder has to be on a file system that all of them share.
+    """
+
+    def __init__(self, path: Path, rank: int = 0, world: int = 1) -> None:
+        self.dir = RunDir(path)
+        self.rank = rank
+        self.world = world
+
+    def restore(self) -> Path | None:
+        """The checkpoint to continue from, or None for a fresh start."""
+        if not self.dir.run_json.exists():
+            raise UserError(
+                f"worker {self.rank} does not see {self.dir.path}: --out has to be on a file system that "
+                "all nodes share."
+            )
+        return self.dir.checkpoint()
+
+    def rewind(self, step: int) -> None:
+        """Drops metrics that were written after the checkpoint at `step`: they will come again."""
+        if self.rank == 0 and self.dir.metrics.exists():
+            kept = [json.dumps(r) + "\n" for r in self.dir.records() if r["step"] <= step]
+            temporary = self.dir.metrics.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            os.replace(temporary, self.dir.metrics)
+
+    def report(
+        self,
+        step: int,
+        epoch: int,
+        metrics: dict[str, float],
+        save: Save | None = None,
+        best: bool = False,
+    ) -> None:
+        """Appends metrics, then writes checkpoints/best (if best), then checkpoints/last.
+
+        In that order a kill in between costs nothing: whatever is newer than `last` is made again, equal.
+        """
+        if self.rank != 0:
+            return
+        if metrics:
+            record = {"step": step, "epoch": epoch, "time": time.time(), "metrics": metrics}
+            with self.dir.metrics.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        if save is None:
+            return
+        if best:
+            with atomic_folder(self.dir.best) as folder:
+                save(folder)
+        with atomic_folder(self.dir.last) as folder:
+            if best:
+                shutil.copytree(self.dir.best, folder, dirs_exist_ok=True)
+            else:
+                save(folder)

@@ -1,0 +1,417 @@
+"""The training loop: pure torch, read top to bottom. It knows neither Ray nor MLflow; its reporter is its only way out.
+
+Letters: N training images, B images of the global batch, b of this worker's slice.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from flowerray import checkpoint, system
+from flowerray.config import Config
+from flowerray.data.augment import AugmentConfig, augment, draw
+from flowerray.data.batches import Batches, PKSampler
+from flowerray.data.store import Store
+from flowerray.errors import UserError
+from flowerray.methods._base import Method, Output
+from flowerray.model import Embedder
+from flowerray.precision import faster_precision
+
+SELECTION = "val/map_at_r"
+"""The metric that picks the best checkpoint and stops early; higher is better."""
+
+
+class TrainConfig(Config):
+    """The optimisation of one run."""
+
+    epochs: int = Field(15, ge=1)
+    """Passes over the training images."""
+    classes_per_batch: int = Field(12, ge=2)
+    """P: distinct classes of a global batch."""
+    images_per_class: int = Field(4, ge=2)
+    """K: images of each class in a global batch; a batch holds P x K images over all workers."""
+    lr: float = Field(1e-4, gt=0, le=1)
+    """AdamW's peak learning rate for the backbone."""
+    head_lr_factor: float = Field(10.0, gt=0)
+    """The projection's and the loss parameters' learning rate, as a multiple of `lr`."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """AdamW's decoupled decay on matrices and kernels; never on biases, norms or centers."""
+    warmup_epochs: float = Field(1.0, ge=0)
+    """Linear warm-up, in epochs, before the cosine to zero."""
+    grad_clip: float = Field(5.0, ge=0)
+    """Largest global L2 norm of the gradient; 0 = no clipping."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 = autocast; auto = whichever trains faster with this backbone on this device, measured once."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay a step of the weights' moving average, which is then what is validated and exported; 0 = off."""
+    compile: bool = False
+    """Compile the embedder with torch.compile."""
+    patience: int = Field(0, ge=0)
+    """Stop after so many epochs without a better val MAP@R; 0 = never."""
+    checkpoint_every_steps: int = Field(50, ge=1)
+    """State is saved after so many steps, and after each epoch."""
+    log_every_steps: int = Field(10, ge=1)
+    """Steps between two records of the loss (and between two host syncs)."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Of the weights that start at random, the batches, the augmentation and the mined tuples."""
+
+
+class Reporter(Protocol):
+    """Where metrics and checkpoints go; `rundir.FolderReporter` is the one that everything uses."""
+
+    rank: int
+    world: int
+
+    def restore(self) -> Path | None:
+        """A checkpoint folder to continue from."""
+
+    def rewind(self, step: int) -> None:
+        """Forgets what was reported after `step`."""
+
+    def report(
+        self,
+        step: int,
+        epoch: int,
+        metrics: dict[str, float],
+        save: Callable[[Path], None] | None = None,
+        best: bool = False,
+    ) -> None:
+        """Takes metrics and, where `save` is given, a checkpoint."""
+
+
+class Data(NamedTuple):
+    """What the loop trains on and how it validates."""
+
+    store: Store
+    """Decoded training images."""
+    targets_N: NDArray[np.int64]
+    """Their classes, 0..num_classes-1."""
+    validate: Callable[[Embedder], dict[str, float]] | None
+    """Metrics of an embedder under names `val/...`; every rank calls it. None where a protocol has no val split."""
+
+
+class DivergedError(UserError):
+    """The loss became NaN or infinite."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; stored in each checkpoint."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    best: float = -math.inf
+    best_epoch: int = -1
+    bad_epochs: int = 0
+    seconds: float = 0.0
+    epoch_curves: dict[str, float] = field(default_factory=dict)
+    """Sums over the epoch's steps so far."""
+
+
+class Result(NamedTuple):
+    """How a training ended."""
+
+    epochs: int
+    steps: int
+    best: float
+    """Best val MAP@R, -inf without a val split."""
+    best_epoch: int
+    """Epoch of the best checkpoint, counted from 1; 0 without a val split."""
+    seconds: float
+    """Training and validation time over all sittings."""
+
+
+def train(
+    config: TrainConfig,
+    augment_config: AugmentConfig,
+    method: Method,
+    data: Data,
+    reporter: Reporter,
+    run: dict[str, Any],
+) -> Result:
+    """Trains `method` in place and reports as it goes.
+
+    Args:
+        method: on the device that it trains on; not wrapped in DDP. With several workers a process group is up.
+        run: stored with each checkpoint.
+
+    Raises:
+        DivergedError: the loss is not finite; names the step.
+        UserError: the batch does not fit the data or the workers; the checkpoint is of another method.
+    """
+    device = next(method.parameters()).device
+    size = method.embedder.image_size
+    sampler = PKSampler(data.targets_N, config.classes_per_batch, config.images_per_class, config.seed)
+    batches = Batches(
+        data.store, data.targets_N, sampler, rank=reporter.rank, world=reporter.world, device=device,
+        draw=lambda epoch, step, batch: draw(config.seed, epoch, step, batch),
+    )
+    schedule = Schedule(config, sampler.steps)
+    optimizer = make_optimizer(config, method)
+    average = MovingAverage(method.embedder, config.ema) if config.ema else None
+    autocast = make_autocast(config, method, device, reporter)
+
+    progress = Progress()
+    if (folder := reporter.restore()) is not None:
+        progress = load(folder, method, optimizer, average, device)
+        reporter.rewind(progress.step)
+
+    def save(folder: Path) -> None:
+        state = {
+            "method": method.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "average": average.state if average else None,
+            "progress": asdict(progress),
+        }
+        checkpoint.save_state(folder, state, run)
+
+    model: nn.Module = method
+    if config.compile:
+        method.embedder.compile()
+    if reporter.world > 1:
+        # Buffers never differ between ranks: norms are frozen (or synchronised), centers follow the global batch.
+        ids = [device.index] if device.type == "cuda" else None
+        model = DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False)
+
+    while progress.epoch < config.epochs and not stopped_early(config, progress):
+        epoch = progress.epoch
+        window = Window(progress, len(data.targets_N))
+        method.train()
+        for batch in batches.epoch(epoch, start_step=progress.step_in_epoch):
+            method.seed = (config.seed, epoch, batch.step)
+            torch.manual_seed(hash((config.seed, epoch, batch.step, reporter.rank)) % 2**63)  # dropout
+            schedule.apply(optimizer, progress.step)
+
+            images = augment(batch.images, batch.sizes, batch.uniforms, size, augment_config)
+            with autocast():
+                output: Output = model(images.to(method_dtype(method)), batch.labels)
+            optimizer.zero_grad(set_to_none=True)
+            output.loss.total.backward()
+            if config.grad_clip:
+                nn.utils.clip_grad_norm_(method.parameters(), config.grad_clip)
+            optimizer.step()
+            method.after_step(output)
+            if average:
+                average.update(method.embedder)
+
+            progress.step += 1
+            progress.step_in_epoch = batch.step + 1
+            window.add(output, len(output.labels_B))
+            ends_epoch = progress.step_in_epoch == sampler.steps
+            saves = progress.step % config.checkpoint_every_steps == 0 and not ends_epoch
+            if saves or ends_epoch or progress.step % config.log_every_steps == 0:
+                metrics = window.read()
+                metrics["train/lr"] = optimizer.param_groups[0]["lr"]
+                reporter.report(progress.step, epoch + 1, {**metrics, **system.sample()}, save if saves else None)
+
+        metrics = {f"epoch/{name}": total / sampler.steps for name, total in progress.epoch_curves.items()}
+        if data.validate:
+            with average.swapped_into(method.embedder) if average else nullcontext():
+                metrics |= data.validate(method.embedder)
+        best = note_epoch(progress, metrics)
+        metrics["epoch/seconds"] = window.elapsed()
+        reporter.report(progress.step, progress.epoch, metrics, save, best)
+
+    return Result(progress.epoch, progress.step, progress.best, progress.best_epoch, progress.seconds)
+
+
+def note_epoch(progress: Progress, metrics: dict[str, float]) -> bool:
+    """Moves `progress` past an epoch; True where its validation is the best so far (or there is none)."""
+    value = metrics.get(SELECTION)
+    best = value is None or value > progress.best
+    progress.epoch += 1
+    progress.step_in_epoch = 0
+    progress.epoch_curves = {}
+    progress.bad_epochs = 0 if best else progress.bad_epochs + 1
+    if value is not None and best:
+        progress.best, progress.best_epoch = value, progress.epoch
+    return best
+
+
+def stopped_early(config: TrainConfig, progress: Progress) -> bool:
+    """True where `patience` epochs in a row brought nothing better."""
+    return config.patience > 0 and progress.bad_epochs >= config.patience
+
+
+class Schedule:
+    """Linear warm-up, then a cosine to zero; a function of the step alone, so there is no state to save."""
+
+    def __init__(self, config: TrainConfig, steps_per_epoch: int) -> None:
+        self.total = config.epochs * steps_per_epoch
+        self.warmup = min(round(config.warmup_epochs * steps_per_epoch), self.total - 1)
+
+    def factor(self, step: int) -> float:
+        """The share of the peak learning rate at `step`, counted from 0."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.total - self.warmup)))
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Sets each group's learning rate."""
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * self.factor(step)
+
+
+def make_optimizer(config: TrainConfig, method: Method) -> torch.optim.Optimizer:
+    """AdamW in four groups: backbone and head (with the loss parameters), each with and without weight decay."""
+    backbone = {id(p) for p in method.embedder.backbone_parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in method.parameters():
+        if parameter.requires_grad:
+            key = (id(parameter) in backbone, parameter.ndim > 1)
+            groups.setdefault(key, []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "peak_lr": config.lr * (1.0 if is_backbone else config.head_lr_factor),
+                "weight_decay": config.weight_decay if decays else 0.0,
+            }
+            for (is_backbone, decays), parameters in sorted(groups.items())
+        ],
+        lr=config.lr,
+    )
+
+
+def method_dtype(method: Method) -> torch.dtype:
+    """float64 where the method was made double (tests of equality), else float32."""
+    return next(method.parameters()).dtype
+
+
+def make_autocast(
+    config: TrainConfig, method: Method, device: torch.device, reporter: Reporter
+) -> Callable[[], AbstractContextManager[Any]]:
+    """A context for the forward pass; with several workers rank 0's measurement decides for all."""
+    precision = config.precision
+    if precision == "auto":
+        precision = faster_precision(method.embedder, device) if reporter.rank == 0 else "fp32"
+        if reporter.world > 1:
+            choice = [precision]
+            dist.broadcast_object_list(choice, src=0, device=device)
+            precision = choice[0]
+    if precision == "bf16":
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    return nullcontext
+
+
+class MovingAverage:
+    """Exponential moving average of an embedder's weights. Polyak & Juditsky 1992; decay as in timm's ModelEmaV2."""
+
+    def __init__(self, embedder: Embedder, decay: float) -> None:
+        self.decay = decay
+        self.state: dict[str, Tensor] = copy.deepcopy(embedder.state_dict())
+
+    @torch.no_grad()
+    def update(self, embedder: Embedder) -> None:
+        """average += (1 - decay) (weights - average)."""
+        for name, value in embedder.state_dict().items():
+            if value.is_floating_point():
+                self.state[name].lerp_(value, 1 - self.decay)
+            else:
+                self.state[name].copy_(value)
+
+    def swapped_into(self, embedder: Embedder) -> "_Swap":
+        """A context in which the embedder has the averaged weights."""
+        return _Swap(self, embedder)
+
+
+class _Swap:
+    def __init__(self, average: MovingAverage, embedder: Embedder) -> None:
+        self.average, self.embedder = average, embedder
+
+    def __enter__(self) -> None:
+        self.own = copy.deepcopy(self.embedder.state_dict())
+        self.embedder.load_state_dict(self.average.state)
+
+    def __exit__(self, *exception: object) -> None:
+        self.embedder.load_state_dict(self.own)
+
+
+class Window:
+    """Collects a log interval's losses on the device; `read` is the loop's only host sync."""
+
+    def __init__(self, progress: Progress, num_images: int) -> None:
+        self.progress = progress
+        self.num_images = num_images
+        self.started = self.epoch_started = time.perf_counter()
+        self.images = 0
+        self.names: list[str] = []
+        self.rows: list[Tensor] = []
+
+    def add(self, output: Output, images: int) -> None:
+        """Takes one step's loss and curves, without a sync."""
+        self.names = ["loss", *output.loss.curves]
+        values = [output.loss.total.detach(), *output.loss.curves.values()]
+        self.rows.append(torch.stack([value.double() for value in values]))
+        self.images += images
+
+    def read(self) -> dict[str, float]:
+        """Means over the interval under names `train/...`; starts the next interval.
+
+        Raises:
+            DivergedError: a loss of the interval is not finite.
+        """
+        rows = torch.stack(self.rows).cpu()
+        first = self.progress.step - len(rows) + 1
+        for step, loss in enumerate(rows[:, 0].tolist(), start=first):
+            if not math.isfinite(loss):
+                raise DivergedError(
+                    f"the loss became {loss} at step {step} (epoch {self.progress.epoch + 1}): lower --train.lr "
+                    "or --train.head-lr-factor, or use --train.precision fp32."
+                )
+        for name, total in zip(self.names, rows.sum(0).tolist(), strict=True):
+            self.progress.epoch_curves[name] = self.progress.epoch_curves.get(name, 0.0) + total
+        now = time.perf_counter()
+        metrics = {f"train/{n}": v for n, v in zip(self.names, rows.mean(0).tolist(), strict=True)}
+        metrics["train/images_per_second"] = self.images / (now - self.started)
+        self.progress.seconds += now - self.started
+        self.started, self.images, self.rows = now, 0, []
+        return metrics
+
+    def elapsed(self) -> float:
+        """Seconds since the epoch began in this sitting; closes the time account of the epoch."""
+        now = time.perf_counter()
+        self.progress.seconds += now - self.started
+        return now - self.epoch_started
+
+
+def load(
+    folder: Path,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    average: MovingAverage | None,
+    device: torch.device,
+) -> Progress:
+    """Restores everything from a checkpoint folder.
+
+    Raises:
+        UserError: it belongs to another method, backbone or embedding size.
+    """
+    state = checkpoint.load_state(folder, device)
+    try:
+        method.load_state_dict(state["method"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder} does not fit this run (another method, backbone or embedding size): resume with the "
+            "options of its run.json."
+        ) from error
+    if average:
+        if state["average"] is None:
+            raise UserError(f"{folder} has no moving average: it was trained with --train.ema 0.")
+        average.state = state["average"]
+    return Progress(**state["progress"])

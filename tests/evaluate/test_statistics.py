@@ -1,0 +1,151 @@
+"""Intervals and tests against closed forms, and their coverage on seeded simulations."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from flowerray.errors import UserError
+from flowerray.evaluate.statistics import (
+    Interval,
+    bootstrap_interval,
+    mcnemar,
+    paired_bootstrap,
+    permutation_test,
+    t_interval,
+)
+
+
+def test_interval_as_text() -> None:
+    interval = Interval(100, 0.81249, 0.8, 0.824)
+    assert str(interval) == "0.812 [0.800, 0.824]"
+    assert f"{interval:.1%}" == "81.2% [80.0%, 82.4%]"
+    assert str(t_interval([0.5])) == "0.500 (n=1)"
+    assert str(mcnemar([1, 1, 0], [1, 0, 0])).endswith(", p = 1")
+
+
+def test_t_interval_equals_scipy() -> None:
+    values = np.random.default_rng(0).normal(0.8, 0.02, size=5)
+    ours = t_interval(values, level=0.9)
+    low, high = stats.t.interval(0.9, 4, values.mean(), stats.sem(values))
+    assert (ours.n, ours.mean) == (5, pytest.approx(values.mean()))
+    assert (ours.low, ours.high) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_bootstrap_is_near_the_normal_interval_and_seeded() -> None:
+    hits = np.random.default_rng(1).random(2000) < 0.8
+    ours = bootstrap_interval(hits)
+    half = 1.96 * hits.std() / np.sqrt(2000)
+    assert ours.low == pytest.approx(hits.mean() - half, abs=1.5e-3)
+    assert ours.high == pytest.approx(hits.mean() + half, abs=1.5e-3)
+    assert bootstrap_interval(hits) == ours
+    assert bootstrap_interval(hits, seed=1) != ours
+    wide = bootstrap_interval(hits, level=0.99)
+    assert wide.low < ours.low < ours.high < wide.high
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_bootstrap_covers_the_truth_about_as_often_as_it_says(skewed: bool) -> None:
+    rng = np.random.default_rng(2)
+    covered = 0
+    for trial in range(300):
+        values = rng.exponential(1.0, 80) if skewed else rng.normal(1.0, 1.0, 80)
+        interval = bootstrap_interval(values, seed=trial, resamples=500)
+        covered += interval.low <= 1.0 <= interval.high
+    assert 0.89 <= covered / 300 <= 0.98
+
+
+def test_paired_bootstrap_sees_what_the_unpaired_spread_hides() -> None:
+    rng = np.random.default_rng(3)
+    difficulty = rng.normal(0, 1, 400)
+    first = 0.05 + difficulty + rng.normal(0, 0.1, (3, 400))
+    second = difficulty + rng.normal(0, 0.1, (3, 400))
+    interval = paired_bootstrap(first, second)
+    assert interval.n == 400
+    assert interval.mean == pytest.approx((first - second).mean())
+    assert 0.03 < interval.low < 0.05 < interval.high < 0.07
+    back = paired_bootstrap(second, first)
+    assert back.low == pytest.approx(-interval.high) and back.high == pytest.approx(-interval.low)
+
+
+def test_paired_bootstrap_counts_the_spread_between_seeds_and_of_shared_queries() -> None:
+    """The variance of the resampled means against its closed form for crossed factors."""
+    rng = np.random.default_rng(4)
+    seeds, queries = 8, 200
+    scores = rng.normal(0, 0.1, (seeds, 1)) + rng.normal(0, 1, queries) + rng.normal(0, 1, (8, 200))
+    interval = paired_bootstrap(scores, np.zeros(queries))
+    total = scores - scores.mean()
+    per_seed, per_query = total.mean(1, keepdims=True), total.mean(0, keepdims=True)
+    noise = ((total - per_seed - per_query) ** 2).mean()
+    variance = (
+        (per_seed**2).mean() / seeds + (per_query**2).mean() / queries + noise / (seeds * queries)
+    )
+    width = 2 * 1.96 * np.sqrt(variance)
+    assert interval.high - interval.low == pytest.approx(width, rel=0.05)
+    alone = paired_bootstrap(scores[0], np.zeros(queries))
+    assert alone.n == queries and alone.low < alone.mean < alone.high
+
+
+def test_paired_bootstrap_coverage_with_a_frozen_baseline() -> None:
+    rng = np.random.default_rng(5)
+    covered = 0
+    for trial in range(200):
+        frozen = rng.random(120) < 0.6
+        gain = rng.normal(0.3, 0.02, (6, 1)) + rng.normal(0, 0.5, 120)
+        runs = frozen + gain + rng.normal(0, 0.2, (6, 120))
+        interval = paired_bootstrap(runs, frozen, seed=trial, resamples=400)
+        covered += interval.low <= 0.3 <= interval.high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_mcnemar_equals_the_binomial_test() -> None:
+    first = np.array([1] * 60 + [1] * 15 + [0] * 4 + [0] * 21)
+    second = np.array([1] * 60 + [0] * 15 + [1] * 4 + [0] * 21)
+    result = mcnemar(first, second)
+    assert result.p_value == pytest.approx(2 * stats.binom.cdf(4, 19, 0.5))
+    assert result.mean == pytest.approx(0.11)
+    low = stats.beta.ppf(0.025, 15, 5)
+    assert result.low == pytest.approx((2 * low - 1) * 19 / 100)
+    assert 0 < result.low < 0.11 < result.high <= 0.19
+    assert mcnemar(first, first).p_value == 1.0
+    assert mcnemar(second, first).mean == -result.mean
+
+
+def test_permutation_test_equals_full_enumeration() -> None:
+    rng = np.random.default_rng(6)
+    difference = rng.normal(0.4, 1.0, 10)
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 10)).reshape(10, -1).T
+    exact = np.mean(np.abs(signs @ difference) >= abs(difference.sum()) - 1e-12)
+    result = permutation_test(difference, np.zeros(10), permutations=40_000)
+    assert 0.02 < exact < 0.98
+    assert result.p_value == pytest.approx(exact, abs=0.01)
+    assert permutation_test(difference, np.zeros(10)) == permutation_test(difference, np.zeros(10))
+
+
+def test_permutation_p_values_are_even_where_nothing_differs_and_small_where_it_does() -> None:
+    rng = np.random.default_rng(7)
+    p_values = []
+    for trial in range(200):
+        first, second = rng.random((2, 60))
+        result = permutation_test(first, second, seed=trial, permutations=300)
+        p_values.append(result.p_value)
+    assert stats.kstest(p_values, "uniform").pvalue > 0.01
+    assert permutation_test(first + 0.5, second).p_value < 1e-3
+    assert permutation_test(first, first).p_value == 1.0
+
+
+BAD = {
+    "empty": lambda: bootstrap_interval([]),
+    "nan": lambda: t_interval([0.1, np.nan]),
+    "lengths": lambda: paired_bootstrap(np.ones(3), np.ones(4)),
+    "seeds": lambda: paired_bootstrap(np.ones((3, 4)), np.ones((2, 4))),
+    "one query": lambda: paired_bootstrap([1.0], [0.0]),
+    "not hits": lambda: mcnemar([0.5, 1], [0, 1]),
+}
+
+
+@pytest.mark.parametrize("call", BAD.values(), ids=BAD)
+def test_bad_input_is_one_sentence(call: object) -> None:
+    assert callable(call)
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)

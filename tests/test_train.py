@@ -1,0 +1,208 @@
+"""The loop: world-size invariance, exact resume after SIGKILL, early stop, divergence."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowerray import methods
+from flowerray.data.store import build_store, resize_side
+from flowerray.errors import UserError
+from flowerray.rundir import RunDir
+from flowerray.train import (
+    DivergedError,
+    MovingAverage,
+    Progress,
+    Schedule,
+    TrainConfig,
+    make_optimizer,
+    note_epoch,
+    stopped_early,
+)
+from tests.train_process import train_small
+
+CLASSES, PER_CLASS = 10, 5
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A decoded store of 50 coloured noise images in 10 classes, as options of tests/train_process.py."""
+    folder = tmp_path_factory.mktemp("noise")
+    rng = np.random.default_rng(0)
+    paths = []
+    for c in range(CLASSES):
+        colour = rng.integers(40, 215, 3)
+        for n in range(PER_CLASS):
+            pixels = colour + rng.normal(0, 40, (40 + 2 * n, 44, 3))
+            paths.append(folder / f"{c}-{n}.png")
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(paths[-1])
+    build_store(paths, resize_side(32), progress=False)
+    store = build_store(paths, resize_side(32), progress=False)
+    targets = np.repeat(np.arange(CLASSES), PER_CLASS).tolist()
+    return {"store": str(store.folder), "targets": targets}
+
+
+def make_run(out: Path) -> None:
+    """A RUN folder as the driver makes it."""
+    RunDir(out).create({"test": True})
+
+
+def start(job: dict[str, Any]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "tests.train_process", json.dumps(job)])
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
+
+
+def test_two_workers_end_with_the_weights_of_one(job: dict[str, Any], tmp_path: Path) -> None:
+    """Same global batches, augmentation on, whole embedder trained, P = 8, K = 4, 20 steps, float64."""
+    # 20 chunks of 4 make 3 batches of P = 8 an epoch: 7 epochs are 21 steps.
+    options = {
+        "train": {"epochs": 7, "classes_per_batch": 8, "images_per_class": 4, "lr": 1e-3},
+        "methods": methods.names(),
+        "double": True,
+        **job,
+    }
+    processes = []
+    for world in (1, 2):
+        out = tmp_path / f"w{world}"
+        for method in methods.names():
+            make_run(Path(f"{out}-{method}"))
+        for rank in range(world):
+            more = {"out": str(out), "world": world, "rank": rank}
+            processes.append(start({**options, **more, "rendezvous": str(tmp_path / "rendezvous")}))
+    assert [process.wait(timeout=200) for process in processes] == [0, 0, 0]
+    for method in methods.names():
+        one, two = (torch.load(tmp_path / f"w{w}-{method}.pt", weights_only=True) for w in (1, 2))
+        before = train_small({**job, "method": method, "double": True, "out": str(tmp_path / f"w1-{method}"), "train": options["train"]}).state_dict()
+        assert largest_difference(one, two) <= 1e-5, method
+        assert largest_difference(one, before) == 0.0, f"{method}: the finished run trained on"
+        assert RunDir(tmp_path / f"w2-{method}").series("train/loss")[-1][0] == 21
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_a_killed_run_resumes_bit_equal(job: dict[str, Any], tmp_path: Path, method: str) -> None:
+    """SIGKILL at a random seeded step in mid-epoch; augmentation, EMA, warm-up and early stop are on."""
+    options = {
+        **job,
+        "validate": True,
+        "train": {
+            "epochs": 6, "classes_per_batch": 4, "images_per_class": 2, "lr": 1e-3, "ema": 0.9,
+            "warmup_epochs": 1.0, "patience": 5, "checkpoint_every_steps": 2,
+        },
+    }  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / f"killed-{method}"
+    make_run(whole)
+    make_run(killed)
+    expected = train_small({**options, "method": method, "out": str(whole)}).state_dict()
+
+    steps = RunDir(whole).records()[-1]["step"]
+    die_at = int(np.random.default_rng(len(method)).integers(steps // 3, steps - 3))
+    process = start({**options, "methods": [method], "out": str(tmp_path / "killed"), "die_at": die_at})
+    assert process.wait(timeout=100) == -9
+    assert max(r["step"] for r in RunDir(killed).records()) < die_at
+
+    resumed = train_small({**options, "method": method, "out": str(killed)}).state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+    state, reference = (
+        torch.load(folder / "checkpoints" / "last" / "state.pt", weights_only=True)
+        for folder in (killed, whole)
+    )
+    for name, value in reference["average"].items():
+        assert torch.equal(state["average"][name], value)
+    for mine, other in zip(RunDir(killed).records(), RunDir(whole).records(), strict=True):
+        assert mine["step"] == other["step"]
+        same = {k: v for k, v in other["metrics"].items() if is_exact(k)}
+        assert {k: v for k, v in mine["metrics"].items() if is_exact(k)} == same
+
+
+def is_exact(name: str) -> bool:
+    """Metrics that do not tell of time or of the machine."""
+    return not name.startswith("system/") and name not in (
+        "train/images_per_second",
+        "epoch/seconds",
+    )
+
+
+def test_a_diverged_loss_stops_the_run_and_names_the_step(job: dict[str, Any], tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    options = {"epochs": 4, "classes_per_batch": 4, "images_per_class": 2, "lr": 1.0, "grad_clip": 0, "head_lr_factor": 1e30}
+    with pytest.raises(DivergedError, match=r"became nan at step \d+ \(epoch \d\)"):
+        train_small({**job, "method": "center", "out": str(tmp_path / "run"), "train": options})
+    records = RunDir(tmp_path / "run").records()
+    assert all(np.isfinite(r["metrics"]["train/loss"]) for r in records)
+
+
+def test_a_checkpoint_of_another_method_is_refused(job: dict[str, Any], tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    options = {"epochs": 1, "classes_per_batch": 4, "images_per_class": 2}
+    train_small({**job, "method": "triplet", "out": str(tmp_path / "run"), "train": options})
+    with pytest.raises(UserError, match="does not fit this run"):
+        train_small({**job, "method": "center", "out": str(tmp_path / "run"), "train": options})
+
+
+def test_early_stop_counts_epochs_without_a_better_validation() -> None:
+    config = TrainConfig(patience=2)
+    progress = Progress()
+    best = [note_epoch(progress, {"val/map_at_r": value}) for value in (0.2, 0.5, 0.4, 0.5)]
+    assert best == [True, True, False, False]
+    assert stopped_early(config, progress)
+    assert (progress.best, progress.best_epoch, progress.epoch) == (0.5, 2, 4)
+    assert not stopped_early(TrainConfig(patience=0), progress)
+
+
+def test_without_validation_each_epoch_is_the_best() -> None:
+    progress = Progress()
+    assert note_epoch(progress, {}) and note_epoch(progress, {})
+    assert progress.bad_epochs == 0
+
+
+def test_schedule_warms_up_and_falls_to_zero() -> None:
+    schedule = Schedule(TrainConfig(epochs=10, warmup_epochs=2), steps_per_epoch=10)
+    factors = [schedule.factor(step) for step in range(100)]
+    assert np.all(np.diff(factors[:20]) > 0) and factors[20] == 1.0
+    assert np.all(np.diff(factors[20:]) < 0) and factors[-1] < 1e-3
+
+
+def test_optimizer_groups(job: dict[str, Any]) -> None:
+    """Every parameter once; the head and the loss's parameters learn faster; no decay on vectors."""
+    from flowerray.model import Embedder, EmbedderConfig
+
+    file = methods.get("center")
+    embedder = Embedder(EmbedderConfig(backbone="test_efficientnet", dim=16, image_size=32, weights="none"))
+    method = file.method(file.config(), embedder, 10)
+    optimizer = make_optimizer(TrainConfig(lr=1e-4, head_lr_factor=10, weight_decay=0.1), method)
+    rates = {id(p): (g["peak_lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(rates) == len(list(method.parameters()))
+    backbone = {id(p) for p in embedder.backbone_parameters()}
+    for name, parameter in method.named_parameters():
+        rate, decay = rates[id(parameter)]
+        assert rate == pytest.approx(1e-4 if id(parameter) in backbone else 1e-3), name
+        assert decay == (0.1 if parameter.ndim > 1 else 0.0), name
+
+
+def test_moving_average_follows_its_formula() -> None:
+    from flowerray.model import Embedder, EmbedderConfig
+
+    embedder = Embedder(EmbedderConfig(backbone="test_efficientnet", dim=8, image_size=32, weights="none"))
+    average = MovingAverage(embedder, 0.9)
+    weight = embedder.projection.weight
+    expected, generator = weight.detach().clone(), torch.Generator().manual_seed(0)
+    for _ in range(5):
+        with torch.no_grad():
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+        average.update(embedder)
+        expected = 0.9 * expected + 0.1 * weight.detach()
+    torch.testing.assert_close(average.state["projection.weight"], expected)
+    last = weight.detach().clone()
+    with average.swapped_into(embedder):
+        torch.testing.assert_close(embedder.projection.weight.detach(), expected)
+    assert torch.equal(embedder.projection.weight.detach(), last)

@@ -1,0 +1,81 @@
+"""One worker of a small training, as a process of its own: what the tests of resume and of world sizes start.
+
+    python -m tests.train_process '{"method": "triplet", "out": "...", "rank": 0, "world": 1, ...}'
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from flowerray import methods
+from flowerray.data.augment import AugmentConfig
+from flowerray.data.store import Store
+from flowerray.evaluate.measure import validation
+from flowerray.methods._base import Method
+from flowerray.model import Embedder, EmbedderConfig
+from flowerray.rundir import FolderReporter
+from flowerray.train import Data, TrainConfig, train
+
+
+class DyingReporter(FolderReporter):
+    """Kills its own process, without any clean-up, at one step."""
+
+    die_at = 0
+
+    def report(self, step: int, *args: Any, **more: Any) -> None:
+        """Dies instead of reporting."""
+        if self.die_at and step >= self.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().report(step, *args, **more)
+
+
+def train_small(job: dict[str, Any]) -> Method:
+    """Trains from plain options; see the two tests for their keys."""
+    torch.manual_seed(0)
+    config = TrainConfig(precision="fp32", log_every_steps=1, **job["train"])
+    file = methods.get(job["method"])
+    embedder = Embedder(
+        EmbedderConfig(backbone="test_efficientnet", dim=16, image_size=32, weights="none")
+    )
+    targets_N = np.array(job["targets"])
+    method = file.method(
+        file.config(**job.get("config", {})), embedder, num_classes=int(targets_N.max()) + 1
+    )
+    if job.get("double"):
+        method.double()
+    store = Store.open(Path(job["store"]))
+
+    def validate(embedder: Embedder) -> dict[str, float]:
+        return validation(embedder, store, targets_N, store, targets_N, self_gallery=True)
+
+    reporter = DyingReporter(Path(job["out"]), job.get("rank", 0), job.get("world", 1))
+    reporter.die_at = job.get("die_at", 0)
+    data = Data(store, targets_N, validate if job.get("validate") else None)
+    train(config, AugmentConfig(), method, data, reporter, run={"test": True})
+    return method
+
+
+def main(job: dict[str, Any]) -> None:
+    """Runs one job, in a gloo process group where there are several workers."""
+    torch.set_num_threads(1)
+    if job.get("world", 1) > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{job['rendezvous']}", rank=job["rank"], world_size=job["world"]
+        )
+    for method in job["methods"]:
+        trained = train_small({**job, "method": method, "out": f"{job['out']}-{method}"})
+        if job.get("rank", 0) == 0:
+            torch.save(trained.state_dict(), f"{job['out']}-{method}.pt")
+    if job.get("world", 1) > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
