@@ -1,7 +1,7 @@
 """flowerray: image-similarity models that are trained, tuned, hardened, measured and explained.
 
-`flowerray.load(RUN_or_file)` gives a trained `Embedder`: float32 pixels in [0,1] (BCHW) in, unit-norm embeddings (BD) out.
-"""
+`flowerray.load(RUN_or_file)` gives a trained `Embedder`: float32 pixels in [0,1] (BCHW) in,
+unit-norm embeddings (BD) out."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,8 @@
 """Checkpoints, exports, and what loads them again.
 
-A checkpoint folder holds `state.pt` (everything that exact resume needs) and `run.json`. An export is one `.pth` file that
-`torch.load(file, weights_only=True)` reads: embedder, method, run, threshold, classes.
-"""
+A checkpoint folder holds `state.pt` (everything that exact resume needs) and `run.json`. An export
+is one `.pth` file that `torch.load(file, weights_only=True)` reads: embedder, method, run,
+threshold, classes."""
 
 import json
 from pathlib import Path
@@ -21,11 +21,15 @@ EXPORT_KEYS = {"embedder", "method", "run", "threshold", "classes"}
 
 
 def split_state(method: Method) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The embedder's state and the rest of the method's (class weights, centers, a learned head)."""
+    """The embedder's state, and the rest of the method's (class weights, centers, a head)."""
     prefix = "embedder."
     state = method.state_dict()
     return (
-        {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)},
+        {
+            name.removeprefix(prefix): value
+            for name, value in state.items()
+            if name.startswith(prefix)
+        },
         {name: value for name, value in state.items() if not name.startswith(prefix)},
     )
 

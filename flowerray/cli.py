@@ -1,4 +1,4 @@
-"""The command line: one table of commands; every option is a field of a typed configuration (tyro)."""
+"""The command line: a table of commands; each option is a field of a typed configuration."""
 
 import os
 import signal
@@ -6,13 +6,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from flowerray.errors import UserError
 
 if TYPE_CHECKING:
     from flowerray.data.source import DataConfig
     from flowerray.run import Run
+    from flowerray.rundir import RunDir
 
 INTERRUPTED = 130
 
@@ -26,7 +27,9 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs one command and exits: 0 done, 2 the user's mistake (one sentence on standard error), 130 interrupted."""
+    """Runs one command and exits: 0 done, 2 the user's mistake (one sentence on standard error),
+    130 interrupted.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop` and cluster schedulers send it
     sys.exit(dispatch(words))
@@ -44,7 +47,10 @@ def dispatch(words: list[str]) -> int:
         return 0
     command = COMMANDS.get(words[0])
     if command is None:
-        print(f"flowerray: there is no command {words[0]!r}; `flowerray --help` lists them.", file=sys.stderr)
+        print(
+            f"flowerray: there is no command {words[0]!r}; `flowerray --help` lists them.",
+            file=sys.stderr,
+        )
         return 2
     try:
         return command.run(words[1:])
@@ -75,13 +81,15 @@ def usage() -> str:
 
 
 def parse(kind: Any, words: list[str], name: str, about: str = "", **more: Any) -> Any:
-    """tyro's parse of one command's words; on a fault it prints a box that says what is wrong, and exits with 2."""
+    """tyro's parse of one command's words; on a fault it prints a box that says what is wrong, and
+    exits with 2.
+    """
     import tyro
 
     return tyro.cli(kind, args=words, prog=f"flowerray {name}", description=about, **more)
 
 
-# --- train ------------------------------------------------------------------------------------------------------------
+# --- train ----------------------------------------------------------------------------------------
 
 
 def train(words: list[str]) -> int:
@@ -116,15 +124,17 @@ def take_method(command: str, words: list[str]) -> tuple[str, list[str]]:
 
 
 def parse_run(
-    name: str, method: str, words: list[str], preset: str = "laptop"
+    name: str, method: str, words: list[str], default_preset: str = "laptop"
 ) -> "tuple[Any, Run]":
-    """The options beside the run, and the run: a preset, or the run that is resumed, changed by the words.
+    """The options beside the run, and the run: a preset, or the run that is resumed, changed by the
+    words.
 
     Raises:
         UserError: a resumed run with options that differ from its run.json.
     """
     from argparse import ArgumentParser
 
+    import tyro
     from pydantic import Field, create_model
 
     from flowerray import methods
@@ -132,8 +142,9 @@ def parse_run(
     from flowerray.rundir import RunDir
 
     early = ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset", choices=list(PRESETS), default=preset)
+    early.add_argument("--preset", choices=list(PRESETS), default=default_preset)
     early.add_argument("--resume", type=Path)
+    early.add_argument("--from", dest="source", type=Path)
     chosen, _ = early.parse_known_args(words)
     config = methods.get(method).config
     old = None
@@ -142,24 +153,59 @@ def parse_run(
         if old.method_name != method:
             raise UserError(f"{chosen.resume} is a run of {old.method_name}, not of {method}.")
     start = old or PRESETS[chosen.preset](config())
+    if chosen.source is not None:
+        start = follow(RunDir(chosen.source), method)
 
     class Options(Run):
-        preset: Literal[tuple(PRESETS)] = preset  # type: ignore[valid-type]
+        preset: Literal[tuple(PRESETS)] = default_preset  # type: ignore[valid-type]
         """The run that the other options change."""
         out: Path | None = None
         """A new folder for the run; by default runs/METHOD-TIME."""
         resume: Path | None = None
         """Continue this interrupted run; options must not differ from its run.json."""
+        from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+        """For protocol `trainval`: the official run that the epochs and the threshold come from."""
 
-    kind = create_model("Options", __base__=Options, method=(config, Field(description="The loss.")))
+    kind = create_model(
+        "Options", __base__=Options, method=(config, Field(description="The loss."))
+    )
     parts = {field: getattr(start, field) for field in Run.model_fields}
     options = parse(kind, words, name, methods.get(method).summary, default=kind(**parts))
     run = Run(**{field: getattr(options, field) for field in Run.model_fields})
     if old is not None and (changed := differences(old, run)):
         raise UserError(
-            f"{chosen.resume} cannot be resumed with other options: {', '.join(changed)} differ from its run.json."
+            f"{chosen.resume} cannot be resumed with other options: {', '.join(changed)} differ "
+            "from its run.json."
         )
     return options, absolute(run)
+
+
+def follow(source: "RunDir", method: str) -> "Run":
+    """The `trainval` run that follows a finished official run: its options, epochs, threshold.
+
+    Raises:
+        UserError: the source is unfinished, or a run of another method or protocol.
+    """
+    import json
+
+    from flowerray.run import Run
+
+    run = Run.from_dict(source.read())
+    if run.method_name != method or run.data.protocol != "official":
+        raise UserError(
+            f"--from {source.path} has to be an official run of {method}, and is "
+            f"{run.data.protocol} of {run.method_name}."
+        )
+    if not source.thresholds.exists():
+        raise UserError(f"--from {source.path} has not finished: resume it first.")
+    found = json.loads(source.thresholds.read_text())
+    return run.model_copy(
+        update={
+            "data": run.data.model_copy(update={"protocol": "trainval"}),
+            "train": run.train.model_copy(update={"epochs": found["best_epoch"], "patience": 0}),
+            "threshold": found["threshold"],
+        }
+    )
 
 
 def absolute(run: "Run") -> "Run":
@@ -175,7 +221,9 @@ def absolute_data(data: "DataConfig") -> "DataConfig":
 
 
 def default_out(name: str) -> Path:
-    """runs/NAME-TIME; in a Ray job, whose working directory is a temporary copy, below FLOWERRAY_HOME."""
+    """runs/NAME-TIME; in a Ray job, whose working directory is a temporary copy, below
+    FLOWERRAY_HOME.
+    """
     from datetime import datetime
 
     from flowerray.files import home
@@ -184,12 +232,12 @@ def default_out(name: str) -> Path:
     return base / "runs" / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-# --- demo -------------------------------------------------------------------------------------------------------------
+# --- demo -----------------------------------------------------------------------------------------
 
 
 def demo(words: list[str]) -> int:
     """`flowerray demo`: the main job on rendered flowers, start to end."""
-    options, run = parse_run("demo", "triplet", words, preset="demo")
+    options, run = parse_run("demo", "triplet", words, default_preset="demo")
     from flowerray.cluster.fit import fit
     from flowerray.commands import evaluate_frozen, evaluate_model, open_model
     from flowerray.evaluate.measure import EvaluateConfig
@@ -206,12 +254,13 @@ def demo(words: list[str]) -> int:
     return 0
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def evaluate(words: list[str]) -> int:
     """`flowerray evaluate RUN [options]`."""
-    from flowerray.config import Config
+    import tyro
+
     from flowerray.data.source import DataConfig
     from flowerray.evaluate.measure import EvaluateConfig
     from flowerray.model import EmbedderConfig
@@ -232,31 +281,36 @@ def evaluate(words: list[str]) -> int:
         """The backbone that --frozen measures where no RUN is given."""
         frozen: bool = False
         """Measure the backbone's features as they came: the floor that a method has to beat."""
-        json: bool = False
+        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
         """Print one JSON object and nothing else."""
 
     start = Options()
     if model is not None:
         start = Options(data=model.run.data, embedder=model.run.embedder)
-    about = "Retrieval and verification of a trained model: RUN, an exported .pth, models:/... or runs:/..."
+    about = "Measures RUN: a folder, an exported .pth, models:/... or runs:/..."
     options = parse(Options, words, "evaluate RUN", about, default=start)
     data = absolute_data(options.data)
-    config = EvaluateConfig(split=options.split, gallery=options.gallery, batch_size=options.batch_size)
+    config = EvaluateConfig(
+        split=options.split, gallery=options.gallery, batch_size=options.batch_size
+    )
     if model is None and not options.frozen:
         raise UserError("name a RUN, or measure a backbone as it comes with --frozen.")
 
     from flowerray import commands, tables
 
-    assert issubclass(Options, Config)
     if options.frozen:
-        measurement = commands.evaluate_frozen(options.embedder, data, config, device, options.json)
+        measurement = commands.evaluate_frozen(
+            options.embedder, data, config, device, options.as_json
+        )
     else:
         assert model is not None
         other = data.root != model.run.data.root
-        whole = other and not any(w.startswith(("--data.train-per-class", "--data.protocol")) for w in words)
-        measurement = commands.evaluate_model(model, data, whole, config, options.json)
+        whole = other and not any(
+            w.startswith(("--data.train-per-class", "--data.protocol")) for w in words
+        )
+        measurement = commands.evaluate_model(model, data, whole, config, options.as_json)
     title = f"{options.embedder.backbone}, frozen" if options.frozen else str(name)
-    if options.json:
+    if options.as_json:
         print(tables.as_json({**measurement.metrics, "run": None if options.frozen else name}))
     else:
         print(tables.measurement(title, measurement))
@@ -268,7 +322,6 @@ def evaluate(words: list[str]) -> int:
 def similar(words: list[str]) -> int:
     """`flowerray similar RUN A.jpg B.jpg`."""
     import tyro
-    from pydantic import Field
 
     from flowerray import commands, tables
     from flowerray.config import Config
@@ -280,13 +333,13 @@ def similar(words: list[str]) -> int:
         """A photograph."""
         second: tyro.conf.Positional[Path]
         """Another photograph."""
-        json: bool = Field(False)
+        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
         """Print one JSON object and nothing else."""
 
     options = parse(Options, words, "similar", "Do two photographs show the same class?")
     model = commands.open_model(options.run, pick_device("auto"))
     result = commands.similar(model, options.first, options.second)
-    print(tables.as_json(result) if options.json else tables.similar(result))
+    print(tables.as_json(result) if options.as_json else tables.similar(result))
     return 0
 
 
@@ -309,16 +362,20 @@ def search(words: list[str]) -> int:
         """Neighbours to show."""
         sheet: Path = Path("search.png")
         """Where the picture of the query and its neighbours goes."""
-        json: bool = False
+        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
         """Print one JSON object and nothing else."""
 
-    options = parse(Options, words, "search", "The images of a folder that are most like a photograph.")
+    options = parse(
+        Options, words, "search", "The images of a folder that are most like a photograph."
+    )
     model = commands.open_model(options.run, pick_device("auto"))
     found = commands.search(
-        model, options.query, options.gallery, options.top, options.sheet, quiet=options.json
+        model, options.query, options.gallery, options.top, options.sheet, quiet=options.as_json
     )
-    if options.json:
-        rows = [{"image": str(n.path), "class": n.class_name, "similarity": n.similarity} for n in found]
+    if options.as_json:
+        rows = [
+            {"image": str(n.path), "class": n.class_name, "similarity": n.similarity} for n in found
+        ]
         print(tables.as_json({"query": str(options.query), "neighbours": rows}))
     else:
         print(tables.neighbours(found))
@@ -326,7 +383,7 @@ def search(words: list[str]) -> int:
     return 0
 
 
-# --- data, methods, tracking ------------------------------------------------------------------------------------------
+# --- data, methods, tracking ----------------------------------------------------------------------
 
 
 def data(words: list[str]) -> int:
@@ -351,7 +408,9 @@ def synthesize(words: list[str]) -> int:
         out: Path
         """A new folder for the set."""
 
-    options = parse(Options, words, "data synthesize", "Renders flowers in the Oxford layout, with masks.")
+    options = parse(
+        Options, words, "data synthesize", "Renders flowers in the Oxford layout, with masks."
+    )
     fields = {field: getattr(options, field) for field in SyntheticConfig.model_fields}
     print(synthesize(options.out.expanduser().absolute(), SyntheticConfig(**fields)))
     return 0
@@ -366,7 +425,9 @@ def fetch(words: list[str]) -> int:
         out: Path
         """A folder for the set; a download that was cut goes on from where it stopped."""
 
-    options = parse(Options, words, "data fetch", "Downloads Oxford Flowers-102 (330 MB and 200 MB of masks).")
+    options = parse(
+        Options, words, "data fetch", "Downloads Oxford Flowers-102 (330 MB and 200 MB of masks)."
+    )
     fetch(options.out.expanduser().absolute())
     print(options.out)
     return 0
@@ -383,11 +444,17 @@ def check(words: list[str]) -> int:
         root: tyro.conf.Positional[Path]
         """Oxford's layout, or one folder a class."""
 
-    options = parse(Options, words, "data check", "Lists what is wrong with a data set, file by file.")
+    options = parse(
+        Options, words, "data check", "Lists what is wrong with a data set, file by file."
+    )
     problems = check_dataset(options.root)
     for problem in problems:
         print(problem)
-    print(f"{options.root}: {len(problems)} problems" if problems else f"{options.root}: no problem found")
+    print(
+        f"{options.root}: {len(problems)} problems"
+        if problems
+        else f"{options.root}: no problem found"
+    )
     return 1 if problems else 0
 
 

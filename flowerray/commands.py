@@ -1,6 +1,7 @@
-"""What the commands on finished models do: evaluate, similar, search, demo; each returns plain data to print."""
+"""What the commands on finished models do: evaluate, similar, search, demo; each returns plain data
+to print.
+"""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,20 @@ from tqdm import tqdm
 from flowerray import checkpoint, tracking
 from flowerray.cluster.worker import PAIR_SEED
 from flowerray.data.dataset import Dataset
-from flowerray.data.folder import read_all
-from flowerray.data.oxford import is_oxford
-from flowerray.data.source import DataConfig, open_dataset
-from flowerray.data.store import Store, build_store, eval_image, resize_side
+from flowerray.data.images import eval_image, resize_side
+from flowerray.data.source import DataConfig, open_all, open_dataset
+from flowerray.data.store import Store, build_store
 from flowerray.errors import UserError
 from flowerray.evaluate.embed import embed
-from flowerray.evaluate.measure import EvaluateConfig, Measurement, frozen_pairs, measure, split_names
+from flowerray.evaluate.measure import (
+    EvaluateConfig,
+    Measurement,
+    frozen_pairs,
+    measure,
+    split_names,
+)
 from flowerray.evaluate.pairs import Pairs, load_pairs, save_pairs
 from flowerray.evaluate.sheet import Neighbour, SheetRow, measurement_rows, retrieval_sheet
-from flowerray.evaluate.statistics import Interval, bootstrap_interval
 from flowerray.model import Embedder, EmbedderConfig
 from flowerray.run import Run
 from flowerray.rundir import FolderReporter, RunDir
@@ -60,7 +65,7 @@ def open_model(name: str, device: torch.device) -> Model:
     )
 
 
-# --- evaluate ---------------------------------------------------------------------------------------------------------
+# --- evaluate -------------------------------------------------------------------------------------
 
 
 def evaluate_model(
@@ -73,9 +78,17 @@ def evaluate_model(
         whole: take every image of the set as query and gallery.
         quiet: no progress bars.
     """
-    dataset = open_whole(data) if whole else open_dataset(data, progress=not quiet)
+    if whole:
+        assert data.root is not None
+        dataset = open_all(data.root)
+    else:
+        dataset = open_dataset(data, progress=not quiet)
     own = data == model.run.data and model.folder is not None
-    pairs = stored_pairs(model, dataset, config.split) if own else new_pairs(model.run, dataset, config.split)
+    pairs = (
+        stored_pairs(model, dataset, config.split)
+        if own
+        else new_pairs(model.run, dataset, config.split)
+    )
     measurement = run_measure(
         model.embedder, dataset, config, pairs=pairs, threshold=model.threshold, quiet=quiet
     )
@@ -91,7 +104,9 @@ def evaluate_frozen(
     device: torch.device,
     quiet: bool = False,
 ) -> Measurement:
-    """Measures the pooled features of a backbone as it came: the floor that each method has to beat."""
+    """Measures the pooled features of a backbone as it came: the floor that each method has to
+    beat.
+    """
     embedder = Embedder(embedder_config).to(device)
     dataset = open_dataset(data, progress=not quiet)
     return run_measure(embedder, dataset, config, frozen=True, quiet=quiet)
@@ -117,32 +132,36 @@ def store_builder(image_size: int, quiet: bool) -> Any:
     return build
 
 
-def open_whole(data: DataConfig) -> Dataset:
-    """A set whose only split, "test", holds every image."""
-    assert data.root is not None
-    dataset = open_dataset(data, progress=False) if is_oxford(data.root) else read_all(data.root)
-    everything = np.sort(np.concatenate(list(dataset.splits.values())))
-    return Dataset(**{**vars(dataset), "splits": {"test": everything}})
-
-
 def new_pairs(run: Run, dataset: Dataset, split: str) -> Pairs | None:
-    """Fresh pairs of a split, from the fixed seed and the untrained backbone; None where none can be formed."""
+    """Fresh pairs of a split, from the fixed seed and the untrained backbone; None where none can
+    be formed.
+    """
     labels_N = dataset.split_labels(split)
     if len(np.unique(labels_N)) < 2 or len(labels_N) == len(np.unique(labels_N)):
         return None
     paths = [dataset.paths[i] for i in dataset.splits[split]]
     store = build_store(paths, resize_side(run.embedder.image_size), progress=False)
-    return frozen_pairs(Embedder(run.embedder, seed=run.train.seed), store, labels_N, seed=PAIR_SEED)
+    return frozen_pairs(
+        Embedder(run.embedder, seed=run.train.seed), store, labels_N, seed=PAIR_SEED
+    )
 
 
 def stored_pairs(model: Model, dataset: Dataset, split: str) -> Pairs | None:
-    """The run's pairs of a split; made and kept in RUN/pairs.json at the first evaluation of that split."""
+    """The run's pairs of a split; made and kept in RUN/pairs.json at the first evaluation of that
+    split.
+    """
     assert model.folder is not None
     path = model.folder.pairs
-    kept = {s: load_pairs(path, s, split_names(dataset, s)) for s in dataset.splits} if path.exists() else {}
+    kept = (
+        {s: load_pairs(path, s, split_names(dataset, s)) for s in dataset.splits}
+        if path.exists()
+        else {}
+    )
     if kept.get(split) is None:
         kept[split] = new_pairs(model.run, dataset, split)
-        known = {s: (pairs, split_names(dataset, s)) for s, pairs in kept.items() if pairs is not None}
+        known: dict[str, tuple[Pairs, Sequence[str]]] = {
+            s: (pairs, split_names(dataset, s)) for s, pairs in kept.items() if pairs is not None
+        }
         save_pairs(path, known, seed=PAIR_SEED)
     return kept[split]
 
@@ -151,28 +170,20 @@ def keep(model: Model, measurement: Measurement) -> None:
     """Notes an evaluation of the run's own data in the RUN folder and in MLflow."""
     assert model.folder is not None
     split, folder = measurement.metrics["split"], model.folder
-    numbers = {f"{split}/{k}": float(v) for k, v in measurement.metrics.items() if not isinstance(v, str)}
+    numbers = {
+        f"{split}/{k}": float(v) for k, v in measurement.metrics.items() if not isinstance(v, str)
+    }
     last = folder.records()[-1] if folder.metrics.exists() else {"step": 0, "epoch": 0}
     FolderReporter(folder.path).report(last["step"], last["epoch"], numbers)
     retrieval_sheet(measurement_rows(measurement), folder.plots / f"retrieval_{split}.png")
     tracking.sync(folder.path)
 
 
-def intervals(measurement: Measurement) -> dict[str, Interval]:
-    """Bootstrap intervals over queries of the three main figures."""
-    counted = measurement.per_query["num_relevant"] > 0
-    columns = {"recall_at_1": "hit", "r_precision": "r_precision", "map_at_r": "average_precision"}
-    return {
-        name: bootstrap_interval(measurement.per_query[column][counted].astype(float))
-        for name, column in columns.items()
-    }
-
-
-# --- similar and search -----------------------------------------------------------------------------------------------
+# --- similar and search ---------------------------------------------------------------------------
 
 
 def similar(model: Model, first: Path, second: Path) -> dict[str, Any]:
-    """Cosine of two photographs, and whether that counts as the same class at the frozen threshold."""
+    """Cosine of two photographs, and whether that is above the frozen threshold."""
     a_D, b_D = embed_files(model.embedder, [first, second])
     cosine = float(a_D @ b_D)
     return {"similarity": cosine, "threshold": model.threshold, "same": cosine >= model.threshold}
@@ -195,7 +206,8 @@ def search(
     itself = np.array([path.samefile(query) for path in dataset.paths])
     order = [g for g in np.argsort(-cosine_G, kind="stable") if not itself[g]][:top]
     found = [
-        Neighbour(dataset.paths[g], dataset.classes[dataset.labels_N[g]], float(cosine_G[g])) for g in order
+        Neighbour(dataset.paths[g], dataset.classes[dataset.labels_N[g]], float(cosine_G[g]))
+        for g in order
     ]
     if sheet is not None:
         retrieval_sheet([SheetRow(query, None, tuple(found))], sheet)
@@ -206,7 +218,7 @@ def gallery_of(folder: Path) -> Dataset:
     """Every image of a folder: Oxford's layout, one folder a class, or a flat folder of images."""
     if not folder.is_dir():
         raise UserError(f"--gallery {folder} is not a folder.")
-    return open_whole(DataConfig(root=folder))
+    return open_all(folder)
 
 
 def embed_files(embedder: Embedder, files: Sequence[Path]) -> NDArray[np.float64]:
@@ -220,8 +232,3 @@ def embed_files(embedder: Embedder, files: Sequence[Path]) -> NDArray[np.float64
     with torch.inference_mode():
         emb_ND = embedder(torch.stack(images).to(device).float() / 255)
     return emb_ND.cpu().numpy().astype(np.float64)
-
-
-def say(text: str) -> None:
-    """A line for the person at the terminal; standard output stays free for results."""
-    print(text, file=sys.stderr)

@@ -8,7 +8,9 @@ from flowerray.errors import UserError
 
 
 class Config(BaseModel):
-    """Frozen, refuses unknown keys; the docstring under a field is its help text and names its unit."""
+    """Frozen, refuses unknown keys; the docstring under a field is its help text and names its
+    unit.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

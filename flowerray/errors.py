@@ -2,4 +2,6 @@
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. The message says what is wrong, where, and what to do, in one sentence."""
+    """A mistake that the user can mend. The message says what is wrong, where, and what to do, in
+    one sentence.
+    """

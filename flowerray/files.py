@@ -11,7 +11,9 @@ from typing import Any
 
 
 def home() -> Path:
-    """`$FLOWERRAY_HOME`, by default `~/.cache/flowerray`: synthetic sets, decoded stores, runs of Ray jobs."""
+    """`$FLOWERRAY_HOME`, by default `~/.cache/flowerray`: synthetic sets, decoded stores, runs of
+    Ray jobs.
+    """
     return (
         Path(os.environ.get("FLOWERRAY_HOME") or Path.home() / ".cache" / "flowerray")
         .expanduser()
@@ -26,6 +28,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)
+    temporary.chmod(0o666 & ~_umask())  # mkstemp's own files are for the owner alone
     try:
         yield temporary
         os.replace(temporary, path)
@@ -37,11 +40,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends without an error.
 
-    A folder already at `path` is replaced; between the two renames a reader may find none, so readers
-    of a folder that is rewritten (checkpoints) also look at `path.old`.
-    """
+    A folder already at `path` is replaced; between the two renames a reader may find none, so
+    readers of a folder that is rewritten (checkpoints) also look at `path.old`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary.chmod(0o777 & ~_umask())
     old = path.with_name(path.name + ".old")
     try:
         yield temporary
@@ -52,6 +55,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -17,14 +17,16 @@ MARGIN = 1.15
 
 
 def faster_precision(embedder: Embedder, device: torch.device) -> Literal["fp32", "bf16"]:
-    """Times training steps in fp32 and in bf16 autocast, interleaved, and keeps the answer in FLOWERRAY_HOME.
+    """Times training steps in fp32 and in bf16 autocast, interleaved, and keeps the answer in
+    FLOWERRAY_HOME.
 
-    The key is backbone, image size, device, torch version and thread count. On CPUs bf16 slows depthwise
-    models down and nearly doubles ResNets' speed, so no rule of thumb replaces the measurement.
-    """
+    The key is backbone, image size, device, torch version and thread count. On CPUs bf16 slows
+    depthwise models down and nearly doubles ResNets' speed, so no rule of thumb replaces the
+    measurement."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     config = embedder.config
-    key = f"{config.backbone} {config.image_size} {name} torch{torch.__version__} {torch.get_num_threads()}t"
+    where = f"{name} torch{torch.__version__} {torch.get_num_threads()}t"
+    key = f"{config.backbone} {config.image_size} {where}"
     memory = home() / "precision.json"
     known = json.loads(memory.read_text()) if memory.exists() else {}
     if key not in known:

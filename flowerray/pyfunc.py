@@ -8,6 +8,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import pandas as pd
 import torch
 from mlflow.pyfunc import PythonModel
 from numpy.typing import NDArray
@@ -25,10 +26,10 @@ class EmbedderModel(PythonModel):
         """Loads the embedder on the CPU."""
         self.embedder = flowerray.load(context.artifacts["model"])
 
-    def predict(self, context, model_input, params=None) -> NDArray[np.float32]:  # type: ignore[no-untyped-def]
+    def predict(
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> NDArray[np.float32]:
         """Embeds a table's column `image`: JPEG or PNG files as bytes.
-
-        Without annotations on its arguments, which MLflow would take for a signature of its own.
 
         Returns:
             Unit-norm embeddings, float32 (N, D).

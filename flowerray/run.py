@@ -1,4 +1,6 @@
-"""A Run composes the parts' configurations; a preset is a function that returns one. `run.json` is a Run as a dict."""
+"""A Run composes the parts' configurations; a preset is a function that returns one. `run.json` is
+a Run as a dict.
+"""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -13,6 +15,7 @@ from flowerray.data.synthetic import SyntheticConfig
 from flowerray.errors import UserError
 from flowerray.methods._base import MethodConfig
 from flowerray.model import EmbedderConfig
+from flowerray.tracking import flatten
 from flowerray.train import TrainConfig
 
 
@@ -41,8 +44,8 @@ class Run(Config):
     train: TrainConfig = TrainConfig()
     """The optimisation."""
     threshold: float | None = Field(None, ge=-1, le=1)
-    """Cosine from which two photographs count as the same class; None = fitted on val. The protocol `trainval`
-    has no val and takes it from `--from RUN`."""
+    """Cosine from which two photographs count as the same class; None = fitted on val. The protocol
+    `trainval` has no val and takes it from `--from RUN`."""
     resources: ResourcesConfig = ResourcesConfig()
     """Workers and devices."""
 
@@ -73,24 +76,16 @@ class Run(Config):
         except (KeyError, UserError) as error:
             reason = str(error) if isinstance(error, UserError) else f"{error} is missing."
             raise UserError(
-                f"this run was written by flowerray {version} and does not fit {__version__}: {reason}"
+                f"a run written by flowerray {version} does not fit {__version__}: {reason}"
             ) from error
-
-
-def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"method": {"margin": 0.2}} as {"method.margin": 0.2}."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def differences(old: Run, new: Run) -> list[str]:
     """Dotted names of the options that differ; resources do not count."""
-    a, b = (flatten(run.model_copy(update={"resources": ResourcesConfig()}).to_dict()) for run in (old, new))
+    a, b = (
+        flatten(run.model_copy(update={"resources": ResourcesConfig()}).to_dict())
+        for run in (old, new)
+    )
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
@@ -108,12 +103,16 @@ def demo(method: MethodConfig) -> Run:
 
 
 def laptop(method: MethodConfig) -> Run:
-    """`flowerray train triplet`: the default, 128 px, lite0. 2 CPU cores: about 6 minutes on 1,020 images."""
+    """`flowerray train triplet`: the default, 128 px, lite0. 2 CPU cores: about 6 minutes on 1,020
+    images.
+    """
     return Run(method=method)
 
 
 def gpu(method: MethodConfig) -> Run:
-    """`flowerray train triplet --preset gpu`: 224 px, ConvNeXt-Tiny from the Hub, 512-d, 30 epochs, P 24 x K 4."""
+    """`flowerray train triplet --preset gpu`: 224 px, ConvNeXt-Tiny from the Hub, 512-d, 30 epochs,
+    P 24 x K 4.
+    """
     return Run(
         method=method,
         embedder=EmbedderConfig(

@@ -1,7 +1,7 @@
 """The RUN folder: its files, and the reporter that writes them.
 
-run.json  metrics.jsonl  checkpoints/{last,best}/  pairs.json  thresholds.json  *_model_<name>.pth  plots/  ray/
-"""
+run.json  metrics.jsonl  checkpoints/{last,best}/  pairs.json  thresholds.json  *_model_<name>.pth
+plots/  ray/"""
 
 import json
 import os
@@ -36,7 +36,8 @@ class RunDir:
         """Raises UserError where something is at the path already."""
         if self.path.exists():
             raise UserError(
-                f"{self.path} exists already: choose another --out, or continue it with --resume {self.path}."
+                f"{self.path} exists already: choose another --out, or continue it with "
+                f"--resume {self.path}."
             )
 
     def create(self, run: dict[str, Any]) -> None:
@@ -70,7 +71,7 @@ class RunDir:
         return content
 
     def checkpoint(self) -> Path | None:
-        """The newest whole checkpoint, or None. A kill between two renames leaves it at `last.old`."""
+        """The newest whole checkpoint, or None; a kill between two renames leaves `last.old`."""
         for folder in (self.last, self.last.with_name("last.old")):
             if folder.is_dir():
                 return folder
@@ -103,8 +104,8 @@ class FolderReporter:
         """The checkpoint to continue from, or None for a fresh start."""
         if not self.dir.run_json.exists():
             raise UserError(
-                f"worker {self.rank} does not see {self.dir.path}: --out has to be on a file system that "
-                "all nodes share."
+                f"worker {self.rank} does not see {self.dir.path}: --out has to be on a file system "
+                "that all nodes share."
             )
         return self.dir.checkpoint()
 
@@ -126,8 +127,8 @@ class FolderReporter:
     ) -> None:
         """Appends metrics, then writes checkpoints/best (if best), then checkpoints/last.
 
-        In that order a kill in between costs nothing: whatever is newer than `last` is made again, equal.
-        """
+        In that order a kill in between costs nothing: whatever is newer than `last` is made again,
+        equal."""
         if self.rank != 0:
             return
         if metrics:

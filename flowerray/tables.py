@@ -33,19 +33,23 @@ def as_json(content: dict[str, Any]) -> str:
 
 
 def measurement(title: str, result: Measurement) -> str:
-    """The metrics of one evaluation, with 95 % bootstrap intervals over queries where they are means of queries."""
+    """The metrics of one evaluation, with 95 % bootstrap intervals over queries where they are
+    means of queries.
+    """
     m = result.metrics
     lines = [
         title,
-        f"{m['num_queries']} {m['split']} queries, gallery {m['gallery']} of {m['num_gallery']} images, "
-        f"protocol {m['protocol']}",
+        f"{m['num_queries']} {m['split']} queries, gallery {m['gallery']} of {m['num_gallery']} "
+        f"images, protocol {m['protocol']}",
         "",
     ]
     for key, label in LABELS.items():
         if key in m:
             lines.append(f"  {label:<26}{m[key]:7.3f}  {interval(result, key)}".rstrip())
     if m["num_queries_without_match"]:
-        lines.append(f"  {m['num_queries_without_match']} queries have no image of their class to find: left out.")
+        lines.append(
+            f"  left out: {m['num_queries_without_match']} queries with none of their class to find"
+        )
     return "\n".join(lines)
 
 
@@ -60,7 +64,11 @@ def interval(result: Measurement, key: str) -> str:
 
 def compare(results: dict[str, Measurement]) -> str:
     """Several evaluations of the same queries side by side."""
-    keys = [k for k in ("recall_at_1", "recall_at_5", "map_at_r") if all(k in r.metrics for r in results.values())]
+    keys = [
+        k
+        for k in ("recall_at_1", "recall_at_5", "map_at_r")
+        if all(k in r.metrics for r in results.values())
+    ]
     head = f"  {'':<12}" + "".join(f"{LABELS[k]:<24}" for k in keys)
     lines = [head]
     for name, result in results.items():
@@ -72,11 +80,12 @@ def compare(results: dict[str, Measurement]) -> str:
 def training(out: Path, summary: dict[str, Any]) -> str:
     """How a training ended and what to do next."""
     minutes, seconds = divmod(round(summary["seconds"]), 60)
-    lines = [
-        f"trained   {summary['epochs']} epochs, {summary['steps']} steps, {minutes} min {seconds:02d} s",
-    ]
+    took = f"{minutes} min {seconds:02d} s"
+    lines = [f"trained   {summary['epochs']} epochs, {summary['steps']} steps, {took}"]
     if summary["val_map_at_r"] is not None:
-        lines.append(f"best      val MAP@R {summary['val_map_at_r']:.3f} after epoch {summary['best_epoch']}")
+        lines.append(
+            f"best      val MAP@R {summary['val_map_at_r']:.3f} after epoch {summary['best_epoch']}"
+        )
     lines += [f"model     {summary['model']}", f"next      flowerray evaluate {out} --split test"]
     return "\n".join(lines)
 

@@ -32,13 +32,13 @@ FOLDERS = ("plots", "checkpoints/best")
 PACKAGES = ("flowerray", "torch", "timm", "ray", "optuna", "mlflow")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-UNFINISHED = {
+UNFINISHED: dict[str, Any] = {
     "finished": None, "reason": None, "model_uri": None,
-    "described": False, "artifacts_sent": False, "closed": False,
+    "described": False, "closed": False,
 }  # fmt: skip
-UNSENT = {
+UNSENT: dict[str, Any] = {
     "experiment_id": None, "run_id": None, "model_uri": None, "lines_sent": 0, "last_line": "",
-    "described": False, "nested": False, "artifacts_sent": False, "closed": False,
+    "described": False, "nested": False, "artifacts_sent": {}, "closed": False,
 }  # fmt: skip
 log = logging.getLogger(__name__)
 _warned: set[Path] = set()
@@ -65,7 +65,8 @@ class State:
     """Hash of the last line sent: a resume rewrites metrics.jsonl."""
     finished: Status | None = None
     reason: str | None = None
-    artifacts_sent: bool = False
+    artifacts_sent: dict[str, list[int]] = field(default_factory=dict)
+    """Size in bytes and time of change of the files sent, by path in the RUN folder."""
     model_uri: str | None = None
     closed: bool = False
     """The final status is sent."""
@@ -167,7 +168,8 @@ def start(
 class LiveTracking:
     """While its block runs, a thread of the driver sends a RUN's metrics.
 
-    It never raises and never holds the block up.
+    The database is made before the block, and MLflow loaded, since two threads that load the same
+    large libraries may trip over each other. In the block nothing raises or holds it up.
     """
 
     def __init__(self, run_dir: Path, every: float = 5.0) -> None:
@@ -178,6 +180,7 @@ class LiveTracking:
         self._thread = threading.Thread(target=self._loop, daemon=True, name="flowerray-tracking")
 
     def __enter__(self) -> "LiveTracking":
+        prepare(self.run_dir, State.read(self.run_dir).experiment)
         self._thread.start()
         return self
 
@@ -206,6 +209,8 @@ def sync(run_dir: Path, strict: bool = False) -> bool:
 
 def finish(run_dir: Path, status: Status = "FINISHED", reason: str | None = None) -> bool:
     """Ends a run: last metrics, files, the model and the status are sent, now or by a later `sync`.
+
+    Files that change afterwards (an evaluation's plots) are sent by the `sync` that follows.
 
     Args:
         reason: why it failed or was stopped; becomes a tag.
@@ -256,11 +261,8 @@ def _attempt(run_dir: Path, action: Callable[[], object], strict: bool = False) 
         if run_dir not in _warned:
             _warned.add(run_dir)
             log.warning(
-                "Warning: MLflow at %s cannot be used (%s); metrics stay in the RUN folder, and "
-                "`flowerray track sync %s` sends them later.",
-                uri,
-                reason,
-                shlex.quote(str(run_dir)),
+                f"Warning: MLflow at {uri} cannot be used ({reason}); metrics stay in the RUN, "
+                f"and `flowerray track sync {shlex.quote(str(run_dir))}` sends them later."
             )
         return False
     return True
@@ -280,7 +282,7 @@ def _send(run_dir: Path) -> None:
             state.store(run_dir, tracking_uri=uri, **UNSENT)
         _send_run(client, state, run_dir, experiment_id)
         _send_metrics(client, state, run_dir)
-        if state.finished and not state.closed:
+        if state.finished:
             _send_results(client, state, run_dir)
 
 
@@ -322,22 +324,23 @@ def _send_metrics(client: Any, state: State, run_dir: Path) -> None:
 def _send_results(client: Any, state: State, run_dir: Path) -> None:
     assert state.run_id is not None and state.experiment_id is not None
     exports = _exports(run_dir)
-    if not state.artifacts_sent:
-        for file in [*(run_dir / name for name in FILES), *exports]:
-            if file.exists():
-                client.log_artifact(state.run_id, str(file))
-        for folder in FOLDERS:
-            if (run_dir / folder).is_dir():
-                client.log_artifacts(state.run_id, str(run_dir / folder), folder)
-        state.store(run_dir, artifacts_sent=True)
+    files = [run_dir / name for name in FILES] + exports
+    files += [file for folder in FOLDERS for file in sorted((run_dir / folder).rglob("*"))]
+    for file in filter(Path.is_file, files):
+        path, stamp = file.relative_to(run_dir), [file.stat().st_size, file.stat().st_mtime_ns]
+        if state.artifacts_sent.get(str(path)) != stamp:
+            folder = None if path.parent == Path(".") else str(path.parent)
+            client.log_artifact(state.run_id, str(file), folder)
+            state.store(run_dir, artifacts_sent=state.artifacts_sent | {str(path): stamp})
     if exports and state.finished == "FINISHED" and not state.model_uri:
         dim = RunDir(run_dir).read()["embedder"]["dim"]
         ids = state.experiment_id, state.run_id
         state.store(run_dir, model_uri=server.log_model(client, *ids, exports[0], dim))
-    if state.reason:
-        client.set_tag(state.run_id, "flowerray.reason", state.reason[:5000])
-    client.set_terminated(state.run_id, status=state.finished)
-    state.store(run_dir, closed=True)
+    if not state.closed:
+        if state.reason:
+            client.set_tag(state.run_id, "flowerray.reason", state.reason[:5000])
+        client.set_terminated(state.run_id, status=state.finished)
+        state.store(run_dir, closed=True)
 
 
 def _exports(run_dir: Path) -> list[Path]:

@@ -7,6 +7,7 @@ import re
 import socket
 import sqlite3
 import tempfile
+import warnings
 from collections.abc import Iterable
 from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
@@ -27,9 +28,10 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # by default a server that dies blocks for 245 s
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # by default a server that dies blocks for 245 s
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout may carry --json
     "GIT_PYTHON_REFRESH": "quiet",
 }
 EXPORTS = ("best_model_*.pth", "robust_model_*.pth")
@@ -94,7 +96,7 @@ def open_experiment(uri: str, name: str) -> tuple[Any, str]:
         client = connect(uri)
         return client, _find_or_make(client, name, None)
     database.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{database}.lock", timeout=120):
+    with filelock.FileLock(f"{database}.lock", timeout=60):
         fresh = not database.exists()
         client = connect(uri)
         found = _find_or_make(client, name, f"file://{database.parent / 'mlartifacts'}")
@@ -179,13 +181,15 @@ def log_model(client: Any, experiment_id: str, run_id: str, export: Path, dim: i
     packages = ("mlflow", "torch", "timm", "numpy", "pillow", "pydantic")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        mlflow.pyfunc.save_model(
-            folder,
-            python_model=str(Path(__file__).with_name("pyfunc.py")),
-            artifacts={"model": str(export)},
-            signature=ModelSignature(inputs, outputs),
-            pip_requirements=[f"{package}=={installed(package)}" for package in packages],
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice to add an input example
+            mlflow.pyfunc.save_model(
+                folder,
+                python_model=str(Path(__file__).with_name("pyfunc.py")),
+                artifacts={"model": str(export)},
+                signature=ModelSignature(inputs, outputs),
+                pip_requirements=[f"{package}=={installed(package)}" for package in packages],
+            )
         model = client.create_logged_model(
             experiment_id, export.stem, run_id, model_type="embedder"
         )

@@ -1,4 +1,5 @@
-"""The training loop: pure torch, read top to bottom. It knows neither Ray nor MLflow; its reporter is its only way out.
+"""The training loop: pure torch, read top to bottom. It knows neither Ray nor MLflow; its reporter
+is its only way out.
 
 Letters: N training images, B images of the global batch, b of this worker's slice.
 """
@@ -54,9 +55,13 @@ class TrainConfig(Config):
     grad_clip: float = Field(5.0, ge=0)
     """Largest global L2 norm of the gradient; 0 = no clipping."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 = autocast; auto = whichever trains faster with this backbone on this device, measured once."""
+    """bf16 = autocast; auto = whichever trains faster with this backbone on this device, measured
+    once.
+    """
     ema: float = Field(0.0, ge=0, lt=1)
-    """Decay a step of the weights' moving average, which is then what is validated and exported; 0 = off."""
+    """Decay a step of the weights' moving average, which is then what is validated and exported; 0
+    = off.
+    """
     compile: bool = False
     """Compile the embedder with torch.compile."""
     patience: int = Field(0, ge=0)
@@ -100,7 +105,9 @@ class Data(NamedTuple):
     targets_N: NDArray[np.int64]
     """Their classes, 0..num_classes-1."""
     validate: Callable[[Embedder], dict[str, float]] | None
-    """Metrics of an embedder under names `val/...`; every rank calls it. None where a protocol has no val split."""
+    """Metrics of an embedder under names `val/...`; every rank calls it. None where a protocol has
+    no val split.
+    """
 
 
 class DivergedError(UserError):
@@ -146,18 +153,27 @@ def train(
     """Trains `method` in place and reports as it goes.
 
     Args:
-        method: on the device that it trains on; not wrapped in DDP. With several workers a process group is up.
+        method: on the device that it trains on; not wrapped in DDP. With several workers a process
+            group is up.
         run: stored with each checkpoint.
 
     Raises:
         DivergedError: the loss is not finite; names the step.
-        UserError: the batch does not fit the data or the workers; the checkpoint is of another method.
+        UserError: the batch does not fit the data or the workers; the checkpoint is of another
+            method.
     """
     device = next(method.parameters()).device
     size = method.embedder.image_size
-    sampler = PKSampler(data.targets_N, config.classes_per_batch, config.images_per_class, config.seed)
+    sampler = PKSampler(
+        data.targets_N, config.classes_per_batch, config.images_per_class, config.seed
+    )
     batches = Batches(
-        data.store, data.targets_N, sampler, rank=reporter.rank, world=reporter.world, device=device,
+        data.store,
+        data.targets_N,
+        sampler,
+        rank=reporter.rank,
+        world=reporter.world,
+        device=device,
         draw=lambda epoch, step, batch: draw(config.seed, epoch, step, batch),
     )
     schedule = Schedule(config, sampler.steps)
@@ -183,7 +199,7 @@ def train(
     if config.compile:
         method.embedder.compile()
     if reporter.world > 1:
-        # Buffers never differ between ranks: norms are frozen (or synchronised), centers follow the global batch.
+        # Buffers never differ between ranks: norms are frozen, centers follow the global batch.
         ids = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False)
 
@@ -193,7 +209,9 @@ def train(
         method.train()
         for batch in batches.epoch(epoch, start_step=progress.step_in_epoch):
             method.seed = (config.seed, epoch, batch.step)
-            torch.manual_seed(hash((config.seed, epoch, batch.step, reporter.rank)) % 2**63)  # dropout
+            torch.manual_seed(
+                hash((config.seed, epoch, batch.step, reporter.rank)) % 2**63
+            )  # dropout
             schedule.apply(optimizer, progress.step)
 
             images = augment(batch.images, batch.sizes, batch.uniforms, size, augment_config)
@@ -216,9 +234,16 @@ def train(
             if saves or ends_epoch or progress.step % config.log_every_steps == 0:
                 metrics = window.read()
                 metrics["train/lr"] = optimizer.param_groups[0]["lr"]
-                reporter.report(progress.step, epoch + 1, {**metrics, **system.sample()}, save if saves else None)
+                reporter.report(
+                    progress.step,
+                    epoch + 1,
+                    {**metrics, **system.sample()},
+                    save if saves else None,
+                )
 
-        metrics = {f"epoch/{name}": total / sampler.steps for name, total in progress.epoch_curves.items()}
+        metrics = {
+            f"epoch/{name}": total / sampler.steps for name, total in progress.epoch_curves.items()
+        }
         if data.validate:
             with average.swapped_into(method.embedder) if average else nullcontext():
                 metrics |= data.validate(method.embedder)
@@ -226,11 +251,15 @@ def train(
         metrics["epoch/seconds"] = window.elapsed()
         reporter.report(progress.step, progress.epoch, metrics, save, best)
 
-    return Result(progress.epoch, progress.step, progress.best, progress.best_epoch, progress.seconds)
+    return Result(
+        progress.epoch, progress.step, progress.best, progress.best_epoch, progress.seconds
+    )
 
 
 def note_epoch(progress: Progress, metrics: dict[str, float]) -> bool:
-    """Moves `progress` past an epoch; True where its validation is the best so far (or there is none)."""
+    """Moves `progress` past an epoch; True where its validation is the best so far (or there is
+    none).
+    """
     value = metrics.get(SELECTION)
     best = value is None or value > progress.best
     progress.epoch += 1
@@ -248,7 +277,9 @@ def stopped_early(config: TrainConfig, progress: Progress) -> bool:
 
 
 class Schedule:
-    """Linear warm-up, then a cosine to zero; a function of the step alone, so there is no state to save."""
+    """Linear warm-up, then a cosine to zero; a function of the step alone, so there is no state to
+    save.
+    """
 
     def __init__(self, config: TrainConfig, steps_per_epoch: int) -> None:
         self.total = config.epochs * steps_per_epoch
@@ -258,7 +289,9 @@ class Schedule:
         """The share of the peak learning rate at `step`, counted from 0."""
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.total - self.warmup)))
+        return 0.5 * (
+            1 + math.cos(math.pi * (step - self.warmup) / max(1, self.total - self.warmup))
+        )
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Sets each group's learning rate."""
@@ -267,7 +300,9 @@ class Schedule:
 
 
 def make_optimizer(config: TrainConfig, method: Method) -> torch.optim.Optimizer:
-    """AdamW in four groups: backbone and head (with the loss parameters), each with and without weight decay."""
+    """AdamW in four groups: backbone and head (with the loss parameters), each with and without
+    weight decay.
+    """
     backbone = {id(p) for p in method.embedder.backbone_parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in method.parameters():
@@ -309,7 +344,9 @@ def make_autocast(
 
 
 class MovingAverage:
-    """Exponential moving average of an embedder's weights. Polyak & Juditsky 1992; decay as in timm's ModelEmaV2."""
+    """Exponential moving average of an embedder's weights. Polyak & Juditsky 1992; decay as in
+    timm's ModelEmaV2.
+    """
 
     def __init__(self, embedder: Embedder, decay: float) -> None:
         self.decay = decay
@@ -370,8 +407,8 @@ class Window:
         for step, loss in enumerate(rows[:, 0].tolist(), start=first):
             if not math.isfinite(loss):
                 raise DivergedError(
-                    f"the loss became {loss} at step {step} (epoch {self.progress.epoch + 1}): lower --train.lr "
-                    "or --train.head-lr-factor, or use --train.precision fp32."
+                    f"the loss became {loss} at step {step} (epoch {self.progress.epoch + 1}): "
+                    "lower --train.lr or --train.head-lr-factor, or use --train.precision fp32."
                 )
         for name, total in zip(self.names, rows.sum(0).tolist(), strict=True):
             self.progress.epoch_curves[name] = self.progress.epoch_curves.get(name, 0.0) + total
@@ -407,8 +444,8 @@ def load(
         optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
-            f"{folder} does not fit this run (another method, backbone or embedding size): resume with the "
-            "options of its run.json."
+            f"{folder} does not fit this run (another method, backbone or embedding size): resume "
+            "with the options of its run.json."
         ) from error
     if average:
         if state["average"] is None:

@@ -1,4 +1,6 @@
-"""Trains the center method: `ray job submit --working-dir . -- python jobs/train_center.py [options]`."""
+"""Trains the center method: `ray job submit --working-dir . -- python jobs/train_center.py
+[options]`.
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""Trains the siamese method: `ray job submit --working-dir . -- python jobs/train_siamese.py [options]`."""
+"""Trains the siamese method: `ray job submit --working-dir . -- python jobs/train_siamese.py
+[options]`.
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""Trains the triplet method: `ray job submit --working-dir . -- python jobs/train_triplet.py [options]`."""
+"""Trains the triplet method: `ray job submit --working-dir . -- python jobs/train_triplet.py
+[options]`.
+"""
 
 import sys
 

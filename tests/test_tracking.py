@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ def test_a_trial_is_tracked_where_its_study_is(tmp_path: Path) -> None:
 def test_importing_and_starting_load_no_mlflow(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib; from flowerray import tracking; "
-        f"tracking.start(pathlib.Path({str(tmp_path)!r}), 'a', {{}}); assert 'mlflow' not in sys.modules"
+        f"tracking.start(pathlib.Path({str(tmp_path)!r}), 'a', {{}}); "
+        "assert not {'mlflow', 'torch', 'ray'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -136,6 +138,33 @@ def test_prepare_makes_database_and_experiment(database: Path) -> None:
         assert connection.execute(query).fetchone() == (f"file://{database.parent}/mlartifacts",)
 
 
+def test_a_fresh_database_is_opened_by_one_driver_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[int] = []
+    most: list[int] = []
+
+    class SlowClient:
+        """Stands in for the migrations."""
+
+        def __init__(self) -> None:
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.02)
+
+        def get_experiment_by_name(self, name: str) -> None:
+            return None
+
+        def create_experiment(self, name: str, artifact_location: str) -> str:
+            inside.pop()
+            return "1"
+
+    monkeypatch.setattr(tracking_server, "connect", lambda uri: SlowClient())
+    with ThreadPoolExecutor(6) as pool:
+        made = list(pool.map(lambda i: tracking.prepare(tmp_path / "runs" / str(i)), range(6)))
+    assert made == [True] * 6 and most == [1] * 6
+
+
 RACE = """
 import sys, time, pathlib
 from flowerray import tracking
@@ -147,10 +176,11 @@ sys.exit(not tracking.prepare(run))
 """
 
 
-def race(tmp_path: Path, processes: int) -> None:
-    """Several drivers open a fresh database at the same moment."""
+@pytest.mark.slow
+def test_four_drivers_prepare_at_once(tmp_path: Path) -> None:
+    """The same with MLflow itself, whose migrations break each other without a lock."""
     go, runs = tmp_path / "go", tmp_path / "runs"
-    ready = [tmp_path / f"ready{i}" for i in range(processes)]
+    ready = [tmp_path / f"ready{i}" for i in range(4)]
     started = [
         subprocess.Popen(
             [sys.executable, "-c", RACE, str(file), str(go), str(runs / str(i))],
@@ -172,13 +202,27 @@ def race(tmp_path: Path, processes: int) -> None:
         assert connection.execute(query).fetchone() == (1,)
 
 
+FLOW = """
+import sys, pathlib
+from flowerray import tracking
+run = pathlib.Path(sys.argv[1])
+with tracking.LiveTracking(run):
+    pass
+assert tracking.finish(run)
+assert tracking.register(run, "flowers", "champion") == "1"
+assert tracking.resolve("models:/flowers@champion").suffix == ".pth"
+"""
+
+
 @pytest.mark.slow
-def test_four_drivers_prepare_at_once(tmp_path: Path) -> None:
-    race(tmp_path, 4)
-
-
-def test_two_drivers_prepare_at_once(tmp_path: Path) -> None:
-    race(tmp_path, 2)
+def test_mlflow_prints_nothing(tmp_path: Path, export: bytes) -> None:
+    """From a fresh database to a registered model, without a line of MLflow's own."""
+    run_dir = make_run(tmp_path, records=2)
+    (run_dir / "best_model_triplet_loss.pth").write_bytes(export)
+    done = subprocess.run(
+        [sys.executable, "-c", FLOW, str(run_dir)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # ---- what MLflow ends up with
@@ -280,10 +324,19 @@ def test_an_end_sends_files_and_status(runs: Path) -> None:
     assert tracking.finish(run_dir, "FAILED", "the loss is not finite at step 2")
     run = client(run_dir).get_run(tracking.run_id(run_dir))
     assert run.info.status == "FAILED" and "step 2" in run.data.tags["flowerray.reason"]
-    paths = {str(p.relative_to(runs)) for p in (runs / "mlartifacts").rglob("*") if p.is_file()}
-    base = f"mlartifacts/{run.info.run_id}/artifacts"
-    names = ("run.json", "metrics.jsonl", "plots/roc.png", "checkpoints/best/state.pt")
-    assert paths == {f"{base}/{name}" for name in names}
+    base = runs / "mlartifacts" / run.info.run_id / "artifacts"
+    names = {"run.json", "metrics.jsonl", "plots/roc.png", "checkpoints/best/state.pt"}
+    assert {str(p.relative_to(base)) for p in base.rglob("*") if p.is_file()} == names
+
+    # Later changes are sent, and only they.
+    (base / "run.json").unlink()
+    (run_dir / "plots" / "retrieval.png").write_bytes(b"new")
+    (run_dir / "plots" / "roc.png").write_bytes(b"changed")
+    assert tracking.sync(run_dir)
+    names = names - {"run.json"} | {"plots/retrieval.png"}
+    assert {str(p.relative_to(base)) for p in base.rglob("*") if p.is_file()} == names
+    assert (base / "plots" / "roc.png").read_bytes() == b"changed"
+    assert client(run_dir).get_run(run.info.run_id).info.status == "FAILED"
 
     tracking.start(run_dir, "triplet-1", RUN, experiment="here")  # resumed
     append(run_dir, range(3, 4))
@@ -525,3 +578,21 @@ def test_nothing_to_register_is_a_warning(runs: Path, caplog: pytest.LogCaptureF
 def test_flatten() -> None:
     nested = {"a": {"b": {"c": 1}, "d": [1]}, "e": None}
     assert tracking.flatten(nested) == {"a.b.c": 1, "a.d": [1], "e": None}
+
+
+def test_two_writers_of_the_state_keep_each_others_changes(tmp_path: Path) -> None:
+    """`finish` notes the end while the live thread notes what it sent."""
+    sender, ender = tracking.State.read(tmp_path), tracking.State.read(tmp_path)
+    sender.store(tmp_path, run_id="a")
+    ender.store(tmp_path, finished="KILLED")
+    sender.store(tmp_path, lines_sent=3)
+    state = tracking.State.read(tmp_path)
+    assert (
+        (state.run_id, state.finished, state.lines_sent)
+        == ("a", "KILLED", 3)
+        == (
+            sender.run_id,
+            sender.finished,
+            sender.lines_sent,
+        )
+    )

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from flowerray import methods
-from flowerray.data.store import build_store, resize_side
+from flowerray.data.images import resize_side
+from flowerray.data.store import build_store
 from flowerray.errors import UserError
 from flowerray.rundir import RunDir
 from flowerray.train import (
@@ -32,7 +33,9 @@ CLASSES, PER_CLASS = 10, 5
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A decoded store of 50 coloured noise images in 10 classes, as options of tests/train_process.py."""
+    """A decoded store of 50 coloured noise images in 10 classes, as options of
+    tests/train_process.py.
+    """
     folder = tmp_path_factory.mktemp("noise")
     rng = np.random.default_rng(0)
     paths = []
@@ -63,7 +66,9 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 
 def test_two_workers_end_with_the_weights_of_one(job: dict[str, Any], tmp_path: Path) -> None:
-    """Same global batches, augmentation on, whole embedder trained, P = 8, K = 4, 20 steps, float64."""
+    """Same global batches, augmentation on, whole embedder trained, P = 8, K = 4, 20 steps,
+    float64.
+    """
     # 20 chunks of 4 make 3 batches of P = 8 an epoch: 7 epochs are 21 steps.
     options = {
         "train": {"epochs": 7, "classes_per_batch": 8, "images_per_class": 4, "lr": 1e-3},
@@ -82,7 +87,15 @@ def test_two_workers_end_with_the_weights_of_one(job: dict[str, Any], tmp_path: 
     assert [process.wait(timeout=200) for process in processes] == [0, 0, 0]
     for method in methods.names():
         one, two = (torch.load(tmp_path / f"w{w}-{method}.pt", weights_only=True) for w in (1, 2))
-        before = train_small({**job, "method": method, "double": True, "out": str(tmp_path / f"w1-{method}"), "train": options["train"]}).state_dict()
+        before = train_small(
+            {
+                **job,
+                "method": method,
+                "double": True,
+                "out": str(tmp_path / f"w1-{method}"),
+                "train": options["train"],
+            }
+        ).state_dict()
         assert largest_difference(one, two) <= 1e-5, method
         assert largest_difference(one, before) == 0.0, f"{method}: the finished run trained on"
         assert RunDir(tmp_path / f"w2-{method}").series("train/loss")[-1][0] == 21
@@ -90,7 +103,9 @@ def test_two_workers_end_with_the_weights_of_one(job: dict[str, Any], tmp_path: 
 
 @pytest.mark.parametrize("method", methods.names())
 def test_a_killed_run_resumes_bit_equal(job: dict[str, Any], tmp_path: Path, method: str) -> None:
-    """SIGKILL at a random seeded step in mid-epoch; augmentation, EMA, warm-up and early stop are on."""
+    """SIGKILL at a random seeded step in mid-epoch; augmentation, EMA, warm-up and early stop are
+    on.
+    """
     options = {
         **job,
         "validate": True,
@@ -106,7 +121,9 @@ def test_a_killed_run_resumes_bit_equal(job: dict[str, Any], tmp_path: Path, met
 
     steps = RunDir(whole).records()[-1]["step"]
     die_at = int(np.random.default_rng(len(method)).integers(steps // 3, steps - 3))
-    process = start({**options, "methods": [method], "out": str(tmp_path / "killed"), "die_at": die_at})
+    process = start(
+        {**options, "methods": [method], "out": str(tmp_path / "killed"), "die_at": die_at}
+    )
     assert process.wait(timeout=100) == -9
     assert max(r["step"] for r in RunDir(killed).records()) < die_at
 
@@ -132,9 +149,18 @@ def is_exact(name: str) -> bool:
     )
 
 
-def test_a_diverged_loss_stops_the_run_and_names_the_step(job: dict[str, Any], tmp_path: Path) -> None:
+def test_a_diverged_loss_stops_the_run_and_names_the_step(
+    job: dict[str, Any], tmp_path: Path
+) -> None:
     make_run(tmp_path / "run")
-    options = {"epochs": 4, "classes_per_batch": 4, "images_per_class": 2, "lr": 1.0, "grad_clip": 0, "head_lr_factor": 1e30}
+    options = {
+        "epochs": 4,
+        "classes_per_batch": 4,
+        "images_per_class": 2,
+        "lr": 1.0,
+        "grad_clip": 0,
+        "head_lr_factor": 1e30,
+    }
     with pytest.raises(DivergedError, match=r"became nan at step \d+ \(epoch \d\)"):
         train_small({**job, "method": "center", "out": str(tmp_path / "run"), "train": options})
     records = RunDir(tmp_path / "run").records()
@@ -173,15 +199,25 @@ def test_schedule_warms_up_and_falls_to_zero() -> None:
 
 
 def test_optimizer_groups(job: dict[str, Any]) -> None:
-    """Every parameter once; the head and the loss's parameters learn faster; no decay on vectors."""
+    """Every parameter once; head and loss parameters learn faster; no decay on vectors."""
     from flowerray.model import Embedder, EmbedderConfig
 
     file = methods.get("center")
-    embedder = Embedder(EmbedderConfig(backbone="test_efficientnet", dim=16, image_size=32, weights="none"))
+    embedder = Embedder(
+        EmbedderConfig(backbone="test_efficientnet", dim=16, image_size=32, weights="none")
+    )
     method = file.method(file.config(), embedder, 10)
     optimizer = make_optimizer(TrainConfig(lr=1e-4, head_lr_factor=10, weight_decay=0.1), method)
-    rates = {id(p): (g["peak_lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(rates) == len(list(method.parameters()))
+    rates = {
+        id(p): (g["peak_lr"], g["weight_decay"])
+        for g in optimizer.param_groups
+        for p in g["params"]
+    }
+    assert (
+        sum(len(g["params"]) for g in optimizer.param_groups)
+        == len(rates)
+        == len(list(method.parameters()))
+    )
     backbone = {id(p) for p in embedder.backbone_parameters()}
     for name, parameter in method.named_parameters():
         rate, decay = rates[id(parameter)]
@@ -192,7 +228,9 @@ def test_optimizer_groups(job: dict[str, Any]) -> None:
 def test_moving_average_follows_its_formula() -> None:
     from flowerray.model import Embedder, EmbedderConfig
 
-    embedder = Embedder(EmbedderConfig(backbone="test_efficientnet", dim=8, image_size=32, weights="none"))
+    embedder = Embedder(
+        EmbedderConfig(backbone="test_efficientnet", dim=8, image_size=32, weights="none")
+    )
     average = MovingAverage(embedder, 0.9)
     weight = embedder.projection.weight
     expected, generator = weight.detach().clone(), torch.Generator().manual_seed(0)

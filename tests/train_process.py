@@ -1,4 +1,5 @@
-"""One worker of a small training, as a process of its own: what the tests of resume and of world sizes start.
+"""One worker of a small training, as a process of its own: what the tests of resume and of world
+sizes start.
 
     python -m tests.train_process '{"method": "triplet", "out": "...", "rank": 0, "world": 1, ...}'
 """
@@ -67,7 +68,10 @@ def main(job: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     if job.get("world", 1) > 1:
         dist.init_process_group(
-            "gloo", init_method=f"file://{job['rendezvous']}", rank=job["rank"], world_size=job["world"]
+            "gloo",
+            init_method=f"file://{job['rendezvous']}",
+            rank=job["rank"],
+            world_size=job["world"],
         )
     for method in job["methods"]:
         trained = train_small({**job, "method": method, "out": f"{job['out']}-{method}"})

@@ -1,10 +1,10 @@
-"""One training from the driver's side: prepares the RUN, starts 0..N workers, shows progress, keeps MLflow fed."""
+"""One training from the driver's side: prepares the RUN, starts 0..N workers, shows progress, keeps
+MLflow fed.
+"""
 
-import os
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from flowerray.cluster.worker import build_method, pick_device, split_store, wor
 from flowerray.data.batches import PKSampler
 from flowerray.data.source import open_dataset
 from flowerray.errors import UserError
-from flowerray.run import Run, flatten
+from flowerray.report.curves import plot_training
+from flowerray.run import Run
 from flowerray.rundir import FolderReporter, RunDir
 from flowerray.train import DivergedError
 
@@ -46,29 +47,29 @@ def fit(run: Run, out: Path, resume: bool = False, quiet: bool = False) -> dict[
     else:
         folder.create(run.to_dict())
 
-    tracked = tracking.start(
-        folder.path, name=folder.path.name, params=flatten(run.to_dict()), tags=tags
-    )
-    status, reason = "KILLED", "interrupted"
+    tracking.start(folder.path, name=folder.path.name, params=run.to_dict(), tags=tags)
+    status: tracking.Status = "KILLED"
+    reason: str | None = "interrupted"
     try:
-        with tracking.LiveTracking(folder.path), progress_line(folder, total_steps, quiet):
+        with tracking.LiveTracking(folder.path), Progress(folder, total_steps, quiet):
             if run.resources.workers == 0:
                 device = pick_device(run.resources.device)
                 summary = work(run, FolderReporter(folder.path), device)
             else:
                 summary = fit_on_ray(run, folder)
-        status, reason = "FINISHED", ""
+        plot_training(folder, folder.plots / "training.png")
+        status, reason = "FINISHED", None
     except Exception as error:
         status, reason = "FAILED", str(error).splitlines()[0]
         raise
     finally:
         tracking.finish(folder.path, status, reason)
-    del tracked
     return summary
 
 
 def prepare(run: Run, quiet: bool = False) -> tuple[dict[str, str], int]:
-    """Builds the decoded stores on this node and finds the configuration's faults before a cluster starts.
+    """Builds the decoded stores on this node and finds the configuration's faults before a cluster
+    starts.
 
     Returns:
         The data set's tags and the number of steps of the whole run.
@@ -77,9 +78,19 @@ def prepare(run: Run, quiet: bool = False) -> tuple[dict[str, str], int]:
         UserError: bad data, backbone, weights, or a batch that does not fit.
     """
     dataset = open_dataset(run.data, progress=not quiet)
+    if "val" not in dataset.splits and run.threshold is None:
+        raise UserError(
+            f"protocol {dataset.protocol} has no val split to fit the pair threshold on: give the "
+            "official run that it follows with --from RUN, or --threshold."
+        )
     for split in ("train", "val"):
         if split in dataset.splits:
             split_store(dataset, split, run.embedder.image_size, progress=not quiet)
+    if "val" in dataset.splits and np.bincount(dataset.split_labels("val")).max() < 2:
+        raise UserError(
+            f"the val split of {dataset.root} has one image of each class, so no pair of the same "
+            "class can be formed to fit the threshold: give it two or more."
+        )
     _, targets_N = np.unique(dataset.split_labels("train"), return_inverse=True)
     config = run.train
     sampler = PKSampler(targets_N, config.classes_per_batch, config.images_per_class, config.seed)
@@ -95,7 +106,9 @@ def prepare(run: Run, quiet: bool = False) -> tuple[dict[str, str], int]:
 
 
 def fit_on_ray(run: Run, folder: RunDir) -> dict[str, Any]:
-    """Runs the workers under Ray Train; a worker that dies is replaced and goes on from the last checkpoint."""
+    """Runs the workers under Ray Train; a worker that dies is replaced and goes on from the last
+    checkpoint.
+    """
     workers = run.resources.workers
     with ray_session(min_cpus=workers) as ray:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -107,21 +120,21 @@ def fit_on_ray(run: Run, folder: RunDir) -> dict[str, Any]:
         )
         cpus = run.resources.cpus_per_worker or max(1, int(resources.get("CPU", 1)) // workers)
         trainer = TorchTrainer(
-            ray_worker,
+            ray_worker,  # type: ignore[arg-type]
             train_loop_config={"run": run.to_dict(), "folder": str(folder.path), "threads": cpus},
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus}
             ),
             run_config=RunConfig(
-                # The same name would make Ray resume by itself; the RUN's own checkpoints do that here.
+                # The same name would make Ray resume; here the RUN's own checkpoints do that.
                 name=f"train-{time.time_ns()}",
                 storage_path=str(folder.ray),
                 failure_config=FailureConfig(max_failures=2),
             ),
         )
         try:
-            summary = trainer.fit().return_value
+            summary = trainer.fit().return_value  # type: ignore[attr-defined]
         except Exception as error:
             raise UserError(f"the training workers failed: {innermost(error)}") from error
     if summary and USER_ERROR in summary:
@@ -149,7 +162,9 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
 class RayReporter(FolderReporter):
     """Writes the RUN folder and tells Ray Train of each epoch, for its dashboard."""
 
-    def report(self, step: int, epoch: int, metrics: dict[str, float], *args: Any, **more: Any) -> None:
+    def report(
+        self, step: int, epoch: int, metrics: dict[str, float], *args: Any, **more: Any
+    ) -> None:
         """See `FolderReporter.report`."""
         super().report(step, epoch, metrics, *args, **more)
         if any(name.startswith("epoch/") for name in metrics):
@@ -169,32 +184,59 @@ def innermost(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-@contextmanager
-def progress_line(folder: RunDir, total_steps: int, quiet: bool) -> Iterator[None]:
-    """A live line on standard error, fed from metrics.jsonl, so that it looks alike wherever the workers run."""
-    stop = threading.Event()
+class Progress:
+    """Shows a training's metrics.jsonl as it grows, alike wherever the workers run.
 
-    def follow() -> None:
-        name = folder.path.name
-        with tqdm(total=total_steps, unit="step", desc=name, disable=quiet, dynamic_ncols=True) as bar:
-            shown: dict[str, float] = {}
-            while True:
-                last = stop.is_set()
-                for record in folder.records():
-                    bar.n = max(bar.n, record["step"])
-                    shown |= record["metrics"]
-                labels = {"loss": "train/loss", "val MAP@R": "val/map_at_r", "img/s": "train/images_per_second"}
-                bar.set_postfix(
-                    {k: f"{shown[n]:.3g}" for k, n in labels.items() if n in shown}, refresh=True
-                )
-                if last:
-                    return
-                stop.wait(1.0)
+    On a terminal a live line; elsewhere, so that a log stays readable, one line an epoch.
+    """
 
-    thread = threading.Thread(target=follow, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    def __init__(self, folder: RunDir, total_steps: int, quiet: bool) -> None:
+        self.folder = folder
+        self.quiet = quiet
+        live = sys.stderr.isatty() and not quiet
+        self.bar = tqdm(total=total_steps, unit="step", disable=not live, dynamic_ncols=True)
+        self.told_epochs = len(self._epochs())
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._follow, name="progress", daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        self.bar.close()
+
+    def _follow(self) -> None:
+        while not self.stop.wait(1.0):
+            self._show()
+        self._show()
+
+    def _show(self) -> None:
+        shown: dict[str, float] = {}
+        for record in self.folder.records():
+            self.bar.n = record["step"]
+            shown |= record["metrics"]
+        if not self.bar.disable:
+            self.bar.set_postfix_str(brief_metrics(shown, "train/"))
+        epochs = self._epochs()
+        for record in epochs[self.told_epochs :]:
+            line = brief_metrics(record["metrics"], "epoch/")
+            if self.bar.disable and not self.quiet:
+                print(f"epoch {record['epoch']}  {line}", file=sys.stderr, flush=True)
+        self.told_epochs = len(epochs)
+
+    def _epochs(self) -> list[dict[str, Any]]:
+        return [r for r in self.folder.records() if "epoch/seconds" in r["metrics"]]
+
+
+def brief_metrics(metrics: dict[str, float], kind: str) -> str:
+    """The few numbers that tell how a training goes."""
+    labels = {
+        "loss": f"{kind}loss",
+        "val MAP@R": "val/map_at_r",
+        "val R@1": "val/recall_at_1",
+        "img/s": "train/images_per_second",
+        "s": "epoch/seconds",
+    }
+    return ", ".join(f"{k} {metrics[name]:.3g}" for k, name in labels.items() if name in metrics)

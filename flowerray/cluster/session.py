@@ -9,7 +9,8 @@ from typing import Any
 from flowerray.errors import UserError
 
 ENVIRONMENT = {
-    # `uv run flowerray` is an ancestor of the workers; Ray's hook would build each of them a new environment.
+    # `uv run flowerray` is an ancestor of the workers, and Ray's hook would build each of them a
+    # new environment.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # by default each report waits for a poll every 2 s
@@ -24,11 +25,12 @@ ENVIRONMENT = {
 
 @contextmanager
 def ray_session(min_cpus: int) -> Iterator[Any]:
-    """A Ray that is up: the cluster at `RAY_ADDRESS` (a job finds it set), else one started on this machine.
+    """A Ray that is up: the cluster at `RAY_ADDRESS` (a job finds it set), else one started on this
+    machine.
 
     Args:
-        min_cpus: CPU slots that a cluster started here must have; more than there are cores is allowed, since
-            threads are set apart from slots.
+        min_cpus: CPU slots that a cluster started here must have; more than there are cores is
+            allowed, since threads are set apart from slots.
 
     Raises:
         UserError: the cluster cannot be reached.
@@ -40,17 +42,23 @@ def ray_session(min_cpus: int) -> Iterator[Any]:
     joined = ray.is_initialized()
     if not joined:
         address = os.environ.get("RAY_ADDRESS")
-        start: dict[str, Any] = {"address": address} if address else {
-            "address": "local",
-            "num_cpus": max(min_cpus, os.cpu_count() or 1),
-            "include_dashboard": True,  # Train frees a stopped trial's workers through it
-            "object_store_memory": 256 * 2**20,
-        }
+        start: dict[str, Any] = (
+            {"address": address}
+            if address
+            else {
+                "address": "local",
+                "num_cpus": max(min_cpus, os.cpu_count() or 1),
+                "include_dashboard": True,  # Train frees a stopped trial's workers through it
+                "object_store_memory": 256 * 2**20,
+            }
+        )
         names = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "FLOWERRAY_HOME", "OMP_NUM_THREADS")
         variables = {name: os.environ[name] for name in names if name in os.environ}
         try:
             ray.init(
-                **start, log_to_driver=False, logging_level=logging.ERROR,
+                **start,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
                 runtime_env={"env_vars": variables},
             )
         except (ConnectionError, RuntimeError, ValueError) as error:

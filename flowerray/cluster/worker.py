@@ -1,4 +1,6 @@
-"""What one training worker does: assembles the parts of a Run, trains, and (rank 0) exports the result."""
+"""What one training worker does: assembles the parts of a Run, trains, and (rank 0) exports the
+result.
+"""
 
 from typing import Any
 
@@ -8,8 +10,9 @@ from numpy.typing import NDArray
 
 from flowerray import checkpoint, methods
 from flowerray.data.dataset import Dataset
+from flowerray.data.images import resize_side
 from flowerray.data.source import open_dataset
-from flowerray.data.store import Store, build_store, resize_side
+from flowerray.data.store import Store, build_store
 from flowerray.errors import UserError
 from flowerray.evaluate.embed import embed
 from flowerray.evaluate.measure import frozen_pairs, split_names, validation
@@ -55,8 +58,12 @@ def work(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str, 
     def validate(embedder: Embedder) -> dict[str, float]:
         assert val_store is not None
         return validation(
-            embedder, train_store, dataset.split_labels("train"), val_store,
-            dataset.split_labels("val"), self_gallery=dataset.protocol == "disjoint",
+            embedder,
+            train_store,
+            dataset.split_labels("train"),
+            val_store,
+            dataset.split_labels("val"),
+            self_gallery=dataset.protocol == "disjoint",
         )
 
     data = Data(train_store, targets_N, validate if val_store is not None else None)
@@ -75,7 +82,9 @@ def finish(
     val_store: Store | None,
     result: Result,
 ) -> dict[str, Any]:
-    """Fits the threshold on val, writes pairs.json and thresholds.json, exports the model; returns a summary."""
+    """Fits the threshold on val, writes pairs.json and thresholds.json, exports the model; returns
+    a summary.
+    """
     device = next(method.parameters()).device
     source = folder.best if val_store is not None else folder.checkpoint()
     assert source is not None, "a finished training has saved a checkpoint"
@@ -107,8 +116,11 @@ def finish(
     }
     write_json(
         folder.thresholds,
-        {"threshold": threshold, "fitted_on": "val" if run.threshold is None else "given",
-         "best_epoch": summary["best_epoch"]},
+        {
+            "threshold": threshold,
+            "fitted_on": "val" if run.threshold is None else "given",
+            "best_epoch": summary["best_epoch"],
+        },
     )
     return summary
 
@@ -120,6 +132,8 @@ def pick_device(device: str) -> torch.device:
         UserError: a GPU was asked for and there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--resources.device cuda: this machine has no GPU that torch can use; choose cpu.")
+        raise UserError(
+            "--resources.device cuda: this machine has no GPU that torch can use; choose cpu."
+        )
     use_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     return torch.device("cuda:0" if use_gpu else "cpu")

@@ -19,7 +19,9 @@ class Dataset:
     kind: str
     """"oxford", "synthetic" or "folder"."""
     protocol: str
-    """"official", "trainval", "disjoint" or "notebooks"; for a folder, "official" is its own stratified split."""
+    """"official", "trainval", "disjoint" or "notebooks"; for a folder, "official" is its own
+    stratified split.
+    """
     paths: tuple[Path, ...]
     """N image files."""
     labels_N: NDArray[np.int64]

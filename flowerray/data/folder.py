@@ -108,6 +108,15 @@ def class_files(root: Path) -> dict[str, list[Path]]:
     return {folder.name: _images(folder) for folder in folders}
 
 
+def faults(root: Path, found: dict[str, list[Path]]) -> list[str]:
+    """What is wrong with the class folders, apart from the images themselves."""
+    few = [f"{root} has {len(found)} class folders and needs at least two"] * (len(found) < 2)
+    empty = [
+        f"{name} has no image ({', '.join(SUFFIXES)})" for name, files in found.items() if not files
+    ]
+    return few + empty
+
+
 def _images(folder: Path) -> list[Path]:
     files = (entry for entry in folder.iterdir() if entry.suffix.lower() in SUFFIXES)
     return sorted(file for file in files if file.is_file() and _is_shown(file))

@@ -21,7 +21,7 @@ from flowerray.errors import UserError
 
 LONGEST = 2
 """The longer side is cut to this many shorter sides: one panorama must not blow up a batch."""
-_WORTH_A_POOL = 256  # fewer images are decoded before new processes have started
+_WORTH_A_POOL = 1000  # fewer images are decoded before new processes have started
 
 
 def resize_side(size: int) -> int:

@@ -55,7 +55,7 @@ class Store:
         self.fingerprint: str = meta["fingerprint"]
         """Hash of the source files' bytes in their order, the side and the version."""
         self._index_N3 = np.load(self.folder / "index.npy")
-        self._pixels = np.memmap(self.folder / "pixels.bin", np.uint8, "r")
+        self._pixels = np.asarray(np.memmap(self.folder / "pixels.bin", np.uint8, "r"))
 
     @classmethod
     def open(cls, folder: Path) -> "Store":

@@ -19,12 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
-from scipy.io import savemat
 from tqdm import tqdm
 
 from flowerray.config import Config
-from flowerray.data.painter.blooms import paint
-from flowerray.data.painter.species import names, species_table
+from flowerray.data.painter import paint
+from flowerray.data.species import names, species_table
 from flowerray.errors import UserError
 from flowerray.files import atomic_folder, write_json
 
@@ -163,6 +162,8 @@ def _render(work: tuple[Path, int, list[tuple[int, int]], SyntheticConfig]) -> i
 
 def _write_tables(folder: Path, sizes: NDArray[np.int64], config: SyntheticConfig) -> None:
     """Labels and splits (1-based, as Oxford's), and the generator's own record, last."""
+    from scipy.io import savemat  # slow to import, and the painting processes do without
+
     labels = np.repeat(np.arange(len(sizes)), sizes)
     rng = np.random.default_rng((config.seed, 5))
     position = np.concatenate([np.arange(size) for size in sizes])

@@ -86,7 +86,7 @@ def measure(
         progress: called with the number of images done after each batch.
 
     Raises:
-        UserError: no such split or gallery; a gallery with the queries, or with none of their classes.
+        UserError: no such split or gallery; a gallery with the queries or without their classes.
     """
     config = config or EvaluateConfig()
     if config.split not in dataset.splits or not len(dataset.splits[config.split]):

@@ -275,11 +275,10 @@ def _eer(false_rate: NDArray, true_rate: NDArray) -> float:
 
 
 def fit_threshold(cosine_P: ArrayLike, same_P: ArrayLike) -> float:
-    """The cosine with the best mean of the accuracies on same and on different pairs; for val
-    pairs only.
+    """The cosine with the best mean of the accuracies on same and on different pairs.
 
-    It lies midway between the two neighbouring scores that it parts; of equally good ones, the
-    highest.
+    Only for val pairs: what it is fitted on cannot judge it. It lies
+    midway between the two neighbouring scores that it parts; of equally good ones, the highest.
 
     Raises:
         UserError: no pair of one of the two sorts, or a score that is not finite.

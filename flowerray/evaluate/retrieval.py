@@ -4,8 +4,8 @@ Neighbours are found by a float32 product and `topk`; whatever lies closer toget
 product's rounding error is put in order by float64 distances, so that equal distances rank by
 gallery index and no result depends on the block size, the thread count or the device.
 
-Letters: Q queries, G gallery items, D embedding dimensions, B queries of a block, K neighbours, E
-    tied entries.
+Letters: Q queries, G gallery items, D embedding dimensions, B queries of a block, K neighbours,
+E tied entries.
 """
 
 from collections.abc import Iterator, Sequence
@@ -93,7 +93,7 @@ def retrieval_per_query(
 ) -> dict[str, NDArray]:
     """What each query scores, for paired tests and contact sheets.
 
-    Arguments and errors are those of `retrieval_metrics`.
+    Errors and the other arguments are those of `retrieval_metrics`.
 
     Args:
         block_size: queries ranked at a time; by default as many as make 64 MiB of scores. It
@@ -274,8 +274,7 @@ def _neighbour_blocks(
         near_BK = top_BK[:, :-1] - top_BK[:, 1:] <= tolerance_B[:, None]
         _order_ties(index_BK, near_BK, queries, gallery_GD)
         if fetched < available:
-            # Ties that reach past what was fetched: look at every item that could be among the
-            # first.
+            # Ties that reach past what was fetched: every item that could be among the first.
             for row in near_BK[:, reach - 1 :].all(1).nonzero()[:, 0].tolist():
                 least = top_BK[row, reach - 1] - tolerance_B[row]
                 candidates_E = (scores_BG[row] >= least).nonzero()[:, 0]
@@ -295,8 +294,7 @@ def _order_ties(index_BK: Tensor, near_BK: Tensor, query_BD: Tensor, gallery_GD:
         return
     run_E = torch.cumsum(~follows_BK.flatten(), 0).view_as(tied_BK)[row_E, column_E]
     candidate_E = index_BK[row_E, column_E]
-    # Runs lie one after the other in E, so the sorted entries go back to the places that they came
-    # from.
+    # Runs lie one after the other in E, so sorted entries go back to the places they came from.
     chunk = max(1, _BLOCK_ELEMENTS // 4 // gallery_GD.shape[1])
     parts = zip(row_E.split(chunk), candidate_E.split(chunk), strict=True)
     exact_E = torch.cat([_squared(query_BD[r], gallery_GD, c) for r, c in parts])

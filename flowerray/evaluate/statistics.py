@@ -124,8 +124,7 @@ def paired_bootstrap(
 
 
 def mcnemar(first_hit_Q: ArrayLike, second_hit_Q: ArrayLike, *, level: float = 0.95) -> PairedTest:
-    """Exact test of equal hit rates on the same queries (McNemar 1947, with the binomial
-    distribution).
+    """Exact (binomial) test of equal hit rates on the same queries (McNemar 1947).
 
     The interval of the difference first - second takes the number of queries on which the two
     differ as given (Clopper and Pearson 1934).

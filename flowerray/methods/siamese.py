@@ -51,7 +51,7 @@ class Config(MethodConfig):
     """What judges a pair: its distance against two margins, or a learned logit on |f1 - f2|."""
     positive_margin: float = Field(0.0, ge=0, le=2)
     """Positives nearer than this cause no loss, in embedding distance (0..2); contrastive only."""
-    negative_margin: float = Field(0.5, gt=0, le=2)
+    negative_margin: float = Field(0.8, gt=0, le=2)
     """Negatives farther than this cause no loss, in embedding distance (0..2); contrastive only."""
     power: Literal[1, 2] = 1
     """Exponent of each contrastive term."""

@@ -6,7 +6,11 @@ from flowerray.files import atomic_file
 from flowerray.rundir import RunDir
 
 INK, GRID = "#222222", "#dddddd"
-BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito: told apart by the colour-blind
+BLUE, ORANGE, GREEN = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+)  # Okabe and Ito: told apart by the colour-blind
 
 
 def plot_training(run: RunDir, out_png: Path) -> Path:
@@ -16,7 +20,10 @@ def plot_training(run: RunDir, out_png: Path) -> Path:
     figure = Figure(figsize=(10.5, 3.4), dpi=120, layout="constrained")
     loss, retrieval, spread = figure.subplots(1, 3)
     panels = [
-        (loss, "Training loss", "loss", [("train/loss", "step mean", BLUE), ("epoch/loss", "epoch mean", ORANGE)]),
+        (
+            loss, "Training loss", "loss",
+            [("train/loss", "steps", BLUE), ("epoch/loss", "epoch mean", ORANGE)],
+        ),
         (
             retrieval, "Validation retrieval", "share",
             [("val/recall_at_1", "R@1", BLUE), ("val/map_at_r", "MAP@R", ORANGE)],
@@ -34,9 +41,13 @@ def plot_training(run: RunDir, out_png: Path) -> Path:
                 continue
             faint = name.startswith("train/")
             axes.plot(
-                *zip(*series, strict=True), label=text, color=colour,
-                alpha=0.35 if faint else 1.0, linewidth=1.0 if faint else 1.8,
-                marker=None if faint else "o", markersize=3,
+                *zip(*series, strict=True),
+                label=text,
+                color=colour,
+                alpha=0.35 if faint else 1.0,
+                linewidth=1.0 if faint else 1.8,
+                marker=None if faint else "o",
+                markersize=3,
             )
         axes.set_title(title, fontsize=11, color=INK)
         axes.set_xlabel("step")

@@ -60,7 +60,7 @@ def store_of(images_NCHW: NDArray[np.uint8]) -> Store:
 
 
 def coloured_store(paths: Sequence[Path]) -> Store:
-    """Each file name `<class>_<number>` becomes an image: the class gives the colour, the rest is noise."""
+    """Images for names like `<class>_<number>`: the class gives the colour, the rest is noise."""
     images = []
     for path in paths:
         name = path.stem.split("_")[0]

@@ -70,7 +70,7 @@ def test_gallery(
     protocol: str, split: str, gallery: str | None, name: str, searched: tuple[str, ...] | None
 ) -> None:
     data = dataset(protocol)
-    config = EvaluateConfig(split=split, gallery=gallery)  # type: ignore[arg-type]
+    config = EvaluateConfig(split=split, gallery=gallery)
     result = measure(tiny_embedder(), data, coloured_store, config)
     query = emb_of(data, split)
     expected = retrieval_metrics(*query, *(emb_of(data, *searched) if searched else ()))

@@ -140,6 +140,20 @@ def test_near_ties_rank_by_exact_distance_far_from_the_origin() -> None:
     assert (nearest(one_cloud, far, k=30) == exact_order(one_cloud, far)[:, :30]).all()
 
 
+def test_duplicates_of_any_length_keep_their_order() -> None:
+    """More duplicates than are fetched, at many positions, of vectors whose sums round."""
+    rng = np.random.default_rng(10)
+    few = rng.normal(size=(5, 37)).astype(np.float32)
+    which = rng.integers(0, 5, size=700)
+    query = rng.normal(size=(20, 37)).astype(np.float32)
+    found = nearest(query, few[which], k=300)
+    assert (found == exact_order(query, few[which])[:, :300]).all()
+    for row in found:
+        kinds = which[row]
+        changes = (kinds[1:] != kinds[:-1]).sum()
+        assert changes < 5 and (np.diff(row)[kinds[1:] == kinds[:-1]] > 0).all()
+
+
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
 def test_scale_does_not_matter(scale: float) -> None:
     emb, labels = draw(6, [5, 9, 14])

@@ -11,9 +11,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from flowerray.data.painter.scenery import Canvas, background, foreground, lay, photograph
-from flowerray.data.painter.species import Species
-from flowerray.data.painter.sprites import GOLDEN, PAD, Array, paint_centre, paint_leaf, paint_petal
+from flowerray.data.scenery import Canvas, background, foreground, lay, photograph
+from flowerray.data.species import Species
+from flowerray.data.sprites import GOLDEN, PAD, Array, paint_centre, paint_leaf, paint_petal
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What the flowers look like: genera with a common form, species that vary it, some only finely."""
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -132,6 +133,14 @@ def _color(rng: np.random.Generator) -> Color:
     return _COLORS[_pick(rng, *_COLORS)]
 
 
+def _unlike(rng: np.random.Generator, *others: Color, options: tuple[Color, ...] = ()) -> Color:
+    """One of `options`, by default the palette, that nobody takes for one of `others`."""
+    options = options or tuple(_COLORS.values())
+    apart = [min(math.dist(color, other) for other in others) for color in options]
+    allowed = [i for i, distance in enumerate(apart) if distance > 0.6] or [int(np.argmax(apart))]
+    return options[allowed[int(rng.integers(len(allowed)))]]
+
+
 def _near(color: Color, amount: float, rng: np.random.Generator) -> Color:
     """`color` moved by about `amount` in each channel."""
     moved = np.clip(np.array(color) + rng.normal(0, amount, 3), 0.02, 0.98)
@@ -172,7 +181,7 @@ def _genus(genus: int, rng: np.random.Generator) -> Species:
         tip=_near(_mix(base, _color(rng), 0.5), 0.04, rng),
         throat=_color(rng) if rng.random() < 0.6 else base,
         mark=_deeper(base, rng),
-        edge=_mix(base, _COLORS["white"], 0.7) if rng.random() < 0.6 else _deeper(base, rng),
+        edge=_unlike(rng, base),
         reach=uniform(0.12, 0.4),
         blend=uniform(0.0, 0.7),
         margin=uniform(0.4, 0.9) if rng.random() < 0.25 else 0.0,
@@ -312,15 +321,26 @@ def _fine(parent: Species, index: int, rng: np.random.Generator) -> Species:
 def _change(species: Species, trait: str, rng: np.random.Generator) -> Species:
     """`species` with one trait switched or moved; a trait that its form lacks stays."""
     if trait == "throat":
-        return replace(species, throat=_color(rng), reach=rng.uniform(0.2, 0.5))
+        # A daisy's disc hides what lies under it.
+        reach = max(rng.uniform(0.25, 0.5), species.centre_size + 0.2)
+        throat = _unlike(rng, species.throat, species.base)
+        return replace(species, throat=throat, reach=reach)
     if trait == "veins" and species.form != "thistle":
-        return replace(species, veins=0.0 if species.veins else rng.uniform(0.5, 0.9))
+        if species.veins:
+            return replace(species, veins=0.0)
+        return replace(species, veins=rng.uniform(0.6, 0.9), mark=_unlike(rng, species.base))
     if trait == "spots" and species.form in ("open", "cup", "lily", "orchid", "trumpet"):
-        return replace(species, spots=0 if species.spots else int(rng.integers(8, 20)))
+        if species.spots:
+            return replace(species, spots=0)
+        return replace(species, spots=int(rng.integers(9, 20)), mark=_unlike(rng, species.base))
     if trait == "stripe" and species.form != "thistle":
-        return replace(species, stripe=0.0 if species.stripe else rng.uniform(0.5, 0.9))
+        if species.stripe:
+            return replace(species, stripe=0.0)
+        return replace(species, stripe=rng.uniform(0.6, 0.9), mark=_unlike(rng, species.base))
     if trait == "margin":
-        return replace(species, margin=0.0 if species.margin else rng.uniform(0.6, 0.95))
+        if species.margin:
+            return replace(species, margin=0.0)
+        return replace(species, margin=rng.uniform(0.7, 0.95), edge=_unlike(rng, species.base))
     if trait == "petals" and species.form not in ("trumpet", "thistle"):
         step = 1 if species.petals < 10 else max(2, species.petals // 4)
         more = step if species.petals < 5 or rng.random() < 0.5 else -step
@@ -330,7 +350,9 @@ def _change(species: Species, trait: str, rng: np.random.Generator) -> Species:
             return replace(species, notch=0.0 if species.notch else rng.uniform(0.15, 0.35))
         return replace(species, fringe=0.0 if species.fringe else rng.uniform(0.12, 0.25))
     if trait == "blend":
-        return replace(species, blend=0.1 if species.blend > 0.4 else 0.8, tip=_color(rng))
+        tip = _unlike(rng, species.base, species.tip)
+        return replace(species, blend=rng.uniform(0.6, 0.9), tip=tip)
     if trait == "centre":
-        return replace(species, centre_color=_CENTRES[int(rng.integers(len(_CENTRES)))])
+        color = _unlike(rng, species.centre_color, options=_CENTRES)
+        return replace(species, centre_color=color)
     return species

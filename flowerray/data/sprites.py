@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from flowerray.data.painter.species import Color, Species
+from flowerray.data.species import Color, Species
 
 Array = NDArray[np.floating]
 PAD = 3

@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from flowerray.data.painter.species import Color
-from flowerray.data.painter.sprites import Array, paint_leaf
+from flowerray.data.species import Color
+from flowerray.data.sprites import Array, paint_leaf
 
 _GREENS: tuple[Color, ...] = (
     (0.16, 0.30, 0.11),

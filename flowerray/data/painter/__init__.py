@@ -1,1 +1,0 @@
-"""Procedural pictures of flowers: `species` says what they look like, `blooms` paints them."""

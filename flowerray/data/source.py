@@ -1,0 +1,133 @@
+"""From one configuration to a data set, whatever its kind; and the check of a set on disk."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from pydantic import Field
+from tqdm import tqdm
+
+from flowerray import files
+from flowerray.config import Config
+from flowerray.data import folder, oxford
+from flowerray.data.dataset import Dataset
+from flowerray.data.images import decoding_map, examine
+from flowerray.data.splits import Protocol
+from flowerray.data.synthetic import VERSION, SyntheticConfig, synthesize
+from flowerray.errors import UserError
+
+
+class DataConfig(Config):
+    """Which photographs, and how they are split."""
+
+    root: Path | None = None
+    """Folder in the Oxford layout, or with one folder of images per class; None = the synthetic
+    set, rendered once."""
+    protocol: Protocol = "official"
+    """official = a small train, a val, a large test; trainval = train and val train, no val;
+    disjoint = other classes test; notebooks = train and test exchanged (Oxford layout only)."""
+    train_per_class: int = Field(10, ge=1)
+    """Images of each class that train (class folders only)."""
+    val_per_class: int = Field(10, ge=1)
+    """Images of each class that validate (class folders only); the rest tests."""
+    seed: int = Field(0, ge=0)
+    """Of the split of class folders, and of the classes that `disjoint` validates on."""
+    synthetic: SyntheticConfig = SyntheticConfig()
+    """The set that is rendered where `root` is None."""
+
+
+def open_dataset(config: DataConfig, progress: bool = True) -> Dataset:
+    """Opens the configured set; renders the synthetic one first where it is needed and absent.
+
+    Raises:
+        UserError: see `read_oxford`, `read_folder` and `synthesize`.
+    """
+    root = config.root
+    if root is None:
+        root = _synthetic_root(config.synthetic, progress)
+    if oxford.is_oxford(root):
+        return oxford.read_oxford(root, config.protocol, config.seed)
+    return folder.read_folder(
+        root, config.train_per_class, config.val_per_class, config.seed, config.protocol
+    )
+
+
+def open_all(root: Path) -> Dataset:
+    """A set of either layout with every image in one split, "test".
+
+    Raises:
+        UserError: see `read_oxford` and `read_all`.
+    """
+    if not oxford.is_oxford(root):
+        return folder.read_all(root)
+    dataset = oxford.read_oxford(root)
+    return replace(dataset, splits={"test": np.arange(len(dataset.paths))})
+
+
+def check_dataset(root: Path, progress: bool = True) -> list[str]:
+    """Reads every file of a set and lists what is wrong with it, by file name.
+
+    Unreadable and truncated images, labels or splits that break the layout's rules, a class with
+    one image, the same file in two classes or in two splits.
+
+    Args:
+        root: a set in the Oxford layout, or class folders.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: there is nothing that could be checked.
+    """
+    root = Path(root)
+    if oxford.is_oxford(root):
+        tables = oxford.read_tables(root)
+        problems = oxford.faults(root, tables) + oxford.oddities(root, tables)
+        listed = oxford.listed_files(root, tables)
+    else:
+        found = folder.class_files(root)
+        problems = folder.faults(root, found)
+        listed = [(path, name, "") for name, paths in found.items() for path in paths]
+    count = Counter(name for _, name, _ in listed)
+    problems += [f"{name} has a single image" for name in sorted(count) if count[name] == 1]
+    return problems + _file_problems(root, listed, progress)
+
+
+def _file_problems(root: Path, listed: list[tuple[Path, str, str]], progress: bool) -> list[str]:
+    """Damaged files, and equal files where they do harm; `listed` holds path, class and split."""
+    problems = []
+    first: dict[str, tuple[Path, str, str]] = {}
+    bar = tqdm(total=len(listed), desc="checking images", unit="img", disable=not progress)
+    with bar, decoding_map(len(listed)) as run:
+        results = run(examine, [path for path, _, _ in listed])
+        for (path, name, split), (digest, fault) in zip(listed, results, strict=True):
+            bar.update()
+            short = path.relative_to(root).as_posix()
+            if fault is not None:
+                problems.append(f"{short} cannot be read as an image ({fault})")
+                continue
+            other, other_name, other_split = first.setdefault(digest, (path, name, split))
+            same = f"{short} is the same file as {other.relative_to(root).as_posix()}"
+            if name != other_name:
+                problems.append(f"{same} and labelled {name} against {other_name}")
+            elif split != other_split:
+                problems.append(f"{same} and in {split} against {other_split}")
+    return problems
+
+
+def _synthetic_root(config: SyntheticConfig, progress: bool) -> Path:
+    """The rendered set of a config under `files.home()`, rendered now if it is not there."""
+    name = (
+        f"v{VERSION}-{config.classes}-classes-seed-{config.seed}"
+        f"-scale-{config.scale}-{config.size}px"
+    )
+    root = files.home() / "synthetic" / name
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(root.with_name(f"{name}.lock")):  # several workers of a node may ask at once
+            return synthesize(root, config, progress)
+    except OSError as error:
+        raise UserError(
+            f"The synthetic set cannot be written to {root.parent} ({error.strerror}); "
+            "set FLOWERRAY_HOME to a folder that you may write to."
+        ) from error

@@ -1,0 +1,127 @@
+"""Opening by configuration, and the check that lists a set's problems by file."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flowerray.data.source import DataConfig, check_dataset, open_all, open_dataset
+from flowerray.data.synthetic import SyntheticConfig, synthesize
+from flowerray.errors import UserError
+from flowerray.files import home
+from tests.data.pictures import class_folders, save_picture
+
+TINY = SyntheticConfig(classes=2, scale=0.01, size=32)
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthesize(tmp_path_factory.mktemp("set") / "set", TINY, progress=False, processes=1)
+
+
+def check(root: Path) -> list[str]:
+    return check_dataset(root, progress=False)
+
+
+def test_without_a_root_the_synthetic_set_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # new processes would take longer than the set
+    config = DataConfig(synthetic=TINY.model_copy(update={"seed": 5}))
+    dataset = open_dataset(config, progress=False)
+    assert dataset.kind == "synthetic" and dataset.root.parent == home() / "synthetic"
+    stamp = dataset.paths[0].stat().st_mtime_ns
+    again = open_dataset(config, progress=False)
+    assert again.tags == dataset.tags and dataset.paths[0].stat().st_mtime_ns == stamp
+    other = DataConfig(synthetic=TINY.model_copy(update={"seed": 6}))
+    assert open_dataset(other, progress=False).root != dataset.root
+
+
+def test_the_layout_decides_the_reader(rendered: Path, tmp_path: Path) -> None:
+    assert open_dataset(DataConfig(root=rendered)).kind == "synthetic"
+    class_folders(tmp_path, {"a": 4, "b": 5})
+    dataset = open_dataset(DataConfig(root=tmp_path, train_per_class=2, val_per_class=1, seed=3))
+    assert dataset.kind == "folder" and len(dataset.splits["train"]) == 4
+    with pytest.raises(UserError, match="not a folder"):
+        open_dataset(DataConfig(root=tmp_path / "nowhere"))
+
+
+def test_open_all_takes_every_image_of_either_layout(rendered: Path, tmp_path: Path) -> None:
+    class_folders(tmp_path, {"a": 1, "b": 2})
+    for root in (rendered, tmp_path):
+        dataset = open_all(root)
+        assert dataset.splits.keys() == {"test"}
+        assert dataset.splits["test"].tolist() == list(range(len(dataset.paths)))
+
+
+def test_config_bounds() -> None:
+    for wrong in ({"train_per_class": 0}, {"protocol": "swapped"}, {"seed": -1}, {"rot": 1}):
+        with pytest.raises(UserError):
+            DataConfig(**wrong)
+
+
+def test_a_sound_set_has_no_problems(rendered: Path, tmp_path: Path) -> None:
+    assert check(rendered) == []
+    assert check(class_folders(tmp_path / "own", {"a": 3, "b": 4})) == []
+
+
+def test_problems_of_class_folders_are_named(tmp_path: Path) -> None:
+    root = class_folders(tmp_path, {"aster": 5, "rose": 5, "tulip": 1, "empty": 0})
+    cut = root / "aster" / "001.jpg"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    (root / "rose" / "002.jpg").write_text("not an image")
+    twin = (root / "aster" / "003.jpg").read_bytes()
+    (root / "rose" / "004.jpg").write_bytes(twin)
+    (root / "aster" / "copy.jpg").write_bytes(twin)  # within one class: no harm
+    problems = check(root)
+    for expected in (
+        "empty has no image",
+        "tulip has a single image",
+        "aster/001.jpg cannot be read as an image (",
+        "rose/002.jpg cannot be read as an image (no known image format",
+        "rose/004.jpg is the same file as aster/003.jpg and labelled rose against aster",
+    ):
+        assert sum(problem.startswith(expected) for problem in problems) == 1, expected
+    assert len(problems) == 5
+    assert any(
+        "at least two" in problem for problem in check(class_folders(tmp_path / "p", {"a": 2}))
+    )
+
+
+def test_problems_of_the_oxford_layout_are_named(tmp_path: Path) -> None:
+    root = synthesize(tmp_path / "set", TINY, progress=False, processes=1)
+    dataset = open_dataset(DataConfig(root=root))
+    train, test = dataset.splits["train"][0], dataset.splits["test"][0]
+    assert dataset.labels_N[train] == dataset.labels_N[test]
+    dataset.paths[test].write_bytes(dataset.paths[train].read_bytes())
+    broken = dataset.paths[dataset.splits["val"][0]]
+    broken.write_bytes(broken.read_bytes()[:300])
+    gone = dataset.paths[dataset.splits["val"][1]]
+    gone.unlink()
+    (root / "segmim" / "segmim_00002.jpg").unlink()
+    problems = check(root)
+    assert len(problems) == 4
+    for words in (
+        (gone.name, "lacks 1 of"),
+        ("segmim_00002.jpg", "lacks 1 masks"),
+        (f"jpg/{broken.name}", "cannot be read"),
+        (dataset.paths[test].name, "the same file", "in test against train"),
+    ):
+        assert any(all(word in problem for word in words) for problem in problems), words
+    with pytest.raises(UserError, match=gone.name):
+        open_dataset(DataConfig(root=root))
+
+
+def test_nothing_to_check_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a folder"):
+        check(tmp_path / "nowhere")
+    save_picture(tmp_path / "jpg" / "image_00001.jpg", 0)
+    with pytest.raises(UserError, match=r"lacks imagelabels\.mat"):
+        check(tmp_path)
+
+
+def test_tags_of_a_rendered_set(rendered: Path) -> None:
+    tags = open_dataset(DataConfig(root=rendered)).tags
+    assert '"classes": 2' in tags["dataset/synthetic"]
+    assert len(tags["dataset/setid_md5"]) == 32
+    assert int(tags["dataset/images"]) == np.sum(
+        [int(tags[f"dataset/{s}"]) for s in ("train", "val", "test")]
+    )

@@ -1,0 +1,292 @@
+"""Decoding and the store: geometry, colours, keys, damage, concurrency, kills."""
+
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowerray.data.store import Store, build_store, eval_image, load_image, resize_side
+from flowerray.errors import UserError
+from flowerray.files import home
+from tests.data.pictures import picture, save_picture
+
+SHAPES = [(20, 30), (30, 20), (25, 25), (16, 16), (9, 40), (200, 31)]
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    """Six JPEGs of different shapes."""
+    return [
+        save_picture(tmp_path / f"{i}.jpg", i, height, width)
+        for i, (height, width) in enumerate(SHAPES)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No store of another test is found."""
+    monkeypatch.setenv("FLOWERRAY_HOME", str(tmp_path / "home"))
+
+
+def build(paths: list[Path], side: int = 18, processes: int | None = None) -> Store:
+    return build_store(paths, side, progress=False, processes=processes)
+
+
+def jpeg(image: Image.Image, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def test_the_shorter_side_is_the_crop_over_0_875() -> None:
+    assert [resize_side(size) for size in (96, 128, 160, 224)] == [110, 146, 183, 256]
+
+
+def test_shorter_side_and_the_cut_of_long_images(paths: list[Path]) -> None:
+    shapes = [load_image(path, 18).shape for path in paths]
+    assert shapes == [(18, 27, 3), (27, 18, 3), (18, 18, 3), (18, 18, 3), (18, 36, 3), (36, 18, 3)]
+
+
+def test_a_panorama_keeps_its_middle() -> None:
+    pixels = np.zeros((20, 100, 3), np.uint8)
+    pixels[:, 30:70] = (0, 255, 0)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    assert (load_image(buffer.getvalue(), 20) == (0, 255, 0)).all()
+
+
+def test_pixels_equal_pillow_resize_then_crop(paths: list[Path]) -> None:
+    with Image.open(paths[0]) as image:
+        resized = np.asarray(image.resize((27, 18), Image.Resampling.BICUBIC))
+    assert np.array_equal(load_image(paths[0], 18), resized)
+    assert np.array_equal(eval_image(paths[0], 16), resized[1:17, 5:21].transpose(2, 0, 1))
+
+
+def test_shrinking_averages_instead_of_skipping() -> None:
+    """A checkerboard of single pixels turns grey; without antialiasing it would not."""
+    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(board).save(buffer, "PNG")
+    small = load_image(buffer.getvalue(), 8)
+    assert abs(small.astype(int) - 127).max() <= 6
+
+
+def test_store_equals_eval_image_bit_for_bit(paths: list[Path]) -> None:
+    store = build(paths, resize_side(16))
+    crops_BCHW = store.centre(np.arange(len(paths)), 16)
+    assert crops_BCHW.dtype == torch.uint8
+    for path, crop_CHW in zip(paths, crops_BCHW, strict=True):
+        assert np.array_equal(crop_CHW.numpy(), eval_image(path, 16))
+        assert np.array_equal(crop_CHW.numpy(), eval_image(path.read_bytes(), 16))
+
+
+def test_padded_and_image(paths: list[Path]) -> None:
+    store = build(paths)
+    order = np.array([4, 0, 5, 0])
+    images_BCHW, sizes_B2 = store.padded(order)
+    assert images_BCHW.shape == (4, 3, 36, 36) and images_BCHW.dtype == torch.uint8
+    assert images_BCHW.is_contiguous(memory_format=torch.channels_last)
+    assert sizes_B2.dtype == torch.int64
+    assert sizes_B2.tolist() == [[18, 36], [18, 27], [36, 18], [18, 27]]
+    for row, i in enumerate(order):
+        height, width = sizes_B2[row].tolist()
+        whole_HWC = images_BCHW[row].permute(1, 2, 0).numpy()
+        assert np.array_equal(whole_HWC[:height, :width], load_image(paths[i], 18))
+        assert np.array_equal(store.image(i), load_image(paths[i], 18))
+        assert not whole_HWC[height:].any() and not whole_HWC[:, width:].any()
+    assert len(store) == len(paths)
+    with pytest.raises(ValueError, match="read-only"):
+        store.image(0)[0, 0, 0] = 1
+
+
+def test_exif_orientation_is_applied() -> None:
+    upright = picture(3, 20, 32)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    turned = jpeg(upright.transpose(Image.Transpose.ROTATE_90), exif=exif, quality=100)
+    plain = jpeg(upright, quality=100)
+    difference = load_image(turned, 20).astype(int) - load_image(plain, 20)
+    assert load_image(turned, 20).shape == (20, 32, 3)
+    assert abs(difference).mean() < 4
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "YCbCr"])
+def test_jpeg_colour_modes(mode: str) -> None:
+    colour = Image.new("RGB", (10, 10), (200, 200, 200))
+    decoded = load_image(jpeg(colour.convert(mode), quality=100), 10)
+    assert decoded.shape == (10, 10, 3)
+    assert abs(decoded.astype(int) - 200).max() <= 3
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
+def test_png_colour_modes(mode: str) -> None:
+    if mode == "I;16":
+        image = Image.fromarray(np.full((10, 10), 200 * 257, np.uint16))
+    else:
+        image = Image.new("RGB", (10, 10), (255, 255, 255) if mode == "1" else (200,) * 3)
+        image = image.quantize(4) if mode == "P" else image.convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    expected = 255 if mode == "1" else 200
+    assert (load_image(buffer.getvalue(), 10) == expected).all()
+
+
+def test_transparent_parts_are_white_not_black() -> None:
+    image = Image.new("RGBA", (10, 10), (0, 0, 0, 0))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    assert (load_image(buffer.getvalue(), 10) == 255).all()
+
+
+DAMAGE = {
+    "cut in the middle": lambda data: data[: len(data) // 2],
+    "cut in the header": lambda data: data[:3],
+    "end filled with zeros": lambda data: data[:-60] + bytes(60),
+    "empty": lambda data: b"",
+    "text": lambda data: b"<html>404</html>",
+    "zeros": lambda data: bytes(len(data)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_are_refused_by_name(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "rose.jpg"
+    path.write_bytes(DAMAGE[damage](jpeg(picture(5, 40, 40), quality=95)))
+    for read in (lambda: eval_image(path, 16), lambda: build([path])):
+        with pytest.raises(UserError, match=r"rose\.jpg") as caught:
+            read()
+        assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+    with pytest.raises(UserError, match="given bytes"):
+        eval_image(path.read_bytes(), 16)
+
+
+def test_a_photograph_may_carry_more_after_its_end() -> None:
+    data = jpeg(picture(5, 40, 40))
+    assert np.array_equal(load_image(data + bytes(100), 16), load_image(data, 16))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_bad_file_is_named_up_to_ten(tmp_path: Path, processes: int) -> None:
+    paths = [save_picture(tmp_path / f"{i:02d}.jpg", i) for i in range(16)]
+    for path in paths[:12]:
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError) as caught:
+        build(paths, processes=processes)
+    message = str(caught.value)
+    assert message.startswith("12 of 16 images")
+    assert all((path.name in message) == (i < 10) for i, path in enumerate(paths))
+    assert "and 2 more" in message
+    assert not [p for p in (home() / "stores").iterdir() if p.is_dir()]
+
+
+def test_missing_files_are_named(paths: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="1 of 7 .*gone.jpg"):
+        build([*paths, tmp_path / "gone.jpg"])
+
+
+def test_processes_change_nothing(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = build(paths, processes=1)
+    monkeypatch.setenv("FLOWERRAY_HOME", str(home()) + "2")
+    pooled = build(paths, processes=2)
+    assert pooled.folder != alone.folder
+    assert pooled.fingerprint == alone.fingerprint
+    for name in ("pixels.bin", "index.npy", "meta.json"):
+        assert (pooled.folder / name).read_bytes() == (alone.folder / name).read_bytes()
+
+
+def test_the_key_follows_content_side_and_order(paths: list[Path]) -> None:
+    store = build(paths)
+    before = (store.folder / "pixels.bin").stat().st_mtime_ns
+    again = build(paths)
+    assert again.folder == store.folder
+    assert (again.folder / "pixels.bin").stat().st_mtime_ns == before  # not built again
+    renamed = [path.rename(path.with_name(f"new-{path.name}")) for path in paths]
+    assert build(renamed).fingerprint == store.fingerprint
+    others = [build(renamed, 19).fingerprint, build(renamed[::-1]).fingerprint]
+    renamed[0].write_bytes(jpeg(picture(99, 20, 30)))
+    others.append(build(renamed).fingerprint)
+    assert len({store.fingerprint, *others}) == 4
+
+
+@pytest.mark.parametrize("damage", ["cut pixels", "longer pixels", "no meta", "no index", "index"])
+def test_a_damaged_store_is_found_and_built_again(paths: list[Path], damage: str) -> None:
+    store = build(paths)
+    expected = (store.folder / "pixels.bin").read_bytes()
+    if damage == "cut pixels":
+        os.truncate(store.folder / "pixels.bin", len(expected) - 1)
+    elif damage == "longer pixels":
+        os.truncate(store.folder / "pixels.bin", len(expected) + 1)
+    elif damage == "no meta":
+        (store.folder / "meta.json").unlink()
+    elif damage == "no index":
+        (store.folder / "index.npy").unlink()
+    else:
+        (store.folder / "index.npy").write_bytes(b"")
+    with pytest.raises(UserError, match="no complete store"):
+        Store.open(store.folder)
+    assert (build(paths).folder / "pixels.bin").read_bytes() == expected
+
+
+def test_a_store_of_another_version_is_not_opened(paths: list[Path]) -> None:
+    meta = build(paths).folder / "meta.json"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "version": 0}))
+    with pytest.raises(UserError, match="no complete store"):
+        Store.open(meta.parent)
+
+
+def test_pickling_sends_the_path_not_the_pixels(paths: list[Path]) -> None:
+    store = build(paths)
+    content = pickle.dumps(store)
+    assert len(content) < 1000
+    assert np.array_equal(pickle.loads(content).image(2), store.image(2))
+
+
+def test_builders_of_one_key_all_succeed(paths: list[Path]) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        stores = list(pool.map(lambda _: build(paths), range(6)))
+    assert len({store.folder for store in stores}) == 1
+    for store in stores:
+        assert np.array_equal(store.image(5), load_image(paths[5], 18))
+
+
+def test_a_killed_builder_leaves_nothing_half_valid(
+    paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = multiprocessing.get_context("fork")
+    writing = context.Event()
+
+    def hang(*_: object) -> None:
+        writing.set()
+        time.sleep(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flowerray.data.store.np.save", hang)  # the pixels are written, no more
+        process = context.Process(target=build, args=(paths,))
+        process.start()
+        assert writing.wait(30)
+        process.kill()
+        process.join()
+    stores = home() / "stores"
+    assert [p for p in stores.iterdir() if p.is_dir()]  # what it had begun
+    start = time.monotonic()
+    store = build(paths)
+    assert time.monotonic() - start < 30  # its lock does not outlive it
+    assert [p for p in stores.iterdir() if p.is_dir()] == [store.folder]
+
+
+def test_an_unwritable_home_is_one_sentence(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FLOWERRAY_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="FLOWERRAY_HOME"):
+        build(paths)
