@@ -41,11 +41,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends without an error.
 
     A folder already at `path` is replaced; between the two renames a reader may find none, so
-    readers of a folder that is rewritten (checkpoints) also look at `path.old`."""
+    readers of a folder that is rewritten (checkpoints) also look at `previous(path)`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     temporary.chmod(0o777 & ~_umask())
-    old = path.with_name(path.name + ".old")
+    old = previous(path)
     try:
         yield temporary
         if path.exists():
@@ -55,6 +56,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def previous(path: Path) -> Path:
+    """Where a folder waits while `atomic_folder` replaces it."""
+    return path.with_name(f".{path.name}.previous")
 
 
 def _umask() -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flowerray.errors import UserError
-from flowerray.files import atomic_folder, write_json
+from flowerray.files import atomic_folder, previous, write_json
 
 Save = Callable[[Path], None]
 """Writes a checkpoint into the folder that it is given."""
@@ -71,8 +71,8 @@ class RunDir:
         return content
 
     def checkpoint(self) -> Path | None:
-        """The newest whole checkpoint, or None; a kill between two renames leaves `last.old`."""
-        for folder in (self.last, self.last.with_name("last.old")):
+        """The newest whole checkpoint, or None; a kill between renames leaves the previous one."""
+        for folder in (self.last, previous(self.last)):
             if folder.is_dir():
                 return folder
         return None
@@ -104,8 +104,8 @@ class FolderReporter:
         """The checkpoint to continue from, or None for a fresh start."""
         if not self.dir.run_json.exists():
             raise UserError(
-                f"worker {self.rank} does not see {self.dir.path}: --out has to be on a file system "
-                "that all nodes share."
+                f"worker {self.rank} does not see {self.dir.path}: --out has to be on a file "
+                "system that all nodes share."
             )
         return self.dir.checkpoint()
 

@@ -11,6 +11,7 @@ os.environ.update(
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
     MLFLOW_DISABLE_TELEMETRY="true",
     MPLBACKEND="agg",
+    OMP_NUM_THREADS="1",  # tiny models gain nothing from threads, and equal bits need equal counts
 )
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("MLFLOW_RUN_ID", None)
@@ -29,3 +30,24 @@ def flowerray_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         del os.environ["FLOWERRAY_HOME"]
     else:
         os.environ["FLOWERRAY_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A rendered set in the Oxford layout: 6 classes of 10 + 10 + 4 photographs, 48 px."""
+    from flowerray.data.synthetic import SyntheticConfig, synthesize
+
+    out = tmp_path_factory.mktemp("data") / "small"
+    config = SyntheticConfig(classes=6, scale=0.01, size=48)
+    return synthesize(out, config, progress=False, processes=1)
+
+
+@pytest.fixture(scope="session")
+def small_run(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished RUN on `small_set`, trained in this process. Tests that change it copy it first."""
+    from flowerray.cluster.fit import fit
+    from tests.small import small
+
+    out = tmp_path_factory.mktemp("runs") / "small"
+    fit(small(small_set), out, quiet=True)
+    return out

@@ -1,8 +1,6 @@
 """The loop: world-size invariance, exact resume after SIGKILL, early stop, divergence."""
 
-import json
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from flowerray.train import (
     note_epoch,
     stopped_early,
 )
-from tests.train_process import train_small
+from tests.train_process import exit_code, start, train_small
 
 CLASSES, PER_CLASS = 10, 5
 
@@ -45,7 +43,6 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             pixels = colour + rng.normal(0, 40, (40 + 2 * n, 44, 3))
             paths.append(folder / f"{c}-{n}.png")
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(paths[-1])
-    build_store(paths, resize_side(32), progress=False)
     store = build_store(paths, resize_side(32), progress=False)
     targets = np.repeat(np.arange(CLASSES), PER_CLASS).tolist()
     return {"store": str(store.folder), "targets": targets}
@@ -54,10 +51,6 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def make_run(out: Path) -> None:
     """A RUN folder as the driver makes it."""
     RunDir(out).create({"test": True})
-
-
-def start(job: dict[str, Any]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "tests.train_process", json.dumps(job)])
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -84,7 +77,7 @@ def test_two_workers_end_with_the_weights_of_one(job: dict[str, Any], tmp_path: 
         for rank in range(world):
             more = {"out": str(out), "world": world, "rank": rank}
             processes.append(start({**options, **more, "rendezvous": str(tmp_path / "rendezvous")}))
-    assert [process.wait(timeout=200) for process in processes] == [0, 0, 0]
+    assert [exit_code(process) for process in processes] == [0, 0, 0]
     for method in methods.names():
         one, two = (torch.load(tmp_path / f"w{w}-{method}.pt", weights_only=True) for w in (1, 2))
         before = train_small(
@@ -124,7 +117,7 @@ def test_a_killed_run_resumes_bit_equal(job: dict[str, Any], tmp_path: Path, met
     process = start(
         {**options, "methods": [method], "out": str(tmp_path / "killed"), "die_at": die_at}
     )
-    assert process.wait(timeout=100) == -9
+    assert exit_code(process) == -signal.SIGKILL
     assert max(r["step"] for r in RunDir(killed).records()) < die_at
 
     resumed = train_small({**options, "method": method, "out": str(killed)}).state_dict()

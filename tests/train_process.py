@@ -1,13 +1,11 @@
 """One worker of a small training, as a process of its own: what the tests of resume and of world
 sizes start.
-
-    python -m tests.train_process '{"method": "triplet", "out": "...", "rank": 0, "world": 1, ...}'
 """
 
-import json
+import multiprocessing
 import os
 import signal
-import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,7 @@ class DyingReporter(FolderReporter):
 
 
 def train_small(job: dict[str, Any]) -> Method:
-    """Trains from plain options; see the two tests for their keys."""
+    """Trains from plain options; see tests/test_train.py for their keys."""
     torch.manual_seed(0)
     config = TrainConfig(precision="fp32", log_every_steps=1, **job["train"])
     file = methods.get(job["method"])
@@ -63,8 +61,27 @@ def train_small(job: dict[str, Any]) -> Method:
     return method
 
 
-def main(job: dict[str, Any]) -> None:
-    """Runs one job, in a gloo process group where there are several workers."""
+def start(job: dict[str, Any]) -> BaseProcess:
+    """Runs `work` on `job` in a new process. One server that has torch loaded forks them all, and
+    runs no torch itself.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=work, args=(job,))
+    process.start()
+    return process
+
+
+def exit_code(process: BaseProcess, timeout_s: float = 120) -> int | None:
+    """How a process ended; None, and it is killed, where it has not."""
+    process.join(timeout_s)
+    code = process.exitcode
+    process.kill()
+    return code
+
+
+def work(job: dict[str, Any]) -> None:
+    """Trains each of `job["methods"]`, in a gloo process group where there are several workers."""
     torch.set_num_threads(1)
     if job.get("world", 1) > 1:
         dist.init_process_group(
@@ -79,7 +96,3 @@ def main(job: dict[str, Any]) -> None:
             torch.save(trained.state_dict(), f"{job['out']}-{method}.pt")
     if job.get("world", 1) > 1:
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

@@ -101,6 +101,11 @@ def prepare(run: Run, quiet: bool = False) -> tuple[dict[str, str], int]:
             f"a batch of P x K = {batch} images cannot be shared equally by {workers} workers: "
             "change --train.classes-per-batch, --train.images-per-class or --resources.workers."
         )
+    if not run.embedder.freeze_bn and workers > 1 and not torch.cuda.is_available():
+        raise UserError(
+            "--embedder.no-freeze-bn with several workers needs GPUs, since torch synchronises "
+            "BatchNorm only there: use one worker, or freeze it."
+        )
     build_method(run, int(targets_N.max()) + 1)
     return dataset.tags, sampler.steps * config.epochs
 

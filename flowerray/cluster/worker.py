@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from timm.layers import convert_sync_batchnorm
 
 from flowerray import checkpoint, methods
 from flowerray.data.dataset import Dataset
@@ -54,6 +55,8 @@ def work(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str, 
     if "val" in dataset.splits:
         val_store = split_store(dataset, "val", run.embedder.image_size)
     method = build_method(run, len(trained_classes)).to(device)
+    if not run.embedder.freeze_bn and reporter.world > 1:
+        method = convert_sync_batchnorm(method)
 
     def validate(embedder: Embedder) -> dict[str, float]:
         assert val_store is not None

@@ -4,19 +4,64 @@ Letters: N images, B of a batch, C H W an image, D embedding dimensions, F backb
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
-from flowerray.data.store import Store
 from flowerray.model import Embedder
+
+
+class Images(Protocol):
+    """What is embedded: a `Store`, or a worker's part of one."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def centre(self, indices: NDArray[np.int64], size: int) -> Tensor:
+        """uint8 BCHW of some of them."""
+
+
+class Part:
+    """Images start .. stop-1 of a store."""
+
+    def __init__(self, store: Images, start: int, stop: int) -> None:
+        self.store, self.start, self.stop = store, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def centre(self, indices: NDArray[np.int64], size: int) -> Tensor:
+        """See `Store.centre`."""
+        return self.store.centre(indices + self.start, size)
+
+
+def embed_together(
+    embedder: Embedder, store: Images, *, batch_size: int = 64
+) -> NDArray[np.float32]:
+    """`embed` with the images shared out over the workers of a process group.
+
+    Every worker gets all N rows, the same ones to the bit, so that what each decides from them
+    (best so far, early stop) cannot differ.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return embed(embedder, store, batch_size=batch_size)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    bounds = np.linspace(0, len(store), world + 1).astype(int)
+    part = Part(store, bounds[rank], bounds[rank + 1])
+    own_MD = embed(embedder, part, batch_size=batch_size)
+    parts: list[NDArray[np.float32]] = [own_MD] * world
+    dist.all_gather_object(parts, own_MD)
+    return np.concatenate(parts)
 
 
 def embed(
     embedder: Embedder,
-    store: Store,
+    store: Images,
     *,
     batch_size: int = 64,
     device: str | torch.device | None = None,
@@ -57,4 +102,4 @@ def embed(
     finally:
         for module, training in modes:
             module.training = training
-    return np.concatenate(rows)
+    return np.concatenate(rows) if rows else np.empty((0, embedder.dim), np.float32)

@@ -17,7 +17,7 @@ from flowerray.data.dataset import Dataset
 from flowerray.data.folder import read_all
 from flowerray.data.store import Store
 from flowerray.errors import UserError
-from flowerray.evaluate.embed import embed
+from flowerray.evaluate.embed import embed, embed_together
 from flowerray.evaluate.pairs import PAIRS_PER_KIND, Pairs, make_pairs, pair_metrics
 from flowerray.evaluate.retrieval import retrieval_metrics, retrieval_per_query, summarise
 from flowerray.model import Embedder
@@ -144,6 +144,8 @@ def validation(
 ) -> dict[str, float]:
     """The retrieval metrics after an epoch, `val/map_at_r` and so on: val queries, train gallery.
 
+    Called by every worker: they share the images out, and each gets the same metrics.
+
     Args:
         embedder: on its device; in its modes again afterwards.
         train_store: the gallery.
@@ -156,11 +158,11 @@ def validation(
     Raises:
         UserError: embeddings that are not finite; no val image with another of its class to find.
     """
-    query_emb = embed(embedder, val_store, batch_size=batch_size)
+    query_emb = embed_together(embedder, val_store, batch_size=batch_size)
     if self_gallery:
         metrics = retrieval_metrics(query_emb, val_labels_Q)
     else:
-        gallery_emb = embed(embedder, train_store, batch_size=batch_size)
+        gallery_emb = embed_together(embedder, train_store, batch_size=batch_size)
         metrics = retrieval_metrics(query_emb, val_labels_Q, gallery_emb, train_labels_N)
     metrics = _with_queries(metrics, "val" if self_gallery else "train")
     return {f"val/{name}": float(value) for name, value in metrics.items()}

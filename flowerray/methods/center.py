@@ -39,11 +39,11 @@ EXPORT_NAME = "center_loss"
 class Config(MethodConfig):
     """The center loss."""
 
-    center_weight: float = Field(0.01, ge=0)
+    center_weight: float = Field(1.0, ge=0)
     """lambda, the weight of the center term; 0 is plain cross-entropy."""
     center_rate: float = Field(0.5, gt=0, le=1)
     """alpha, the share of the paper's step that centers move after each batch."""
-    scale: float = Field(16.0, gt=0)
+    scale: float = Field(8.0, gt=0)
     """Factor from cosine (-1..1) to logit."""
 
 

@@ -60,7 +60,7 @@ def test_lambda_0_is_plain_cross_entropy_to_the_bit() -> None:
     method = center(center_weight=0.0).float()
     raw_BD, labels_B = units(16, 0, dtype=torch.float32), labels_of(16, 0)
     emb_BD = F.normalize(raw_BD)
-    plain = F.cross_entropy(16.0 * F.linear(emb_BD, F.normalize(method.weight_CD)), labels_B)
+    plain = F.cross_entropy(8.0 * F.linear(emb_BD, F.normalize(method.weight_CD)), labels_B)
     total = method.loss(emb_BD, labels_B).total
     assert torch.equal(total, plain)
     grads = [

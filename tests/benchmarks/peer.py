@@ -1,0 +1,206 @@
+"""The peer of the pipeline benchmark: a plain loop as a careful user of pytorch-metric-learning and
+timm would write it.
+
+Letters: N training images, B images of a batch, C H W an image, D embedding dimensions.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pytorch_metric_learning.losses import TripletMarginLoss
+from pytorch_metric_learning.miners import BatchHardMiner
+from pytorch_metric_learning.samplers import MPerClassSampler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision import transforms as tv
+
+from flowerray.cluster.worker import split_store
+from flowerray.data.dataset import Dataset
+from flowerray.evaluate.measure import validation
+from flowerray.model import Embedder
+from flowerray.run import Run
+from flowerray.train import Schedule
+
+LOADERS = 2
+"""Processes of the DataLoader."""
+
+
+class Mark(NamedTuple):
+    """How far a training is."""
+
+    step: int
+    seconds: float
+    """Of training so far: no validation, no start-up."""
+
+
+class Epoch(NamedTuple):
+    """A validation; `seconds` as in `Mark`."""
+
+    epoch: int
+    seconds: float
+    images: int
+    recall_at_1: float
+    map_at_r: float
+
+
+class Clock:
+    """Seconds since it was made, less those of its pauses."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.marks: list[Mark] = []
+
+    def mark(self, step: int) -> None:
+        """Notes a finished step."""
+        self.marks.append(Mark(step, time.perf_counter() - self.start))
+
+    def skip(self, seconds: float) -> None:
+        """Takes a pause of so many seconds, just ended, out of the account."""
+        self.start += seconds
+
+
+def targets(dataset: Dataset) -> NDArray[np.int64]:
+    """Classes of the training images, counted from 0."""
+    return np.unique(dataset.split_labels("train"), return_inverse=True)[1]
+
+
+class Photographs(torch.utils.data.Dataset):
+    """Labelled JPEG files."""
+
+    def __init__(
+        self, paths: Sequence[Path], labels_N: NDArray[np.int64], transform: Callable[..., Tensor]
+    ) -> None:
+        self.paths, self.labels_N, self.transform = paths, labels_N, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        with Image.open(self.paths[i]) as image:
+            return self.transform(image.convert("RGB")), int(self.labels_N[i])
+
+
+class PlainModel(nn.Module):
+    """timm's model and a projection, from the weights that `embedder` starts with."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        super().__init__()
+        self.backbone = timm.create_model(embedder.config.backbone, num_classes=0)
+        self.backbone.load_state_dict(embedder.backbone.state_dict())
+        self.backbone.to(memory_format=torch.channels_last)
+        self.projection = nn.Linear(embedder.num_features, embedder.dim, bias=False)
+        self.projection.load_state_dict(embedder.projection.state_dict())
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Embeddings, which the loss normalises."""
+        return self.projection(self.backbone(images_BCHW))
+
+
+def transforms(run: Run, normalise: Embedder | None) -> Callable[..., Tensor]:
+    """flowerray's augmentation in torchvision; on Pillow images v1 is its fastest variant."""
+    a = run.augment
+    steps = [
+        tv.RandomResizedCrop(
+            run.embedder.image_size, scale=(a.area_min, 1.0), ratio=(1 / a.aspect, a.aspect)
+        ),
+        tv.RandomHorizontalFlip(a.flip_probability),
+        tv.ColorJitter(a.brightness, a.contrast, a.saturation, a.hue),
+        tv.ToTensor(),
+    ]
+    if normalise:
+        steps.append(
+            tv.Normalize(normalise.mean.flatten().tolist(), normalise.std.flatten().tolist())
+        )
+    grey = 0.0 if normalise else 0.5
+    steps.append(
+        tv.RandomErasing(a.erase_probability, (0.02, a.erase_area), ratio=(0.5, 2.0), value=grey)
+    )
+    return tv.Compose(steps)
+
+
+def train_peer(
+    run: Run, dataset: Dataset, *, steps_per_epoch: int, steps: int, folded: bool, validate: bool
+) -> tuple[list[Mark], list[Epoch]]:
+    """Trains for `steps` steps.
+
+    Args:
+        steps_per_epoch: flowerray's, so that the schedules are equal.
+        folded: flowerray's model in place of timm's.
+        validate: after each epoch, outside the clock.
+    """
+    torch.manual_seed(run.train.seed)
+    np.random.seed(run.train.seed)  # the sampler's
+    config = run.train
+    embedder = Embedder(run.embedder, seed=config.seed)
+    model = embedder if folded else PlainModel(embedder)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+    batch = config.classes_per_batch * config.images_per_class
+    paths, targets_N = [dataset.paths[i] for i in dataset.splits["train"]], targets(dataset)
+    loader = DataLoader(
+        Photographs(paths, targets_N, transforms(run, None if folded else embedder)),
+        batch_size=batch,
+        sampler=MPerClassSampler(
+            targets_N,
+            config.images_per_class,
+            batch,
+            length_before_new_iter=steps_per_epoch * batch,
+        ),
+        num_workers=LOADERS,
+        persistent_workers=True,
+    )
+    criterion, miner = TripletMarginLoss(margin=0.2), BatchHardMiner()
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": model.backbone.parameters(), "lr": config.lr},
+            {"params": model.projection.parameters(), "lr": config.lr * config.head_lr_factor},
+        ],
+        weight_decay=config.weight_decay,
+    )
+    schedule = Schedule(config, steps_per_epoch)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
+
+    clock: Clock | None = None
+    epochs: list[Epoch] = []
+    step = 0
+    while step < steps:
+        for images_BCHW, labels_B in loader:
+            clock = clock or Clock()  # the first batch has come: the loaders have started
+            emb_BD = model(images_BCHW.contiguous(memory_format=torch.channels_last))
+            loss = criterion(emb_BD, labels_B, miner(emb_BD, labels_B))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            optimizer.step()
+            scheduler.step()
+            step += 1
+            clock.mark(step)
+            if step == steps:
+                break
+        assert clock is not None
+        if validate:
+            start = time.perf_counter()
+            quality = validated(model, embedder, dataset)
+            clock.skip(time.perf_counter() - start)
+            epochs.append(Epoch(len(epochs) + 1, clock.marks[-1].seconds, step * batch, *quality))
+    assert clock is not None
+    return clock.marks, epochs
+
+
+def validated(model: nn.Module, embedder: Embedder, dataset: Dataset) -> tuple[float, float]:
+    """R@1 and MAP@R of a peer's model by flowerray's validation: `embedder` takes its weights."""
+    embedder.load_state_dict(model.state_dict())
+    labels = {split: dataset.split_labels(split) for split in ("train", "val")}
+    stores = {split: split_store(dataset, split, embedder.image_size) for split in labels}
+    found = validation(embedder, stores["train"], labels["train"], stores["val"], labels["val"])
+    return found["val/recall_at_1"], found["val/map_at_r"]
