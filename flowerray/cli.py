@@ -114,12 +114,14 @@ def take_method(command: str, words: list[str]) -> tuple[str, list[str]]:
     """
     from flowerray import methods
 
-    if not words or words[0].startswith("-"):
-        listing = "\n".join(f"  {name:<10}{methods.get(name).summary}" for name in methods.names())
+    if words[:1] in (["-h"], ["--help"]):
+        from flowerray import tables
+
+        listing = tables.summaries([methods.get(name) for name in methods.names()])
         print(f"usage: flowerray {command} METHOD [options]\n\nmethods:\n{listing}")
-        if "-h" in words or "--help" in words:
-            sys.exit(0)
-        raise UserError("name a method first.")
+        sys.exit(0)
+    if not words or words[0].startswith("-"):
+        raise UserError(f"name a method first: {', '.join(methods.names())}.")
     return methods.get(words[0]).name, words[1:]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,11 +106,21 @@ def neighbours(found: Sequence[Neighbour]) -> str:
     return "\n".join(lines)
 
 
+def summaries(files: Sequence[MethodFile]) -> str:
+    """One paragraph a method."""
+    return "\n".join(
+        textwrap.fill(
+            file.summary, 80, initial_indent=f"  {file.name:<10}", subsequent_indent=" " * 12
+        )
+        for file in files
+    )
+
+
 def methods(files: Sequence[MethodFile]) -> str:
     """Each method with its summary and search space."""
     lines: list[str] = []
     for file in files:
-        lines.append(f"{file.name}: {file.summary}")
+        lines.append(textwrap.fill(f"{file.name}: {file.summary}", 80, subsequent_indent="  "))
         for name, space in file.space.items():
             if "choices" in space:
                 text = ", ".join(map(str, space["choices"]))

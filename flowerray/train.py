@@ -7,8 +7,8 @@ Letters: N training images, B images of the global batch, b of this worker's sli
 import copy
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -205,13 +205,12 @@ def train(
 
     while progress.epoch < config.epochs and not stopped_early(config, progress):
         epoch = progress.epoch
-        window = Window(progress, len(data.targets_N))
+        window = Window(progress)
         method.train()
         for batch in batches.epoch(epoch, start_step=progress.step_in_epoch):
             method.seed = (config.seed, epoch, batch.step)
-            torch.manual_seed(
-                hash((config.seed, epoch, batch.step, reporter.rank)) % 2**63
-            )  # dropout
+            # Dropout's; reseeded each step, so that a resumed run draws what it would have drawn.
+            torch.manual_seed(hash((*method.seed, reporter.rank)) % 2**63)
             schedule.apply(optimizer, progress.step)
 
             images = augment(batch.images, batch.sizes, batch.uniforms, size, augment_config)
@@ -233,7 +232,7 @@ def train(
             saves = progress.step % config.checkpoint_every_steps == 0 and not ends_epoch
             if saves or ends_epoch or progress.step % config.log_every_steps == 0:
                 metrics = window.read()
-                metrics["train/lr"] = optimizer.param_groups[0]["lr"]
+                metrics["train/lr"] = config.lr * schedule.factor(progress.step - 1)
                 reporter.report(
                     progress.step,
                     epoch + 1,
@@ -361,29 +360,22 @@ class MovingAverage:
             else:
                 self.state[name].copy_(value)
 
-    def swapped_into(self, embedder: Embedder) -> "_Swap":
-        """A context in which the embedder has the averaged weights."""
-        return _Swap(self, embedder)
-
-
-class _Swap:
-    def __init__(self, average: MovingAverage, embedder: Embedder) -> None:
-        self.average, self.embedder = average, embedder
-
-    def __enter__(self) -> None:
-        self.own = copy.deepcopy(self.embedder.state_dict())
-        self.embedder.load_state_dict(self.average.state)
-
-    def __exit__(self, *exception: object) -> None:
-        self.embedder.load_state_dict(self.own)
+    @contextmanager
+    def swapped_into(self, embedder: Embedder) -> Iterator[None]:
+        """Within its block the embedder has the averaged weights."""
+        own = copy.deepcopy(embedder.state_dict())
+        embedder.load_state_dict(self.state)
+        try:
+            yield
+        finally:
+            embedder.load_state_dict(own)
 
 
 class Window:
     """Collects a log interval's losses on the device; `read` is the loop's only host sync."""
 
-    def __init__(self, progress: Progress, num_images: int) -> None:
+    def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.num_images = num_images
         self.started = self.epoch_started = time.perf_counter()
         self.images = 0
         self.names: list[str] = []

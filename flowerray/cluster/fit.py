@@ -2,6 +2,7 @@
 MLflow fed.
 """
 
+import os
 import sys
 import threading
 import time
@@ -83,9 +84,6 @@ def prepare(run: Run, quiet: bool = False) -> tuple[dict[str, str], int]:
             f"protocol {dataset.protocol} has no val split to fit the pair threshold on: give the "
             "official run that it follows with --from RUN, or --threshold."
         )
-    for split in ("train", "val"):
-        if split in dataset.splits:
-            split_store(dataset, split, run.embedder.image_size, progress=not quiet)
     if "val" in dataset.splits and np.bincount(dataset.split_labels("val")).max() < 2:
         raise UserError(
             f"the val split of {dataset.root} has one image of each class, so no pair of the same "
@@ -106,7 +104,17 @@ def prepare(run: Run, quiet: bool = False) -> tuple[dict[str, str], int]:
             "--embedder.no-freeze-bn with several workers needs GPUs, since torch synchronises "
             "BatchNorm only there: use one worker, or freeze it."
         )
+    if run.resources.device == "cuda" and "RAY_ADDRESS" not in os.environ:
+        # Ray would wait for GPUs that never come; a cluster's may still be starting.
+        if torch.cuda.device_count() < workers:
+            raise UserError(
+                f"--resources.device cuda needs {workers} GPU and this machine has "
+                f"{torch.cuda.device_count()} that torch can use: choose cpu or other workers."
+            )
     build_method(run, int(targets_N.max()) + 1)
+    for split in ("train", "val"):
+        if split in dataset.splits:
+            split_store(dataset, split, run.embedder.image_size, progress=not quiet)
     return dataset.tags, sampler.steps * config.epochs
 
 
@@ -115,7 +123,7 @@ def fit_on_ray(run: Run, folder: RunDir) -> dict[str, Any]:
     checkpoint.
     """
     workers = run.resources.workers
-    with ray_session(min_cpus=workers) as ray:
+    with ray_session(min_cpus=workers * max(1, run.resources.cpus_per_worker)) as ray:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
