@@ -132,9 +132,9 @@ def parse_run(
     words.
 
     Raises:
-        UserError: a resumed run with options that differ from its run.json.
+        UserError: a resumed run with options that differ from its run.json; see also `follow`.
     """
-    from argparse import ArgumentParser
+    from argparse import ArgumentError, ArgumentParser
 
     import tyro
     from pydantic import Field, create_model
@@ -143,11 +143,14 @@ def parse_run(
     from flowerray.run import PRESETS, Run, differences
     from flowerray.rundir import RunDir
 
-    early = ArgumentParser(add_help=False, allow_abbrev=False)
+    early = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--preset", choices=list(PRESETS), default=default_preset)
     early.add_argument("--resume", type=Path)
     early.add_argument("--from", dest="source", type=Path)
-    chosen, _ = early.parse_known_args(words)
+    try:
+        chosen, _ = early.parse_known_args(words)
+    except ArgumentError as error:
+        raise UserError(f"{error}.") from None
     config = methods.get(method).config
     old = None
     if chosen.resume is not None:
@@ -391,14 +394,16 @@ def search(words: list[str]) -> int:
 def data(words: list[str]) -> int:
     """`flowerray data {synthesize,fetch,check}`."""
     verbs = {"synthesize": synthesize, "fetch": fetch, "check": check}
-    if not words or words[0] not in verbs:
+    if words[:1] in (["-h"], ["--help"]):
         print(
             "usage: flowerray data VERB\n\n"
             "  synthesize   render flowers in the Oxford layout: --out DIR --classes 102 --seed 0\n"
             "  fetch        download Oxford Flowers-102 and verify it: --out DIR\n"
             "  check        verify a data set: DIR"
         )
-        return 0 if words[:1] in (["-h"], ["--help"]) else 2
+        return 0
+    if not words or words[0] not in verbs:
+        raise UserError(f"say what to do: flowerray data {' | '.join(verbs)}.")
     return verbs[words[0]](words[1:])
 
 
@@ -472,9 +477,11 @@ def track(words: list[str]) -> int:
     """`flowerray track sync RUN`."""
     from flowerray import tracking
 
-    if len(words) != 2 or words[0] != "sync":
+    if words[:1] in (["-h"], ["--help"]):
         print("usage: flowerray track sync RUN     sends to MLflow what it does not have yet")
-        return 0 if words[:1] in (["-h"], ["--help"]) else 2
+        return 0
+    if len(words) != 2 or words[0] != "sync":
+        raise UserError("say what to send: flowerray track sync RUN.")
     path = Path(words[1])
     tracking.sync(path, strict=True)
     end_of_logging(path)

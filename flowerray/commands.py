@@ -115,8 +115,8 @@ def evaluate_frozen(
 def run_measure(
     embedder: Embedder, dataset: Dataset, config: EvaluateConfig, quiet: bool, **more: Any
 ) -> Measurement:
-    """`measure` with progress bars."""
-    with tqdm(unit="img", desc="embed", disable=quiet, dynamic_ncols=True) as bar:
+    """`measure` with a progress bar where somebody looks at it."""
+    with tqdm(unit="img", desc="embed", disable=quiet or None, dynamic_ncols=True) as bar:
         return measure(
             embedder, dataset, store_builder(embedder.image_size, quiet), config,
             progress=bar.update, **more,
@@ -199,7 +199,7 @@ def search(
     """
     dataset = gallery_of(gallery)
     store = build_store(dataset.paths, resize_side(model.embedder.image_size), progress=not quiet)
-    with tqdm(total=len(store), unit="img", desc="embed", disable=quiet) as bar:
+    with tqdm(total=len(store), unit="img", desc="embed", disable=quiet or None) as bar:
         gallery_GD = embed(model.embedder, store, progress=bar.update).astype(np.float64)
     query_D = embed_files(model.embedder, [query])[0]
     cosine_G = gallery_GD @ query_D

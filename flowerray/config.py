@@ -14,6 +14,13 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        # The line breaks of a docstring are the editor's; help text breaks its lines anew.
+        for field in cls.model_fields.values():
+            if field.description:
+                field.description = " ".join(field.description.split())
+
     def __init__(self, **fields: Any) -> None:
         """Checks every field.
 

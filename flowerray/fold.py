@@ -5,6 +5,7 @@ Letters: C channels.
 
 from typing import Any
 
+import torch
 from timm.layers import BatchNormAct2d, Conv2dSame, pad_same
 from torch import Tensor, nn
 
@@ -49,7 +50,27 @@ class FoldedNormAct2d(BatchNormAct2d):
     """The same with timm's activation behind the norm."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if type(self.act) is nn.ReLU6 and self.act.inplace and type(self.drop) is nn.Identity:
+            return _ReLU6.apply(x)
         return self.act(self.drop(x))
+
+
+class _ReLU6(torch.autograd.Function):
+    """ReLU6 in place that keeps its output for backward, from which the gradient follows as well.
+
+    torch's own in-place form keeps a copy of its input: 7 % of a training step of lite0 (CPU).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        x.clamp_(0, 6)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.ops.aten.hardtanh_backward(grad, ctx.saved_tensors[0], 0.0, 6.0)
 
 
 # Exact types only: a subclass may compute something else.

@@ -318,6 +318,7 @@ def make_optimizer(config: TrainConfig, method: Method) -> torch.optim.Optimizer
             for (is_backbone, decays), parameters in sorted(groups.items())
         ],
         lr=config.lr,
+        fused=True,
     )
 
 

@@ -108,8 +108,8 @@ def prepare(run: Run, quiet: bool = False) -> tuple[dict[str, str], int]:
         # Ray would wait for GPUs that never come; a cluster's may still be starting.
         if torch.cuda.device_count() < workers:
             raise UserError(
-                f"--resources.device cuda needs {workers} GPU and this machine has "
-                f"{torch.cuda.device_count()} that torch can use: choose cpu or other workers."
+                f"--resources.device cuda: this machine has {torch.cuda.device_count()} GPUs that "
+                f"torch can use, for {workers} workers; choose cpu, or fewer workers."
             )
     build_method(run, int(targets_N.max()) + 1)
     for split in ("train", "val"):
@@ -208,7 +208,8 @@ class Progress:
         self.quiet = quiet
         live = sys.stderr.isatty() and not quiet
         self.bar = tqdm(total=total_steps, unit="step", disable=not live, dynamic_ncols=True)
-        self.told_epochs = len(self._epochs())
+        self.told = len(folder.records())
+        self.shown: dict[str, float] = {}
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._follow, name="progress", daemon=True)
 
@@ -226,21 +227,16 @@ class Progress:
         self._show()
 
     def _show(self) -> None:
-        shown: dict[str, float] = {}
-        for record in self.folder.records():
+        new = self.folder.records()[self.told :]
+        self.told += len(new)
+        for record in new:
             self.bar.n = record["step"]
-            shown |= record["metrics"]
-        if not self.bar.disable:
-            self.bar.set_postfix_str(brief_metrics(shown, "train/"))
-        epochs = self._epochs()
-        for record in epochs[self.told_epochs :]:
-            line = brief_metrics(record["metrics"], "epoch/")
-            if self.bar.disable and not self.quiet:
+            self.shown |= record["metrics"]
+            if "epoch/seconds" in record["metrics"] and self.bar.disable and not self.quiet:
+                line = brief_metrics(record["metrics"], "epoch/")
                 print(f"epoch {record['epoch']}  {line}", file=sys.stderr, flush=True)
-        self.told_epochs = len(epochs)
-
-    def _epochs(self) -> list[dict[str, Any]]:
-        return [r for r in self.folder.records() if "epoch/seconds" in r["metrics"]]
+        if not self.bar.disable:
+            self.bar.set_postfix_str(brief_metrics(self.shown, "train/"))
 
 
 def brief_metrics(metrics: dict[str, float], kind: str) -> str:

@@ -12,6 +12,7 @@ ENVIRONMENT = {
     # `uv run flowerray` is an ancestor of the workers, and Ray's hook would build each of them a
     # new environment.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_worker_niceness": "0",  # by default workers yield to all else, also to Ray's daemons
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # by default each report waits for a poll every 2 s
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -60,7 +61,7 @@ def ray_session(min_cpus: int) -> Iterator[Any]:
                 logging_level=logging.ERROR,
                 runtime_env={"env_vars": variables},
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # a start that takes too long raises a bare Exception
             raise UserError(
                 f"Ray at {address or 'this machine'} did not start: {str(error).splitlines()[0]}."
             ) from error
