@@ -137,7 +137,7 @@ def _load(file: Path, device: torch.device | str) -> Any:
     except FileNotFoundError:
         raise UserError(f"{file}: no checkpoint there.") from None
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError ... by fault
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0][:120] if str(error) else "cut short"
         raise UserError(
             f"{file} cannot be read as a checkpoint ({reason}): use another one."
         ) from error

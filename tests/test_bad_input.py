@@ -1,8 +1,11 @@
 """What a user sees who got something wrong: exit status 2, one sentence, nothing left behind."""
 
+import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,9 +130,6 @@ def test_unknown_backbone_names_close_ones(refused: Refused, out: Path, small_se
 
 def test_hub_without_a_network(out: Path, small_set: Path, tmp_path: Path) -> None:
     """In a process of its own: the Hub's library reads its environment when it is imported."""
-    import subprocess
-    import sys
-
     options = words(
         small_set, embedder__weights="hub", embedder__backbone="resnet10t.c3_in1k", out=out
     )
@@ -197,8 +197,6 @@ def test_resume_of_a_checkpoint_of_another_method(
     run = shutil.copytree(small_run, tmp_path / "run")
     text = (run / "run.json").read_text()
     assert '"name": "triplet"' in text
-    import json
-
     content = json.loads(text)
     content["method"] = {"name": "center"}
     (run / "run.json").write_text(json.dumps(content))

@@ -42,7 +42,9 @@ def download(url: str, target: Path, md5: str, progress: bool = True) -> None:
         return
     part = target.with_name(target.name + ".part")
     attempts = 0
-    with tqdm(desc=target.name, unit="B", unit_scale=True, disable=not progress) as bar:
+    with tqdm(
+        desc=target.name, unit="B", unit_scale=True, disable=None if progress else True
+    ) as bar:
         while True:
             before = _size(part)
             try:

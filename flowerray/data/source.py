@@ -97,7 +97,9 @@ def _file_problems(root: Path, listed: list[tuple[Path, str, str]], progress: bo
     """Damaged files, and equal files where they do harm; `listed` holds path, class and split."""
     problems = []
     first: dict[str, tuple[Path, str, str]] = {}
-    bar = tqdm(total=len(listed), desc="checking images", unit="img", disable=not progress)
+    bar = tqdm(
+        total=len(listed), desc="checking images", unit="img", disable=None if progress else True
+    )
     with bar, decoding_map(len(listed)) as run:
         results = run(examine, [path for path, _, _ in listed])
         for (path, name, split), (digest, fault) in zip(listed, results, strict=True):

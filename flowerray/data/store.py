@@ -177,7 +177,9 @@ def _write(
     index_N3 = np.zeros((len(paths), 3), np.int64)
     faults: list[str | None] = []
     offset = 0
-    bar = tqdm(total=len(paths), desc="decoding images", unit="img", disable=not progress)
+    bar = tqdm(
+        total=len(paths), desc="decoding images", unit="img", disable=None if progress else True
+    )
     pool = decoding_map(len(paths), processes)
     with (folder / "pixels.bin").open("wb") as file, bar, pool as run:
         for image in run(partial(load_or_fault, shorter_side=shorter_side), paths):

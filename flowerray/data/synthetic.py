@@ -89,7 +89,10 @@ def synthesize(
             (folder / "jpg").mkdir()
             (folder / "segmim").mkdir()
             with tqdm(
-                total=len(jobs), desc="painting flowers", unit="img", disable=not progress
+                total=len(jobs),
+                desc="painting flowers",
+                unit="img",
+                disable=None if progress else True,
             ) as bar:
                 with _mapper(min(processes or os.cpu_count() or 1, len(chunks))) as run:
                     for done in run(_render, [(folder, *chunk) for chunk in chunks]):

@@ -1,0 +1,262 @@
+"""One training through Ray Train: 1 and 2 workers, a killed worker, a diverged loss, Ctrl-C, a job.
+
+`small_run` trained the same options in this process, without Ray.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from flowerray.checkpoint import load_export
+from flowerray.cluster.fit import fit
+from flowerray.cluster.session import ray_session
+from flowerray.errors import UserError
+from flowerray.run import ResourcesConfig, Run
+from flowerray.rundir import RunDir
+from tests.small import small, words
+
+ROOT = Path(__file__).parents[2]
+LONG = 20
+"""Epochs of a training that is interrupted; 120 steps."""
+
+
+def with_workers(run: Run, workers: int) -> Run:
+    """The run on Ray; one thread a worker, as the tests' own process has."""
+    resources = ResourcesConfig(workers=workers, cpus_per_worker=1)
+    return run.model_copy(update={"resources": resources})
+
+
+def weights(run_dir: Path, method: str = "triplet_loss") -> dict[str, Tensor]:
+    """The exported embedder's."""
+    state = load_export(run_dir / f"best_model_{method}.pth")["embedder"]
+    assert isinstance(state, dict)
+    return state
+
+
+def last_weights(run_dir: Path) -> dict[str, Tensor]:
+    """Those of the last step, which need not be the best."""
+    state = torch.load(run_dir / "checkpoints" / "last" / "state.pt", weights_only=True)["method"]
+    assert isinstance(state, dict)
+    return state
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def wait_for(ready: Callable[[], bool], timeout_s: float) -> None:
+    """Polls; fails where it takes too long."""
+    end = time.monotonic() + timeout_s
+    while not ready():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def steps_done(run_dir: Path) -> int:
+    records = RunDir(run_dir).records()
+    return int(records[-1]["step"]) if records else 0
+
+
+def assert_whole_log(run_dir: Path, epochs: int) -> None:
+    """A record every 2 of the 6 steps of an epoch, and each epoch's, all once and in order."""
+    records = RunDir(run_dir).records()
+    losses = [r["step"] for r in records if "train/loss" in r["metrics"]]
+    assert losses == list(range(2, 6 * epochs + 1, 2))
+    validated = [(r["epoch"], r["step"]) for r in records if "val/map_at_r" in r["metrics"]]
+    assert validated == [(e, 6 * e) for e in range(1, epochs + 1)]
+
+
+@pytest.fixture(scope="module")
+def long_run(small_set: Path, small_run: Path) -> Path:
+    """An uninterrupted training of LONG epochs, without Ray."""
+    out = small_run.parent / "long"
+    fit(small(small_set, epochs=LONG), out, quiet=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def ray_up() -> Iterator[None]:
+    """One Ray for the tests of this process; `fit` joins it."""
+    with ray_session(min_cpus=2):
+        yield
+
+
+@pytest.mark.ray
+def test_one_worker_equals_a_training_without_ray(
+    ray_up: None, small_set: Path, small_run: Path
+) -> None:
+    out = small_run.parent / "one"
+    summary = fit(with_workers(small(small_set), 1), out, quiet=True)
+    assert_equal(weights(out), weights(small_run))
+    assert_whole_log(out, 2)
+    assert summary["steps"] == 12 and Path(summary["model"]).parent == out
+    assert (out / "plots" / "training.png").stat().st_size > 1000
+    mine, other = (json.loads((d / "thresholds.json").read_text()) for d in (out, small_run))
+    assert mine == other
+    assert (out / "pairs.json").read_bytes() == (small_run / "pairs.json").read_bytes()
+
+
+@pytest.mark.ray
+def test_two_workers_train_as_one_does(ray_up: None, small_set: Path, small_run: Path) -> None:
+    """float32 sums in another order, over 12 steps of AdamW whose rate is 1e-3; the exact test in
+    float64 is tests/test_train.py.
+    """
+    out = small_run.parent / "two"
+    fit(with_workers(small(small_set), 2), out, quiet=True)
+    assert_whole_log(out, 2)
+    a, b = last_weights(out), last_weights(small_run)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-3, msg=name)
+    for (_, mine), (_, other) in zip(
+        RunDir(out).series("train/loss"), RunDir(small_run).series("train/loss"), strict=True
+    ):
+        assert mine == pytest.approx(other, abs=1e-3)
+
+
+@pytest.mark.ray
+def test_a_killed_worker_is_replaced(
+    ray_up: None, small_set: Path, small_run: Path, long_run: Path
+) -> None:
+    """SIGKILL in mid-run; the new worker goes on from the last checkpoint, to the same bits."""
+    out = small_run.parent / "killed"
+    killed: list[int] = []
+
+    def kill() -> None:
+        wait_for(lambda: steps_done(out) >= 15, 120)
+        for process in psutil.Process().children(recursive=True):
+            if any("RayTrainWorker" in word for word in process.cmdline()):
+                killed.append(process.pid)
+                process.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    fit(with_workers(small(small_set, epochs=LONG), 1), out, quiet=True)
+    killer.join()
+    assert len(killed) == 1
+    assert_whole_log(out, LONG)
+    assert_equal(last_weights(out), last_weights(long_run))
+    assert_equal(weights(out), weights(long_run))
+
+
+@pytest.mark.ray
+def test_a_diverged_loss_reaches_the_user_without_retries(
+    ray_up: None, small_set: Path, small_run: Path
+) -> None:
+    out = small_run.parent / "diverged"
+    run = small(small_set, "center", lr=1.0, grad_clip=0, head_lr_factor=1e30, epochs=4)
+    with pytest.raises(UserError, match=r"^the loss became nan at step \d+ \(epoch 1\): .*\.$"):
+        fit(with_workers(run, 1), out, quiet=True)
+    state = json.loads((out / "mlflow.json").read_text())
+    assert state["finished"] == "FAILED" and "became nan" in state["reason"]
+    assert not list(out.glob("*.pth"))
+
+
+@pytest.mark.ray
+def test_ctrl_c_leaves_a_run_that_resumes_bit_equal(
+    small_set: Path, small_run: Path, long_run: Path
+) -> None:
+    out = small_run.parent / "interrupted"
+    options = words(
+        small_set, out=out, train__epochs=LONG,
+        resources__workers=1, resources__cpus_per_worker=1,
+    )  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from flowerray.cli import main; main()", "train", "triplet"]
+        + options,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for(lambda: process.poll() is not None or steps_done(out) >= 15, 180)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, stderr
+    assert stdout == "" and "Traceback" not in stderr, stderr
+    assert stderr.splitlines()[-1] == "flowerray train: interrupted."
+    assert 15 <= steps_done(out) < 6 * LONG
+    assert not list(out.glob("*.pth"))
+    assert json.loads((out / "mlflow.json").read_text())["finished"] == "KILLED"
+
+    fit(small(small_set, epochs=LONG), out, resume=True, quiet=True)
+    assert_whole_log(out, LONG)
+    assert_equal(last_weights(out), last_weights(long_run))
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[str]:
+    """A head node with ports and a folder of its own; gives the dashboard's address."""
+    gcs, dashboard, client = free_ports(3)
+    binary = str(Path(sys.executable).with_name("ray"))
+    folder = Path("/tmp") / f"flowerray-{os.getpid()}"  # Ray's sockets need a short path
+    process = subprocess.Popen(
+        [
+            binary, "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2",
+            f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
+            f"--temp-dir={folder}", f"--object-store-memory={128 * 2**20}",
+        ],
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+    def listens() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", dashboard)) == 0
+
+    try:
+        wait_for(listens, 90)
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.ray
+def test_a_submitted_job_trains(head: str, small_set: Path, flowerray_home: Path) -> None:
+    """`ray job submit`; its working directory is a copy, so the RUN lies in FLOWERRAY_HOME."""
+    before = set((flowerray_home / "runs").glob("*"))
+    command = [
+        str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", head,
+        "--working-dir", str(ROOT), "--runtime-env-json",
+        json.dumps({"env_vars": {"FLOWERRAY_HOME": str(flowerray_home)}}),
+        "--", "python", "jobs/train_triplet.py",
+        *words(small_set, resources__workers=1, resources__cpus_per_worker=1),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = set((flowerray_home / "runs").glob("triplet-*")) - before
+    assert (run / "best_model_triplet_loss.pth").exists()
+    assert_whole_log(run, 2)
