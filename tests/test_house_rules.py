@@ -1,4 +1,4 @@
-"""Rules of the repository as tests: the README's commands exist, nothing of one machine is committed."""
+"""Rules of the repository: the README's commands exist, nothing of one machine is committed."""
 
 import re
 import shlex
@@ -61,7 +61,8 @@ def test_ci_runs_the_readmes_test_command() -> None:
 
 
 def test_nothing_of_one_machine_is_committed() -> None:
-    hosts = "|".join(["python" + "hosted", "pypi" + r"\.org", "registry" + r"\.npmjs", r"deb\.debian"])
+    names = ["python" + "hosted", "pypi" + r"\.org", "registry" + r"\.npmjs", r"deb\.debian"]
+    hosts = "|".join(names)
     folders = r"(?<![\w./~-])/(?:work|root|home/\w+|opt)/\w"
     for path in tracked():
         assert path.name != "uv.lock"

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from flowerray import tracking
-from flowerray.cluster.session import ray_session
+from flowerray.cluster.session import own_signals, ray_session
 from flowerray.cluster.worker import build_method, pick_device, split_store, work
 from flowerray.data.batches import PKSampler
 from flowerray.data.source import open_dataset
@@ -147,7 +147,10 @@ def fit_on_ray(run: Run, folder: RunDir) -> dict[str, Any]:
             ),
         )
         try:
-            summary = trainer.fit().return_value  # type: ignore[attr-defined]
+            with own_signals():
+                summary = trainer.fit().return_value  # type: ignore[attr-defined]
+        except SystemExit:  # what Ray makes of Ctrl-C
+            raise KeyboardInterrupt from None
         except Exception as error:
             raise UserError(f"the training workers failed: {innermost(error)}") from error
     if summary and USER_ERROR in summary:

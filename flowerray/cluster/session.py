@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +23,18 @@ ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """Puts our handlers of SIGINT and SIGTERM back: Ray's would stay, and end the process."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in kept.items():
+                signal.signal(number, handler)
 
 
 @contextmanager
@@ -55,12 +69,13 @@ def ray_session(min_cpus: int) -> Iterator[Any]:
         names = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "FLOWERRAY_HOME", "OMP_NUM_THREADS")
         variables = {name: os.environ[name] for name in names if name in os.environ}
         try:
-            ray.init(
-                **start,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"env_vars": variables},
-            )
+            with own_signals():
+                ray.init(
+                    **start,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    runtime_env={"env_vars": variables},
+                )
         except Exception as error:  # a start that takes too long raises a bare Exception
             raise UserError(
                 f"Ray at {address or 'this machine'} did not start: {str(error).splitlines()[0]}."

@@ -3,6 +3,7 @@
 Letters: N images, B of a batch, C H W an image, D embedding dimensions, F backbone features.
 """
 
+import hashlib
 from collections.abc import Callable
 from typing import Protocol
 
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowerray.data.store import Store
+from flowerray.files import atomic_file
 from flowerray.model import Embedder
 
 
@@ -103,3 +106,30 @@ def embed(
         for module, training in modes:
             module.training = training
     return np.concatenate(rows) if rows else np.empty((0, embedder.dim), np.float32)
+
+
+def frozen_features(
+    embedder: Embedder,
+    store: Store,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int], object] | None = None,
+) -> NDArray[np.float32]:
+    """`embed(..., frozen=True)`, kept beside the store, since floor and pairs ask for it often.
+
+    The file's name holds a hash of the backbone's weights and of the image size, so that features
+    of other weights are never taken for these.
+    """
+    digest = hashlib.blake2b(str(embedder.image_size).encode(), digest_size=8)
+    for name, value in embedder.backbone.state_dict().items():
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    file = store.folder / f"features-{digest.hexdigest()}.npy"
+    if file.exists():
+        features_NF: NDArray[np.float32] = np.load(file)
+        if progress is not None:
+            progress(len(store))
+        return features_NF
+    features_NF = embed(embedder, store, batch_size=batch_size, frozen=True, progress=progress)
+    with atomic_file(file) as temporary, temporary.open("wb") as opened:
+        np.save(opened, features_NF)
+    return features_NF

@@ -17,7 +17,7 @@ from flowerray.data.dataset import Dataset
 from flowerray.data.folder import read_all
 from flowerray.data.store import Store
 from flowerray.errors import UserError
-from flowerray.evaluate.embed import embed, embed_together
+from flowerray.evaluate.embed import embed, embed_together, frozen_features
 from flowerray.evaluate.pairs import PAIRS_PER_KIND, Pairs, make_pairs, pair_metrics
 from flowerray.evaluate.retrieval import retrieval_metrics, retrieval_per_query, summarise
 from flowerray.model import Embedder
@@ -98,7 +98,9 @@ def measure(
     def emb(paths: Sequence[Path]) -> NDArray[np.float32]:
         store = build_store(paths)
         size = config.batch_size
-        return embed(embedder, store, batch_size=size, frozen=frozen, progress=progress)
+        if frozen:
+            return frozen_features(embedder, store, batch_size=size, progress=progress)
+        return embed(embedder, store, batch_size=size, progress=progress)
 
     query_paths, query_labels = _images(dataset, config.split)
     gallery_name = (
@@ -181,7 +183,7 @@ def frozen_pairs(
     Args:
         embedder: untrained, as its backbone came, so that the pairs favour no method.
     """
-    features_ND = embed(embedder, store, frozen=True, progress=progress)
+    features_ND = frozen_features(embedder, store, progress=progress)
     return make_pairs(labels_N, seed, num_per_kind, features_ND)
 
 

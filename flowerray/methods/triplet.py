@@ -37,16 +37,19 @@ EXPORT_NAME = "triplet_loss"
 # Wu et al.'s own code: nearer negatives count as this near, farther ones are not drawn.
 NEAREST, FARTHEST = 0.5, 1.4
 
+Miner = Literal["random", "all", "semi-hard", "batch-hard", "distance-weighted"]
+
 
 class Config(MethodConfig):
     """The triplet loss."""
 
     margin: float = Field(0.2, gt=0, le=2)
     """How much farther the negative must be, in embedding distance (0..2 between unit vectors)."""
-    miner: Literal["random", "all", "semi-hard", "batch-hard", "distance-weighted"] = "batch-hard"
+    miner: Miner = "distance-weighted"
     """Which triplets of the batch count. random, distance-weighted: each positive pair with one
     drawn negative. all: every triplet. semi-hard: those whose negative is farther than the positive
-    by less than the margin. batch-hard: each anchor's farthest positive and nearest negative."""
+    by less than the margin. batch-hard: each anchor's farthest positive and nearest negative; in
+    short trainings it can pull all embeddings together first (watch `spread`)."""
     soft: bool = False
     """log(1 + exp(d_ap - d_an)) in place of the hinge; the margin then only bounds semi-hard."""
 

@@ -2,9 +2,10 @@
 
     uv run python -m tests.benchmarks.quality --out DIR [--root DATA] [--seeds 0 1 2] [--option ...]
 
-Each training is a RUN below `--out`; a run that is there already is not trained again, so the command
-may be stopped and repeated. The test split is read once, at the end of each run. The settings of
-`--methods` are `NAME` or `NAME:option=value,...` (options of the command line without dashes):
+Each training is a RUN below `--out`; a run that is there already is not trained again, so the
+command may be stopped and repeated. The test split is read once, at the end of each run. The
+settings of `--methods` are `NAME` or `NAME:option=value,...` (options of the command line without
+dashes):
 
     --methods triplet siamese center center:method.center-weight=0
 """
@@ -58,9 +59,13 @@ def main() -> None:
         report[setting] = summary(runs, frozen)
     print(table(report, options.split))
     content = {
-        "command": sys.argv, "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__, "split": options.split, "seeds": options.seeds, "results": report,
-    }  # fmt: skip
+        "command": sys.argv,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "split": options.split,
+        "seeds": options.seeds,
+        "results": report,
+    }
     (options.out / f"quality-{options.split}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -92,7 +97,7 @@ def measured(folder: Path, split: str) -> Measurement:
     """The evaluation of a finished run."""
     model = open_model(str(folder), torch.device("cpu"))
     data: DataConfig = model.run.data
-    return evaluate_model(model, data, False, EvaluateConfig(split=split), quiet=True)  # type: ignore[arg-type]
+    return evaluate_model(model, data, False, EvaluateConfig(split=split), quiet=True)
 
 
 def floor(frozen: Measurement) -> dict[str, Any]:
@@ -105,7 +110,7 @@ def floor(frozen: Measurement) -> dict[str, Any]:
 
 
 def summary(runs: list[Measurement], frozen: Measurement) -> dict[str, Any]:
-    """Means with t-intervals over seeds, and the paired gain over frozen features (queries x seeds)."""
+    """Means with t-intervals over seeds; the paired gain over frozen features (queries x seeds)."""
     found: dict[str, Any] = {}
     for key in METRICS:
         values = [run.metrics[key] for run in runs if key in run.metrics]

@@ -1,5 +1,6 @@
 """A model and a store without files, small and fast, for the tests of this folder."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -42,6 +43,7 @@ class MemoryStore:
 
     def __init__(self, images_NCHW: NDArray[np.uint8]) -> None:
         self.images = torch.from_numpy(images_NCHW)
+        self.folder = Path(tempfile.mkdtemp())
 
     def __len__(self) -> int:
         return len(self.images)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from flowerray.evaluate.embed import embed
+from flowerray.evaluate.embed import embed, frozen_features
 from tests.evaluate.fakes import SIZE, store_of, tiny_embedder
 
 
@@ -65,3 +65,16 @@ def test_modes_come_back_after_an_error(images: NDArray[np.uint8]) -> None:
     with pytest.raises(RuntimeError, match="stop"):
         embed(embedder, store_of(images), progress=fail)
     assert all(module.training for module in embedder.modules())
+
+
+def test_frozen_features_are_kept_for_these_weights_only(images: NDArray[np.uint8]) -> None:
+    store = store_of(images)
+    embedder = tiny_embedder()
+    first = frozen_features(embedder, store)
+    assert np.array_equal(first, embed(embedder, store, frozen=True))
+    cast(Any, store).centre = None  # the kept file is read, not the images
+    assert np.array_equal(frozen_features(embedder, store), first)
+    with torch.no_grad():
+        cast(Any, embedder).backbone[0].weight.add_(0.1)
+    with pytest.raises(TypeError):
+        frozen_features(embedder, store)

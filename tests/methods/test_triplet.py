@@ -123,8 +123,8 @@ def test_the_margin_matters_and_solved_triplets_do_not() -> None:
     """Two tight classes at right angles: d_ap about 0, d_an about 1.41."""
     emb_BD = torch.eye(4, dtype=torch.float64)[[0, 0, 1, 1]].requires_grad_()
     labels_B = torch.tensor([0, 0, 1, 1])
-    assert build("triplet", margin=1.4).loss(emb_BD, labels_B).total == 0
-    beyond = build("triplet", margin=1.5).loss(emb_BD, labels_B).total.item()
+    assert build("triplet", miner="batch-hard", margin=1.4).loss(emb_BD, labels_B).total == 0
+    beyond = build("triplet", miner="batch-hard", margin=1.5).loss(emb_BD, labels_B).total.item()
     assert beyond == pytest.approx(1.5 - math.sqrt(2))
 
 
@@ -132,7 +132,7 @@ def test_solved_triplets_do_not_dilute_the_mean() -> None:
     angles = torch.tensor([0.0, 0.5, 0.7, 2.4], dtype=torch.float64)
     emb_BD = torch.stack([angles.cos(), angles.sin()], 1)
     labels_B = torch.tensor([0, 0, 1, 1])
-    loss = build("triplet", margin=0.05).loss(emb_BD, labels_B)
+    loss = build("triplet", miner="batch-hard", margin=0.05).loss(emb_BD, labels_B)
 
     def chord(i: int, j: int) -> float:
         return 2 * math.sin(abs(angles[i] - angles[j]).item() / 2)
@@ -202,7 +202,7 @@ def test_drawn_negatives_change_with_the_seed(miner: str) -> None:
 def test_training_on_triplets_and_not_on_pairs() -> None:
     """The notebooks trained their "robust triplet" with a pair classifier. Here no head exists, and
     both distances growing by the same leaves the violation as it is."""
-    method = build("triplet")
+    method = build("triplet", miner="batch-hard")
     assert {name.split(".")[0] for name, _ in method.named_parameters()} == {"embedder"}
     labels_B = torch.tensor([0, 0, 1])
     totals = []
