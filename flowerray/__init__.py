@@ -17,11 +17,16 @@ def load(run_or_file: "str | Path") -> "Embedder":
     """A trained embedder, on the CPU, in eval mode.
 
     Args:
-        run_or_file: a RUN folder, or an exported `best_model_*.pth` / `robust_model_*.pth` file.
+        run_or_file: a RUN folder, an exported `best_model_*.pth` / `robust_model_*.pth` file, or an
+            MLflow address `models:/...` or `runs:/...`.
 
     Raises:
         flowerray.errors.UserError: nothing there, or not a flowerray model.
     """
     from flowerray.checkpoint import load_embedder
 
+    if str(run_or_file).startswith(("models:/", "runs:/")):
+        from flowerray.tracking import resolve
+
+        run_or_file = resolve(str(run_or_file))
     return load_embedder(run_or_file)

@@ -71,7 +71,7 @@ def usage() -> str:
     lines = [f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: flowerray COMMAND [options]     `flowerray COMMAND --help` shows its options.",
+            "usage: flowerray COMMAND [options]    `flowerray COMMAND --help` lists options.",
             "",
             "Image-similarity models: trained, measured and kept under review.",
             "",
@@ -175,7 +175,8 @@ def parse_run(
         "Options", __base__=Options, method=(config, Field(description="The loss."))
     )
     parts = {field: getattr(start, field) for field in Run.model_fields}
-    options = parse(kind, words, name, methods.get(method).summary, default=kind(**parts))
+    about = methods.get(method).summary.partition(":")[0] + "."  # tyro does not wrap it
+    options = parse(kind, words, name, about, default=kind(**parts))
     run = Run(**{field: getattr(options, field) for field in Run.model_fields})
     if old is not None and (changed := differences(old, run)):
         raise UserError(

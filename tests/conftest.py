@@ -44,8 +44,7 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_run(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished RUN on `small_set`, trained in this process. Tests that change it copy it first.
-    """
+    """A finished RUN on `small_set`, trained in this process; a test that changes it copies it."""
     from flowerray.cluster.fit import fit
     from tests.small import small
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,7 +87,10 @@ def test_which_file_a_folder_means(method: Method, run: Run, tmp_path: Path) -> 
 
 
 def test_state_survives_exactly(tmp_path: Path) -> None:
-    state = {"weights": torch.randn(4), "progress": {"step": 3, "best": float("-inf")}}
+    state: dict[str, Any] = {
+        "weights": torch.randn(4),
+        "progress": {"step": 3, "best": float("-inf")},
+    }
     checkpoint.save_state(tmp_path, state, {"run": 1})
     read = checkpoint.load_state(tmp_path)
     assert torch.equal(read["weights"], state["weights"]) and read["progress"] == state["progress"]

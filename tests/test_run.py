@@ -40,8 +40,8 @@ def test_differences_name_options_and_leave_out_resources(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"train": {"epochs": 0}}, "does not fit .*epochs = 0"),
-        ({"train": {"pace": 1}}, "does not fit .*no option train.pace"),
+        ({"train": {"epochs": 0}}, "does not fit .*train: epochs = 0: input should be .* 1\\.$"),
+        ({"train": {"pace": 1}}, "does not fit .*train: there is no option pace\\.$"),
         ({"method": {"name": "quadruplet"}}, "does not fit .*no method 'quadruplet'"),
         ({"method": {}}, "does not fit .*'name' is missing"),
         ({"colour": 1}, "does not fit .*no option colour"),

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from flowerray.errors import UserError
-from flowerray.rundir import FolderReporter, RunDir
+from flowerray.files import previous
+from flowerray.rundir import FolderReporter, RunDir, Save
 
 
 @pytest.fixture
@@ -17,9 +18,13 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
-def put(text: str):  # type: ignore[no-untyped-def]
+def put(text: str) -> Save:
     """A `save` that writes one file."""
-    return lambda folder: (folder / "state.pt").write_text(text)
+
+    def save(folder: Path) -> None:
+        (folder / "state.pt").write_text(text)
+
+    return save
 
 
 def test_create_and_read(run: RunDir) -> None:
@@ -79,7 +84,7 @@ def test_checkpoints_and_their_fallback(run: RunDir) -> None:
     assert reporter.restore() == run.last
     assert (run.last / "state.pt").read_text() == "two"
     assert (run.best / "state.pt").read_text() == "one"
-    run.last.rename(run.last.with_name("last.old"))  # a kill between the two renames
+    run.last.rename(previous(run.last))  # a kill between the two renames
     folder = reporter.restore()
     assert folder is not None and (folder / "state.pt").read_text() == "two"
 

@@ -57,11 +57,14 @@ def fit(run: Run, out: Path, resume: bool = False, quiet: bool = False) -> dict[
                 device = pick_device(run.resources.device)
                 summary = work(run, FolderReporter(folder.path), device)
             else:
+                if not quiet:
+                    workers = run.resources.workers
+                    print(f"starting Ray with {workers} training worker(s) ...", file=sys.stderr)
                 summary = fit_on_ray(run, folder)
         plot_training(folder, folder.plots / "training.png")
         status, reason = "FINISHED", None
     except Exception as error:
-        status, reason = "FAILED", str(error).splitlines()[0]
+        status, reason = "FAILED", (str(error) or type(error).__name__).splitlines()[0]
         raise
     finally:
         tracking.finish(folder.path, status, reason)

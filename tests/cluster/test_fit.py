@@ -233,7 +233,7 @@ def head(tmp_path: Path) -> Iterator[str]:
             return probe.connect_ex(("127.0.0.1", dashboard)) == 0
 
     try:
-        wait_for(listens, 90)
+        wait_for(listens, 120)
         yield f"http://127.0.0.1:{dashboard}"
     finally:
         process.terminate()
@@ -255,7 +255,11 @@ def test_a_submitted_job_trains(head: str, small_set: Path, flowerray_home: Path
         "--", "python", "jobs/train_triplet.py",
         *words(small_set, resources__workers=1, resources__cpus_per_worker=1),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    for _ in range(30):  # the head listens before it takes jobs
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        if "No available agent" not in done.stderr:
+            break
+        time.sleep(1)
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = set((flowerray_home / "runs").glob("triplet-*")) - before
     assert (run / "best_model_triplet_loss.pth").exists()

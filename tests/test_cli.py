@@ -1,0 +1,276 @@
+"""The command line: its surface, its options, its output."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import flowerray
+from flowerray import cli, methods
+from flowerray.checkpoint import load_export
+from flowerray.cli import dispatch, follow, parse_run, usage
+from flowerray.errors import UserError
+from flowerray.rundir import RunDir
+from tests.small import small, words
+
+Say = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Say:
+    """Runs a command that must work; gives its standard output and error."""
+
+    def run(*command: object) -> tuple[str, str]:
+        capsys.readouterr()
+        assert dispatch([str(word) for word in command]) == 0
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def run(small_run: Path) -> Iterator[Path]:
+    """A copy of the small RUN, beside it: they share one MLflow database."""
+    folder = shutil.copytree(small_run, small_run.with_name("cli-copy"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+# --- the surface ----------------------------------------------------------------------------------
+
+
+def test_the_surface_is_frozen() -> None:
+    """Scripts and jobs use these words: a new one is added here on purpose, none disappears."""
+    assert list(cli.COMMANDS) == [
+        "demo", "train", "evaluate", "similar", "search", "data", "methods", "track",
+    ]  # fmt: skip
+    assert all(len(line) <= 80 for line in usage().splitlines())
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_the_options_of_train_are_frozen(
+    method: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        dispatch(["train", method, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    shown = {w.strip("[],|") for w in text.split() if w.startswith("--")}
+    for option in (
+        "--preset", "--out", "--resume", "--from", "--threshold", "--data.root", "--data.protocol",
+        "--data.train-per-class", "--data.val-per-class", "--data.seed", "--data.synthetic.classes",
+        "--embedder.backbone", "--embedder.dim", "--embedder.image-size", "--embedder.weights",
+        "--train.epochs", "--train.classes-per-batch", "--train.images-per-class", "--train.lr",
+        "--train.seed", "--train.precision", "--train.ema", "--train.patience",
+        "--resources.workers", "--resources.device", "--resources.cpus-per-worker",
+    ):  # fmt: skip
+        assert option in shown, option
+    for field in methods.get(method).config.model_fields:
+        assert f"--method.{field.replace('_', '-')}" in " ".join(shown)
+
+
+def test_help_version_and_lists(say: Say) -> None:
+    assert say("--help")[0].startswith("usage: flowerray COMMAND")
+    assert say("--version")[0].split() == ["flowerray", flowerray.__version__]
+    assert all(name in say("methods")[0] for name in methods.names())
+    assert "synthesize" in say("data", "--help")[0]
+    assert "track sync RUN" in say("track", "-h")[0]
+    with pytest.raises(SystemExit) as stop:
+        dispatch(["train", "--help"])
+    assert stop.value.code == 0
+
+
+def test_nothing_said_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch([]) == 2
+    assert capsys.readouterr().out == usage() + "\n"
+
+
+def test_an_interrupt_ends_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C and SIGTERM, which `main` turns into the same."""
+
+    def interrupted(_: list[str]) -> int:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("the signal did not arrive")
+
+    monkeypatch.setitem(cli.COMMANDS, "demo", cli.Command(interrupted, ""))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["demo"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "flowerray demo: interrupted.\n"
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    """`flowerray ... | head -0`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from flowerray.cli import main; main(['track', '--help'])"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (0, b"")
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+def test_presets_and_options(small_set: Path) -> None:
+    options, run = parse_run("train triplet", "triplet", words(small_set, method__margin=0.3))
+    assert run.method.margin == 0.3 and run.train.epochs == 2 and options.preset == "laptop"  # type: ignore[attr-defined]
+    assert run == small(small_set).model_copy(update={"method": run.method})
+    _, run = parse_run("train triplet", "triplet", ["--preset", "gpu", "--train.epochs", "3"])
+    assert (run.embedder.image_size, run.embedder.dim, run.train.epochs) == (224, 512, 3)
+    _, run = parse_run("demo", "triplet", [], default_preset="demo")
+    assert run.embedder.image_size == 96
+
+
+def test_relative_roots_become_absolute(small_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's working directory is another one."""
+    monkeypatch.chdir(small_set.parent)
+    _, run = parse_run("train triplet", "triplet", words(Path("small")))
+    assert run.data.root == small_set
+
+
+def test_where_runs_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLOWERRAY_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("RAY_JOB_ID", raising=False)
+    assert cli.default_out("triplet").parent == tmp_path / "runs"
+    monkeypatch.setenv("RAY_JOB_ID", "raysubmit_1")
+    assert cli.default_out("triplet").parent == tmp_path / "home" / "runs"
+    assert cli.default_out("triplet").name.startswith("triplet-20")
+
+
+def test_trainval_follows_its_official_run(small_run: Path, tmp_path: Path) -> None:
+    found = json.loads((small_run / "thresholds.json").read_text())
+    _, run = parse_run("train triplet", "triplet", ["--from", str(small_run)])
+    assert run.data.protocol == "trainval" and run.train.patience == 0
+    assert run.train.epochs == found["best_epoch"] and run.threshold == found["threshold"]
+    with pytest.raises(UserError, match="has to be an official run of center"):
+        follow(RunDir(small_run), "center")
+    (tmp_path / "run.json").write_text((small_run / "run.json").read_text())
+    with pytest.raises(UserError, match="has not finished"):
+        follow(RunDir(tmp_path), "triplet")
+
+
+# --- commands on a finished RUN -------------------------------------------------------------------
+
+
+def test_train_and_resume(say: Say, small_set: Path, small_run: Path) -> None:
+    """A finished run that is resumed changes nothing; another place to run is allowed."""
+    out = small_run.with_name("cli-run")
+    stdout, stderr = say("train", "center", *words(small_set, out=out, train__epochs=1))
+    assert f"model     {out / 'best_model_center_loss.pth'}" in stdout
+    assert f"next      flowerray evaluate {out} --split test" in stdout
+    assert "epoch 1  loss" in stderr and "mlflow ui --backend-store-uri sqlite:////" in stderr
+    model = out / "best_model_center_loss.pth"
+    before = load_export(model)
+    stdout, _ = say("train", "center", "--resume", out, "--resources.cpus-per-worker", 1)
+    assert "1 epochs, 6 steps" in stdout
+    after = load_export(model)
+    for part in ("embedder", "method"):
+        assert all(torch.equal(after[part][k], v) for k, v in before[part].items())
+    assert after["threshold"] == before["threshold"]
+
+
+def test_evaluate(say: Say, run: Path) -> None:
+    stdout, stderr = say("evaluate", run, "--split", "val")
+    assert "60 val queries, gallery train of 60 images, protocol official" in stdout
+    assert "R@1" in stdout and "mlflow ui" in stderr
+
+
+def test_evaluate_json_is_one_object(say: Say, run: Path) -> None:
+    found = json.loads(say("evaluate", run, "--json")[0])
+    keys = {
+        "recall_at_1", "recall_at_5", "recall_at_10", "r_precision", "map_at_r",
+        "recall_at_1_per_class_mean", "num_queries", "num_queries_without_match", "num_gallery",
+        "pair_auc", "pair_eer", "pair_accuracy", "protocol", "split", "run",
+    }  # fmt: skip
+    assert keys <= found.keys()
+    assert (found["run"], found["split"], found["protocol"]) == (str(run), "test", "official")
+
+
+def test_evaluate_another_folder(say: Say, run: Path, small_set: Path, tmp_path: Path) -> None:
+    pictures = sorted((small_set / "jpg").iterdir())
+    for name in ("a", "b"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for k in range(6):
+            shutil.copy(pictures[30 * (name == "b") + k], tmp_path / "own" / name)
+    before = (run / "metrics.jsonl").read_bytes()
+    whole = json.loads(say("evaluate", run, "--json", "--data.root", tmp_path / "own")[0])
+    assert (whole["gallery"], whole["num_queries"], whole["num_gallery"]) == ("self", 12, 12)
+    parted = json.loads(
+        say(
+            "evaluate", run, "--json", "--data.root", tmp_path / "own",
+            "--data.train-per-class", 3, "--data.val-per-class", 1,
+        )[0]
+    )  # fmt: skip
+    assert (parted["gallery"], parted["num_queries"], parted["num_gallery"]) == ("train", 4, 6)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_evaluate_frozen(say: Say, run: Path, small_set: Path) -> None:
+    of_run = json.loads(say("evaluate", run, "--frozen", "--json")[0])
+    options: list[Any] = ["--embedder.backbone", "test_efficientnet", "--embedder.weights", "none"]
+    options += ["--embedder.image-size", 32, "--data.root", small_set]
+    alone = json.loads(say("evaluate", "--frozen", "--json", *options)[0])
+    assert of_run == alone and alone["run"] is None
+    assert "test_efficientnet, frozen" in say("evaluate", "--frozen", *options)[0]
+
+
+def test_similar_and_search(say: Say, run: Path, small_set: Path, tmp_path: Path) -> None:
+    a, b = (small_set / "jpg" / f"image_{n:05d}.jpg" for n in (1, 80))
+    assert "same class" in say("similar", run, a, a)[0]
+    found = json.loads(say("similar", run, a, b, "--json")[0])
+    assert found.keys() == {"similarity", "threshold", "same"}
+
+    gallery = tmp_path / "flat"
+    gallery.mkdir()
+    for n in range(1, 140, 12):
+        shutil.copy(small_set / "jpg" / f"image_{n:05d}.jpg", gallery)
+    options = ["--gallery", gallery, "--sheet", tmp_path / "sheet.png"]
+    stdout, _ = say("search", run, a, *options, "--top", 3)
+    assert len(stdout.splitlines()) == 5 and "picture" in stdout.splitlines()[-1]
+    assert (tmp_path / "sheet.png").exists()
+    found = json.loads(say("search", run, a, *options, "--json")[0])
+    assert len(found["neighbours"]) == 10
+    assert found["neighbours"][0]["image"] == str(gallery / "image_00001.jpg")
+
+
+def test_track_sync(say: Say, run: Path) -> None:
+    _, stderr = say("track", "sync", run)
+    assert "mlflow ui --backend-store-uri" in stderr
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def test_data_synthesize_and_check(
+    say: Say, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "set"
+    options = ["--classes", 2, "--scale", 0.01, "--size", 32]
+    assert say("data", "synthesize", "--out", out, *options)[0].strip() == str(out)
+    assert "no problem found" in say("data", "check", out)[0]
+    (out / "jpg" / "image_00003.jpg").write_bytes(b"")
+    assert dispatch(["data", "check", str(out)]) == 1
+    assert "image_00003.jpg cannot be read as an image (the file is empty)" in (
+        capsys.readouterr().out
+    )

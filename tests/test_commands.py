@@ -1,0 +1,142 @@
+"""What the commands do with a finished model."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowerray import commands
+from flowerray.commands import Model, open_model
+from flowerray.data.images import eval_image
+from flowerray.data.source import DataConfig
+from flowerray.errors import UserError
+from flowerray.evaluate.measure import EvaluateConfig
+from flowerray.rundir import RunDir
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run(small_run: Path) -> Iterator[RunDir]:
+    """A copy of the small RUN, beside it: they share one MLflow database."""
+    folder = RunDir(small_run.with_name("copy"))
+    shutil.copytree(small_run, folder.path)
+    yield folder
+    shutil.rmtree(folder.path)
+
+
+@pytest.fixture
+def model(run: RunDir) -> Model:
+    return open_model(str(run.path), CPU)
+
+
+@pytest.fixture
+def pictures(small_set: Path) -> list[Path]:
+    return sorted((small_set / "jpg").iterdir())
+
+
+def test_open_model(model: Model, run: RunDir, tmp_path: Path) -> None:
+    assert model.folder is not None and model.folder.path == run.path
+    assert model.run.method_name == "triplet" and -1 <= model.threshold <= 1
+    file = shutil.copy(run.path / "best_model_triplet_loss.pth", tmp_path)
+    alone = open_model(str(file), CPU)
+    assert alone.folder is None and alone.threshold == model.threshold
+    for a, b in zip(alone.embedder.parameters(), model.embedder.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_evaluation_of_the_runs_own_data_is_kept(model: Model, run: RunDir) -> None:
+    before = len(run.records())
+    result = commands.evaluate_model(model, model.run.data, False, EvaluateConfig(), quiet=True)
+    assert result.metrics["num_queries"] == 24 and result.metrics["num_gallery"] == 60
+    assert {"pair_auc", "pair_eer", "pair_accuracy"} <= result.metrics.keys()
+    (record,) = run.records()[before:]
+    assert record["step"] == 12
+    assert record["metrics"]["test/recall_at_1"] == result.metrics["recall_at_1"]
+    assert (run.plots / "retrieval_test.png").exists()
+    pairs = run.pairs.read_bytes()
+    again = commands.evaluate_model(model, model.run.data, False, EvaluateConfig(), quiet=True)
+    assert again.metrics == result.metrics and run.pairs.read_bytes() == pairs
+
+
+def test_val_is_measured_as_it_was_in_training(model: Model, run: RunDir) -> None:
+    config = EvaluateConfig(split="val")
+    result = commands.evaluate_model(model, model.run.data, False, config, quiet=True)
+    best = max(value for _, value in run.series("val/map_at_r"))
+    assert result.metrics["map_at_r"] == pytest.approx(best, abs=1e-6)
+
+
+def test_another_set_is_measured_whole_and_not_kept(
+    model: Model, run: RunDir, pictures: list[Path], tmp_path: Path
+) -> None:
+    for n, name in enumerate(("a", "b", "b")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        for k in range(3):
+            shutil.copy(pictures[20 * n + k], tmp_path / name / f"{n}{k}.jpg")
+    before = run.metrics.read_bytes()
+    result = commands.evaluate_model(
+        model, DataConfig(root=tmp_path), True, EvaluateConfig(), quiet=True
+    )
+    assert result.metrics["gallery"] == "self" and result.metrics["num_queries"] == 9
+    assert run.metrics.read_bytes() == before
+
+
+def test_frozen_features_do_not_depend_on_the_training(model: Model) -> None:
+    config = model.run.embedder
+    result = commands.evaluate_frozen(config, model.run.data, EvaluateConfig(), CPU, quiet=True)
+    assert result.query_emb.shape == (24, model.embedder.num_features)
+    assert "pair_auc" not in result.metrics
+
+
+def test_similar(model: Model, pictures: list[Path]) -> None:
+    same = commands.similar(model, pictures[0], pictures[0])
+    assert same["similarity"] == pytest.approx(1.0, abs=1e-6) and same["same"]
+    there = commands.similar(model, pictures[0], pictures[-1])
+    back = commands.similar(model, pictures[-1], pictures[0])
+    assert there["similarity"] == pytest.approx(back["similarity"], abs=1e-6)
+    assert there["same"] == (there["similarity"] >= model.threshold)
+
+
+def by_hand(model: Model, query: Path, files: list[Path]) -> list[Path]:
+    """The files by their cosine with the query, one at a time."""
+
+    def emb(path: Path) -> np.ndarray:
+        image = torch.as_tensor(eval_image(path, 32))[None].float() / 255
+        with torch.no_grad():
+            return model.embedder(image)[0].double().numpy()
+
+    return sorted((f for f in files if f != query), key=lambda f: -float(emb(f) @ emb(query)))
+
+
+def test_search_in_each_kind_of_gallery(
+    model: Model, pictures: list[Path], small_set: Path, tmp_path: Path
+) -> None:
+    flat, classes = tmp_path / "flat", tmp_path / "classes"
+    for n, picture in enumerate(pictures[::10]):
+        for folder in (flat, classes / f"class{n % 3}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(picture, folder)
+    query = flat / pictures[0].name
+    sheet = tmp_path / "sheet.png"
+    found = commands.search(model, query, flat, 5, sheet, quiet=True)
+    assert [n.path for n in found] == by_hand(model, query, sorted(flat.iterdir()))[:5]
+    assert {n.class_name for n in found} == {"flat"} and Image.open(sheet).width > 100
+
+    found = commands.search(model, query, classes, 100, None, quiet=True)
+    assert len(found) == len(pictures[::10])  # the copy of the query counts
+    assert found[0].path.name == query.name
+    assert all(n.class_name == n.path.parent.name for n in found)
+
+    found = commands.search(model, pictures[3], small_set, 2, None, quiet=True)
+    assert len(found) == 2 and pictures[3] not in [n.path for n in found]
+
+
+def test_a_gallery_has_to_be_a_folder_with_images(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no images"):
+        commands.gallery_of(tmp_path)
+    with pytest.raises(UserError, match="is not a folder"):
+        commands.gallery_of(tmp_path / "none")

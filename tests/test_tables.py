@@ -1,0 +1,89 @@
+"""What commands print."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flowerray import methods, tables
+from flowerray.evaluate.measure import Measurement
+from flowerray.evaluate.sheet import Neighbour
+
+HITS = np.array([1.0, 0.0, 1.0, 1.0, 0.0])
+
+
+def make_measurement(**metrics: object) -> Measurement:
+    """Five queries, of which the last has nothing to find."""
+    numbers = {
+        "recall_at_1": 0.75, "map_at_r": 0.5, "num_queries": 4, "num_queries_without_match": 1,
+        "num_gallery": 9, "protocol": "official", "split": "test", "gallery": "train",
+    }  # fmt: skip
+    none = np.zeros((0, 2), np.float32)
+    return Measurement(
+        metrics={**numbers, **metrics},
+        per_query={
+            "hit": HITS.astype(bool), "average_precision": HITS / 2, "r_precision": HITS,
+            "num_relevant": np.array([3, 3, 3, 3, 0]),
+        },
+        query_paths=(), query_labels=np.zeros(0, np.int64), query_emb=none,
+        gallery_paths=(), gallery_labels=np.zeros(0, np.int64), gallery_emb=none, classes=(),
+    )  # fmt: skip
+
+
+def test_json_has_no_nan() -> None:
+    text = tables.as_json({"a": math.nan, "b": 0.5, "c": "x", "d": [1]})
+    assert json.loads(text) == {"a": None, "b": 0.5, "c": "x", "d": [1]}
+
+
+def test_a_measurement_shows_its_metrics_and_their_intervals() -> None:
+    text = tables.measurement("my run", make_measurement(pair_auc=0.9))
+    assert text.splitlines()[0] == "my run"
+    assert "4 test queries, gallery train of 9 images, protocol official" in text
+    assert "pair AUC" in text and "R@5" not in text and "left out: 1 queries" in text
+    line = next(line for line in text.splitlines() if "R@1" in line)
+    low, high = (float(v) for v in line.split("[")[1].rstrip("]").split(","))
+    assert 0.0 <= low < 0.75 < high <= 1.0  # the query without a match does not count
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_two_measurements_side_by_side() -> None:
+    other = make_measurement(recall_at_1=0.25, recall_at_5=1.0)
+    text = tables.compare({"frozen": make_measurement(), "triplet": other})
+    head, first, second = text.splitlines()
+    assert head.split() == ["R@1", "MAP@R"]  # R@5 is not in both
+    assert first.split()[:2] == ["frozen", "0.750"] and second.split()[:2] == ["triplet", "0.250"]
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(("value", "shown"), [(0.4567, True), (None, False)])
+def test_the_end_of_a_training(value: float | None, shown: bool) -> None:
+    summary = {
+        "epochs": 3, "steps": 60, "seconds": 59.6, "val_map_at_r": value, "best_epoch": 2,
+        "model": "/runs/a/best_model_triplet_loss.pth",
+    }  # fmt: skip
+    text = tables.training(Path("/runs/a"), summary)
+    assert "3 epochs, 60 steps, 1 min 00 s" in text
+    assert ("val MAP@R 0.457 after epoch 2" in text) == shown
+    assert "next      flowerray evaluate /runs/a --split test" in text
+
+
+def test_similarity_and_neighbours() -> None:
+    result = {"similarity": 0.51234, "threshold": 0.4, "same": True}
+    assert tables.similar(result) == "similarity 0.512, threshold 0.400: same class"
+    assert tables.similar({**result, "same": False}).endswith("different classes")
+    found = [Neighbour(Path("a.jpg"), "bird of paradise", 0.9), Neighbour(Path("b"), "rose", -0.1)]
+    head, first, second = tables.neighbours(found).splitlines()
+    assert head.split() == ["rank", "cosine", "class", "image"]
+    assert first.split() == ["1", "0.900", "bird", "of", "paradise", "a.jpg"]
+    assert second.index("b") == first.index("a.jpg")
+    assert tables.neighbours([]).split() == head.split()
+
+
+def test_methods_fit_80_columns() -> None:
+    files = [methods.get(name) for name in methods.names()]
+    for text in (tables.methods(files), tables.summaries(files)):
+        assert max(map(len, text.splitlines())) <= 80
+        assert all(name in text for name in methods.names())
+    assert "method.margin               0.03 to 0.5, log" in tables.methods(files)
