@@ -89,7 +89,7 @@ def make_run(job: Job) -> Run:
         synthetic=SyntheticConfig(scale=0.01, size=job.photo_size),
     )
     run = Run(
-        method=methods.get("triplet").config(),
+        method=methods.get("triplet").config(miner="batch-hard"),  # the peer's
         data=data,
         train=TrainConfig(epochs=max(1, job.epochs), seed=job.seed, precision="fp32"),
         threshold=0.5 if speed else None,
