@@ -5,12 +5,14 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flowerray.evaluate.measure import Measurement
-from flowerray.evaluate.sheet import Neighbour
 from flowerray.evaluate.statistics import bootstrap_interval
-from flowerray.methods import MethodFile
+
+if TYPE_CHECKING:  # `flowerray methods` prints without loading timm
+    from flowerray.evaluate.measure import Measurement
+    from flowerray.evaluate.sheet import Neighbour
+    from flowerray.methods import MethodFile
 
 LABELS = {
     "recall_at_1": "R@1",
@@ -33,7 +35,7 @@ def as_json(content: dict[str, Any]) -> str:
     return json.dumps(clean, indent=2)
 
 
-def measurement(title: str, result: Measurement) -> str:
+def measurement(title: str, result: "Measurement") -> str:
     """The metrics of one evaluation, with 95 % bootstrap intervals over queries where they are
     means of queries.
     """
@@ -54,7 +56,7 @@ def measurement(title: str, result: Measurement) -> str:
     return "\n".join(lines)
 
 
-def interval(result: Measurement, key: str) -> str:
+def interval(result: "Measurement", key: str) -> str:
     """`[low, high]` of a metric that is a mean over queries, else nothing."""
     if key not in PER_QUERY:
         return ""
@@ -63,7 +65,7 @@ def interval(result: Measurement, key: str) -> str:
     return f"[{ci.low:.3f}, {ci.high:.3f}]"
 
 
-def compare(results: dict[str, Measurement]) -> str:
+def compare(results: "dict[str, Measurement]") -> str:
     """Several evaluations of the same queries side by side."""
     keys = [
         k
@@ -97,7 +99,7 @@ def similar(result: dict[str, Any]) -> str:
     return f"similarity {result['similarity']:.3f}, threshold {result['threshold']:.3f}: {verdict}"
 
 
-def neighbours(found: Sequence[Neighbour]) -> str:
+def neighbours(found: "Sequence[Neighbour]") -> str:
     """Ranks, similarities, classes and files."""
     width = max([5, *(len(n.class_name) for n in found)])
     lines = [f"{'rank':>4}  {'cosine':>6}  {'class':<{width}}  image"]
@@ -106,7 +108,7 @@ def neighbours(found: Sequence[Neighbour]) -> str:
     return "\n".join(lines)
 
 
-def summaries(files: Sequence[MethodFile]) -> str:
+def summaries(files: "Sequence[MethodFile]") -> str:
     """One paragraph a method."""
     return "\n".join(
         textwrap.fill(
@@ -116,7 +118,7 @@ def summaries(files: Sequence[MethodFile]) -> str:
     )
 
 
-def methods(files: Sequence[MethodFile]) -> str:
+def methods(files: "Sequence[MethodFile]") -> str:
     """Each method with its summary and search space."""
     lines: list[str] = []
     for file in files:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import auc, roc_curve
 
 from flowerray.errors import UserError
 from flowerray.files import atomic_file
@@ -248,6 +247,8 @@ def pair_metrics(
     Raises:
         UserError: as `pair_cosines`.
     """
+    from sklearn.metrics import auc, roc_curve  # takes a second to import
+
     cosine_P, same_P = pair_cosines(emb_ND, pairs), pairs.same
     false_rate, true_rate, _ = roc_curve(same_P, cosine_P, drop_intermediate=False)
     metrics = {
@@ -283,6 +284,8 @@ def fit_threshold(cosine_P: ArrayLike, same_P: ArrayLike) -> float:
     Raises:
         UserError: no pair of one of the two sorts, or a score that is not finite.
     """
+    from sklearn.metrics import roc_curve
+
     cosine, same = np.asarray(cosine_P, np.float64), np.asarray(same_P, bool)
     if same.all() or not same.any() or not np.isfinite(cosine).all():
         raise UserError(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from flowerray.errors import UserError
 
@@ -78,6 +77,8 @@ def t_interval(values_S: ArrayLike, *, level: float = 0.95) -> Interval:
     mean, n = float(values.mean()), len(values)
     if n == 1:
         return Interval(1, mean, float("nan"), float("nan"), level)
+    from scipy import stats  # takes a second to import
+
     half = float(stats.t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
     return Interval(n, mean, mean - half, mean + half, level)
 
@@ -139,6 +140,8 @@ def mcnemar(first_hit_Q: ArrayLike, second_hit_Q: ArrayLike, *, level: float = 0
     wins, losses = int((first > second).sum()), int((first < second).sum())
     if wins + losses == 0:
         return PairedTest(queries, 0.0, 0.0, 0.0, level, 1.0)
+    from scipy import stats
+
     result = stats.binomtest(wins, wins + losses, 0.5)
     bounds = result.proportion_ci(level, method="exact")
     low, high = ((2 * bound - 1) * (wins + losses) / queries for bound in (bounds.low, bounds.high))

@@ -41,13 +41,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from flowerray import methods
 from flowerray.cluster.worker import build_method, split_store
 from flowerray.config import Config
 from flowerray.data.batches import PKSampler
 from flowerray.data.dataset import Dataset
 from flowerray.data.source import DataConfig, open_dataset
 from flowerray.data.synthetic import SyntheticConfig
+from flowerray.methods import triplet
 from flowerray.model import EmbedderConfig
 from flowerray.run import ResourcesConfig, Run
 from flowerray.rundir import RunDir
@@ -89,7 +89,7 @@ def make_run(job: Job) -> Run:
         synthetic=SyntheticConfig(scale=0.01, size=job.photo_size),
     )
     run = Run(
-        method=methods.get("triplet").config(miner="batch-hard"),  # the peer's
+        method=triplet.Config(miner="batch-hard"),  # the peer's
         data=data,
         train=TrainConfig(epochs=max(1, job.epochs), seed=job.seed, precision="fp32"),
         threshold=0.5 if speed else None,
