@@ -234,7 +234,7 @@ def default_out(name: str) -> Path:
 
     from flowerray.files import home
 
-    base = home() if "RAY_JOB_ID" in os.environ else Path.cwd()
+    base = home() if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()
     return base / "runs" / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 

@@ -151,9 +151,9 @@ def test_relative_roots_become_absolute(small_set: Path, monkeypatch: pytest.Mon
 def test_where_runs_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FLOWERRAY_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("RAY_JOB_ID", raising=False)
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     assert cli.default_out("triplet").parent == tmp_path / "runs"
-    monkeypatch.setenv("RAY_JOB_ID", "raysubmit_1")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert cli.default_out("triplet").parent == tmp_path / "home" / "runs"
     assert cli.default_out("triplet").name.startswith("triplet-20")
 

@@ -28,6 +28,7 @@ from flowerray.run import ResourcesConfig, Run
 from flowerray.rundir import RunDir
 from tests.small import small, words
 
+pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[2]
 LONG = 20
 """Epochs of a training that is interrupted; 120 steps."""
@@ -214,16 +215,22 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[str]:
     """A head node with ports and a folder of its own; gives the dashboard's address."""
-    gcs, dashboard, client = free_ports(3)
+    gcs, dashboard, client, agent = free_ports(4)
     binary = str(Path(sys.executable).with_name("ray"))
     folder = Path("/tmp") / f"flowerray-{os.getpid()}"  # Ray's sockets need a short path
     process = subprocess.Popen(
         [
             binary, "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2",
             f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
-            f"--temp-dir={folder}", f"--object-store-memory={128 * 2**20}",
+            f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}",
+            f"--object-store-memory={128 * 2**20}",
         ],
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        # Ray's own default would let its workers wait for everything else that runs.
+        env={
+            **os.environ,
+            "RAY_worker_niceness": "0",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
@@ -236,11 +243,12 @@ def head(tmp_path: Path) -> Iterator[str]:
         wait_for(listens, 120)
         yield f"http://127.0.0.1:{dashboard}"
     finally:
+        started = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        _, left = psutil.wait_procs([psutil.Process(process.pid), *started], timeout=20)
+        for one in left:
+            one.kill()
+        process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -255,7 +263,7 @@ def test_a_submitted_job_trains(head: str, small_set: Path, flowerray_home: Path
         "--", "python", "jobs/train_triplet.py",
         *words(small_set, resources__workers=1, resources__cpus_per_worker=1),
     ]  # fmt: skip
-    for _ in range(30):  # the head listens before it takes jobs
+    for _ in range(3):  # the head listens before it takes jobs
         done = subprocess.run(command, capture_output=True, text=True, timeout=240)
         if "No available agent" not in done.stderr:
             break
