@@ -222,7 +222,8 @@ def head(tmp_path: Path) -> Iterator[str]:
         [
             binary, "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2",
             f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
-            f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}",
+            f"--dashboard-agent-listen-port={agent}",
+            f"--temp-dir={folder}",
             f"--object-store-memory={128 * 2**20}",
         ],
         # Ray's own default would let its workers wait for everything else that runs.
