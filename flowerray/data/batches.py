@@ -59,10 +59,6 @@ class PKSampler:
         # A batch takes at most one chunk of a class, so the largest class can set the length.
         self.steps = max(-(-int(self._chunks.sum()) // p), int(self._chunks.max()))
 
-    def steps_per_epoch(self, epoch: int = 0) -> int:
-        """S, the same for each epoch."""
-        return self.steps
-
     def epoch(self, epoch: int) -> NDArray[np.int64]:
         """The epoch's batches, (S, P*K) positions in `targets_N`; a class's rows stand together."""
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, epoch))))

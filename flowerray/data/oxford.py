@@ -67,7 +67,7 @@ _FETCH = "fetch it with `flowerray data fetch --out DIR`"
 class Tables:
     """What lies on disk, as it is counted there: from 1."""
 
-    labels_N: NDArray[np.int64]  # noqa: N815 (shape suffix)
+    labels_N: NDArray[np.int64]
     """Class of each image."""
     parts: dict[str, NDArray[np.int64]]
     """Split -> image numbers."""

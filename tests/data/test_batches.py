@@ -32,7 +32,7 @@ def test_every_batch_is_p_classes_of_k_and_every_image_comes(case: int) -> None:
     plan = sampler.epoch(3)
 
     assert plan.dtype == np.int64
-    assert plan.shape == (sampler.steps_per_epoch(3), p * k)
+    assert plan.shape == (sampler.steps, p * k)
     assert set(plan.flat) == set(range(len(targets_N)))
     for batch in plan:
         classes_PK = targets_N[batch].reshape(p, k)
@@ -68,7 +68,7 @@ def test_chunks_of_whole_classes_show_each_image_exactly_once() -> None:
 
 def test_the_official_shape() -> None:
     sampler = PKSampler(np.repeat(np.arange(102), 10), 12, 4, seed=0)
-    assert sampler.steps_per_epoch(0) == 26  # 102 classes x 3 chunks / 12, rounded up
+    assert sampler.steps == 26  # 102 classes x 3 chunks / 12, rounded up
 
 
 def test_large_classes_do_not_all_come_first() -> None:
