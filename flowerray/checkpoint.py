@@ -118,6 +118,42 @@ def load_export(run_or_file: str | Path) -> dict[str, Any]:
     return {**content, "run": json.loads(content["run"])}
 
 
+def initialise(method: Method, source: Path, classes: tuple[str, ...]) -> None:
+    """Gives a method the weights of a finished RUN or an export, as the start of a training.
+
+    The embedder's weights always; the loss's own parameters where they are of the same method and
+    classes.
+
+    Args:
+        method: on any device.
+        source: a RUN folder or an export.
+        classes: names of the classes that are about to be trained, in the targets' order.
+
+    Raises:
+        UserError: nothing there; an embedder of another backbone or embedding size.
+    """
+    content = load_export(source)
+    own = method.embedder.config
+    old = EmbedderConfig(**content["run"]["embedder"])
+    for field in ("backbone", "dim"):
+        if getattr(own, field) != getattr(old, field):
+            raise UserError(
+                f"--init {source} has embedder.{field} {getattr(old, field)}, and this run "
+                f"{getattr(own, field)}: give --embedder.{field} {getattr(old, field)}."
+            )
+    embedder, rest = content["embedder"], split_state(method)[1]
+    same = content["run"]["method"]["name"] == type(method).__module__.rpartition(".")[2]
+    if same and tuple(content["classes"]) == classes and content["method"].keys() == rest.keys():
+        rest = content["method"]
+    try:
+        method.load_state_dict(join_state(embedder, rest))
+    except RuntimeError as error:  # a backbone that is tied to its image size
+        raise UserError(
+            f"--init {source} does not fit {own.backbone} at {own.image_size} px: give its "
+            f"--embedder.image-size {old.image_size}."
+        ) from error
+
+
 def build_embedder(content: dict[str, Any]) -> Embedder:
     """The embedder of a loaded export, in eval mode on the CPU; no other weights are fetched."""
     config = EmbedderConfig(**{**content["run"]["embedder"], "weights": "none"})

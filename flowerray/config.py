@@ -40,5 +40,5 @@ def first_fault(error: ValidationError) -> str:
     if fault["type"] == "extra_forbidden":
         return f"there is no option {name}."
     if isinstance(inner := fault.get("ctx", {}).get("error"), UserError):  # a Config in a Config
-        return f"{name}: {inner}"
+        return f"{name}: {inner}" if name else str(inner)
     return f"{name} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}."

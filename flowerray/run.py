@@ -3,6 +3,7 @@ a Run as a dict.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny
@@ -13,6 +14,7 @@ from flowerray.data.augment import AugmentConfig
 from flowerray.data.source import DataConfig
 from flowerray.data.synthetic import SyntheticConfig
 from flowerray.errors import UserError
+from flowerray.harden import HardenConfig
 from flowerray.methods._base import MethodConfig
 from flowerray.model import EmbedderConfig
 from flowerray.tracking import flatten
@@ -43,6 +45,11 @@ class Run(Config):
     """Random changes to training images."""
     train: TrainConfig = TrainConfig()
     """The optimisation."""
+    harden: HardenConfig = HardenConfig()
+    """Adversarial training."""
+    init: Path | None = None
+    """A finished RUN or an exported .pth to start from: its embedder's weights and, where method
+    and classes are the same, the loss's own parameters. None = the backbone's pretrained ones."""
     threshold: float | None = Field(None, ge=-1, le=1)
     """Cosine from which two photographs count as the same class; None = fitted on val. The protocol
     `trainval` has no val and takes it from `--from RUN`."""

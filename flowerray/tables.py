@@ -85,12 +85,22 @@ def training(out: Path, summary: dict[str, Any]) -> str:
     minutes, seconds = divmod(round(summary["seconds"]), 60)
     took = f"{minutes} min {seconds:02d} s"
     lines = [f"trained   {summary['epochs']} epochs, {summary['steps']} steps, {took}"]
-    if summary["val_map_at_r"] is not None:
-        lines.append(
-            f"best      val MAP@R {summary['val_map_at_r']:.3f} after epoch {summary['best_epoch']}"
-        )
+    selected = {"val MAP@R": "val_map_at_r", "val adversarial R@1": "val_adversarial_recall_at_1"}
+    for label, name in selected.items():
+        if summary.get(name) is not None:
+            value, epoch = summary[name], summary["best_epoch"]
+            lines.append(f"best      {label} {value:.3f} after epoch {epoch}")
     lines += [f"model     {summary['model']}", f"next      flowerray evaluate {out} --split test"]
     return "\n".join(lines)
+
+
+def report(facts: dict[str, Any]) -> str:
+    """Where the page is and what is on it."""
+    return (
+        f"page      {facts['page']} ({facts['bytes'] / 1e6:.1f} MB)\n"
+        f"holds     runs {facts['runs']}, variants {facts['variants']}, data sets or splits "
+        f"{facts['settings']}"
+    )
 
 
 def similar(result: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import os
 import shlex
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -24,11 +25,14 @@ from flowerray import tracking_server as server
 from flowerray.errors import UserError
 from flowerray.files import write_json
 from flowerray.rundir import RunDir
+from flowerray.tracking_server import experiment_runs as experiment_runs
 from flowerray.tracking_server import resolve as resolve
 
 EXPERIMENT = "flowerray"
 FILES = ("run.json", "thresholds.json", "pairs.json", "metrics.jsonl")
-FOLDERS = ("plots", "checkpoints/best")
+FOLDERS = ("plots", "checkpoints/best", "evaluation", "explanations")
+PAGES = (".html", ".json", ".csv", ".png")
+"""Endings of what is sent of a folder that is no RUN (an exploration, a study, a report)."""
 PACKAGES = ("flowerray", "torch", "timm", "ray", "optuna", "mlflow")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -75,7 +79,7 @@ class State:
     def read(cls, run_dir: Path) -> "State":
         """The stored state, or a fresh one."""
         try:
-            content = json.loads((run_dir / "mlflow.json").read_text())
+            content = json.loads(_note(run_dir).read_text())
         except FileNotFoundError:
             return cls()
         known = {f.name for f in fields(cls)}
@@ -85,7 +89,7 @@ class State:
         """Changes some fields, here and in the file. Others may have changed other fields there."""
         with filelock.FileLock(run_dir / ".mlflow.json.lock"):
             vars(self).update(vars(State.read(run_dir)) | changes)
-            write_json(run_dir / "mlflow.json", asdict(self))
+            write_json(_note(run_dir), asdict(self))
 
 
 def tracking_uri(run_dir: Path) -> str:
@@ -224,6 +228,25 @@ def finish(run_dir: Path, status: Status = "FINISHED", reason: str | None = None
     return _attempt(run_dir, action)
 
 
+def log_folder(
+    folder: Path,
+    params: dict[str, Any],
+    metrics: dict[str, float],
+    tags: dict[str, str] | None = None,
+) -> bool:
+    """Shows a folder of results that is no RUN (an exploration, a report) as a run of its own: its
+    pages, tables and pictures become artifacts.
+
+    Returns:
+        False, after a warning, where MLflow cannot be used; a later `sync` sends it.
+    """
+    folder = folder.expanduser().absolute()
+    record = {"step": 0, "epoch": 0, "time": time.time(), "metrics": metrics}
+    RunDir(folder).metrics.write_text(json.dumps(record) + "\n")
+    start(folder, folder.name, params, tags)
+    return finish(folder)
+
+
 def register(run_dir: Path, name: str, alias: str) -> str | None:
     """Registers a finished RUN's model and points `alias` at it.
 
@@ -325,6 +348,8 @@ def _send_results(client: Any, state: State, run_dir: Path) -> None:
     assert state.run_id is not None and state.experiment_id is not None
     exports = _exports(run_dir)
     files = [run_dir / name for name in FILES] + exports
+    if not (run_dir / "run.json").exists():
+        files = [f for f in sorted(run_dir.iterdir()) if f.suffix in PAGES and f != _note(run_dir)]
     files += [file for folder in FOLDERS for file in sorted((run_dir / folder).rglob("*"))]
     for file in filter(Path.is_file, files):
         path, stamp = file.relative_to(run_dir), [file.stat().st_size, file.stat().st_mtime_ns]
@@ -341,6 +366,10 @@ def _send_results(client: Any, state: State, run_dir: Path) -> None:
             client.set_tag(state.run_id, "flowerray.reason", state.reason[:5000])
         client.set_terminated(state.run_id, status=state.finished)
         state.store(run_dir, closed=True)
+
+
+def _note(run_dir: Path) -> Path:
+    return run_dir / "mlflow.json"
 
 
 def _exports(run_dir: Path) -> list[Path]:

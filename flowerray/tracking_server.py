@@ -266,6 +266,39 @@ def resolve(run: str) -> Path:
     return found[0]
 
 
+def experiment_runs(name: str) -> list[str]:
+    """The trainings of an experiment as `resolve` takes them, oldest first: the RUN folder where it
+    is on this machine, else `runs:/ID`.
+
+    Args:
+        name: an experiment of the addresses that `resolve` looks at.
+
+    Raises:
+        UserError: there is none, or it holds no training.
+    """
+    for uri in _known_addresses():
+        client = connect(uri)
+        if (experiment := client.get_experiment_by_name(name)) is None:
+            continue
+        found, token = [], None
+        while True:
+            page = client.search_runs(
+                [experiment.experiment_id], order_by=["attributes.start_time"], page_token=token
+            )
+            found += [run for run in page if "method.name" in run.data.params]
+            if not (token := page.token):
+                break
+        folders = [Path(run.data.tags.get("flowerray.run", "")) for run in found]
+        if found:
+            return [
+                str(folder) if (folder / "run.json").exists() else f"runs:/{run.info.run_id}"
+                for folder, run in zip(folders, found, strict=True)
+            ]
+    raise UserError(
+        f"no MLflow here has an experiment {name} with trainings: set MLFLOW_TRACKING_URI."
+    )
+
+
 def _known_addresses() -> list[str]:
     if given := os.environ.get("MLFLOW_TRACKING_URI"):
         return [absolute(given)]

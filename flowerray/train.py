@@ -4,12 +4,10 @@ is its only way out.
 Letters: N training images, B images of the global batch, b of this worker's slice.
 """
 
-import copy
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -22,17 +20,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flowerray import checkpoint, system
+from flowerray.averages import MovingAverage
 from flowerray.config import Config
 from flowerray.data.augment import AugmentConfig, augment, draw
 from flowerray.data.batches import Batches, PKSampler
 from flowerray.data.store import Store
 from flowerray.errors import UserError
+from flowerray.harden import HardenConfig, Hardening, perturbed_weights
 from flowerray.methods._base import Method, Output
 from flowerray.model import Embedder
 from flowerray.precision import faster_precision
-
-SELECTION = "val/map_at_r"
-"""The metric that picks the best checkpoint and stops early; higher is better."""
+from flowerray.progress import Progress, Window, note_epoch
 
 
 class TrainConfig(Config):
@@ -65,7 +63,9 @@ class TrainConfig(Config):
     compile: bool = False
     """Compile the embedder with torch.compile."""
     patience: int = Field(0, ge=0)
-    """Stop after so many epochs without a better val MAP@R; 0 = never."""
+    """Stop after so many epochs without a better val MAP@R (a hardened run: val adversarial R@1); 0
+    = never.
+    """
     checkpoint_every_steps: int = Field(50, ge=1)
     """State is saved after so many steps, and after each epoch."""
     log_every_steps: int = Field(10, ge=1)
@@ -110,32 +110,13 @@ class Data(NamedTuple):
     """
 
 
-class DivergedError(UserError):
-    """The loss became NaN or infinite."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands; stored in each checkpoint."""
-
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
-    best: float = -math.inf
-    best_epoch: int = -1
-    bad_epochs: int = 0
-    seconds: float = 0.0
-    epoch_curves: dict[str, float] = field(default_factory=dict)
-    """Sums over the epoch's steps so far."""
-
-
 class Result(NamedTuple):
     """How a training ended."""
 
     epochs: int
     steps: int
     best: float
-    """Best val MAP@R, -inf without a val split."""
+    """Best value of `harden.selection`'s metric, -inf without a val split."""
     best_epoch: int
     """Epoch of the best checkpoint, counted from 1; 0 without a val split."""
     seconds: float
@@ -145,6 +126,7 @@ class Result(NamedTuple):
 def train(
     config: TrainConfig,
     augment_config: AugmentConfig,
+    harden: HardenConfig,
     method: Method,
     data: Data,
     reporter: Reporter,
@@ -153,6 +135,7 @@ def train(
     """Trains `method` in place and reports as it goes.
 
     Args:
+        harden: adversarial training; kind "none" for a clean one.
         method: on the device that it trains on; not wrapped in DDP. With several workers a process
             group is up.
         run: stored with each checkpoint.
@@ -162,6 +145,7 @@ def train(
         UserError: the batch does not fit the data or the workers; the checkpoint is of another
             method.
     """
+    config = config.model_copy(update={"epochs": harden.passes(config.epochs)})
     device = next(method.parameters()).device
     size = method.embedder.image_size
     sampler = PKSampler(
@@ -180,10 +164,12 @@ def train(
     optimizer = make_optimizer(config, method)
     average = MovingAverage(method.embedder, config.ema) if config.ema else None
     autocast = make_autocast(config, method, device, reporter)
+    steps = config.epochs * sampler.steps
+    hardening = Hardening(harden, method, autocast, config.seed, steps, reporter.rank)
 
     progress = Progress()
     if (folder := reporter.restore()) is not None:
-        progress = load(folder, method, optimizer, average, device)
+        progress = load(folder, hardening, optimizer, average, device)
         reporter.rewind(progress.step)
 
     def save(folder: Path) -> None:
@@ -191,19 +177,28 @@ def train(
             "method": method.state_dict(),
             "optimizer": optimizer.state_dict(),
             "average": average.state if average else None,
+            "last_loss": hardening.last_loss,
             "progress": asdict(progress),
         }
         checkpoint.save_state(folder, state, run)
 
-    model: nn.Module = method
+    model: nn.Module = hardening
     if config.compile:
         method.embedder.compile()
     if reporter.world > 1:
         # Buffers never differ between ranks: norms are frozen, centers follow the global batch.
         ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False)
+        model = DistributedDataParallel(hardening, device_ids=ids, broadcast_buffers=False)
 
-    while progress.epoch < config.epochs and not stopped_early(config, progress):
+    def backward(*batch: Tensor | None) -> Output:
+        """One forward pass (clean images, adversarial ones, labels) and its gradients."""
+        with autocast():
+            output: Output = model(*batch)
+        optimizer.zero_grad(set_to_none=True)
+        output.loss.total.backward()
+        return output
+
+    while progress.epoch < config.epochs and not progress.stopped_early(config.patience):
         epoch = progress.epoch
         window = Window(progress)
         method.train()
@@ -214,16 +209,19 @@ def train(
             schedule.apply(optimizer, progress.step)
 
             images = augment(batch.images, batch.sizes, batch.uniforms, size, augment_config)
-            with autocast():
-                output: Output = model(images.to(method_dtype(method)), batch.labels)
-            optimizer.zero_grad(set_to_none=True)
-            output.loss.total.backward()
-            if config.grad_clip:
-                nn.utils.clip_grad_norm_(method.parameters(), config.grad_clip)
-            optimizer.step()
-            method.after_step(output)
-            if average:
-                average.update(method.embedder)
+            images = images.to(method_dtype(method))
+            # A clean run has one round, without adversarial images; see `harden.Hardening.rounds`.
+            for adversarial in hardening.rounds(images, batch.labels, progress.step):
+                output = backward(images, adversarial, batch.labels)
+                if harden.awp and adversarial is not None:
+                    with perturbed_weights(method, harden.awp):
+                        backward(images, adversarial, batch.labels)
+                if config.grad_clip:
+                    nn.utils.clip_grad_norm_(method.parameters(), config.grad_clip)
+                optimizer.step()
+                method.after_step(output)
+                if average:
+                    average.update(method.embedder)
 
             progress.step += 1
             progress.step_in_epoch = batch.step + 1
@@ -233,6 +231,8 @@ def train(
             if saves or ends_epoch or progress.step % config.log_every_steps == 0:
                 metrics = window.read()
                 metrics["train/lr"] = config.lr * schedule.factor(progress.step - 1)
+                if harden.on:
+                    metrics["train/epsilon"] = hardening.epsilon(progress.step - 1)
                 reporter.report(
                     progress.step,
                     epoch + 1,
@@ -246,33 +246,13 @@ def train(
         if data.validate:
             with average.swapped_into(method.embedder) if average else nullcontext():
                 metrics |= data.validate(method.embedder)
-        best = note_epoch(progress, metrics)
+        best = note_epoch(progress, metrics, harden.selection)
         metrics["epoch/seconds"] = window.elapsed()
         reporter.report(progress.step, progress.epoch, metrics, save, best)
 
     return Result(
         progress.epoch, progress.step, progress.best, progress.best_epoch, progress.seconds
     )
-
-
-def note_epoch(progress: Progress, metrics: dict[str, float]) -> bool:
-    """Moves `progress` past an epoch; True where its validation is the best so far (or there is
-    none).
-    """
-    value = metrics.get(SELECTION)
-    best = value is None or value > progress.best
-    progress.epoch += 1
-    progress.step_in_epoch = 0
-    progress.epoch_curves = {}
-    progress.bad_epochs = 0 if best else progress.bad_epochs + 1
-    if value is not None and best:
-        progress.best, progress.best_epoch = value, progress.epoch
-    return best
-
-
-def stopped_early(config: TrainConfig, progress: Progress) -> bool:
-    """True where `patience` epochs in a row brought nothing better."""
-    return config.patience > 0 and progress.bad_epochs >= config.patience
 
 
 class Schedule:
@@ -343,85 +323,9 @@ def make_autocast(
     return nullcontext
 
 
-class MovingAverage:
-    """Exponential moving average of an embedder's weights. Polyak & Juditsky 1992; decay as in
-    timm's ModelEmaV2.
-    """
-
-    def __init__(self, embedder: Embedder, decay: float) -> None:
-        self.decay = decay
-        self.state: dict[str, Tensor] = copy.deepcopy(embedder.state_dict())
-
-    @torch.no_grad()
-    def update(self, embedder: Embedder) -> None:
-        """average += (1 - decay) (weights - average)."""
-        for name, value in embedder.state_dict().items():
-            if value.is_floating_point():
-                self.state[name].lerp_(value, 1 - self.decay)
-            else:
-                self.state[name].copy_(value)
-
-    @contextmanager
-    def swapped_into(self, embedder: Embedder) -> Iterator[None]:
-        """Within its block the embedder has the averaged weights."""
-        own = copy.deepcopy(embedder.state_dict())
-        embedder.load_state_dict(self.state)
-        try:
-            yield
-        finally:
-            embedder.load_state_dict(own)
-
-
-class Window:
-    """Collects a log interval's losses on the device; `read` is the loop's only host sync."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.started = self.epoch_started = time.perf_counter()
-        self.images = 0
-        self.names: list[str] = []
-        self.rows: list[Tensor] = []
-
-    def add(self, output: Output, images: int) -> None:
-        """Takes one step's loss and curves, without a sync."""
-        self.names = ["loss", *output.loss.curves]
-        values = [output.loss.total.detach(), *output.loss.curves.values()]
-        self.rows.append(torch.stack([value.double() for value in values]))
-        self.images += images
-
-    def read(self) -> dict[str, float]:
-        """Means over the interval under names `train/...`; starts the next interval.
-
-        Raises:
-            DivergedError: a loss of the interval is not finite.
-        """
-        rows = torch.stack(self.rows).cpu()
-        first = self.progress.step - len(rows) + 1
-        for step, loss in enumerate(rows[:, 0].tolist(), start=first):
-            if not math.isfinite(loss):
-                raise DivergedError(
-                    f"the loss became {loss} at step {step} (epoch {self.progress.epoch + 1}): "
-                    "lower --train.lr or --train.head-lr-factor, or use --train.precision fp32."
-                )
-        for name, total in zip(self.names, rows.sum(0).tolist(), strict=True):
-            self.progress.epoch_curves[name] = self.progress.epoch_curves.get(name, 0.0) + total
-        now = time.perf_counter()
-        metrics = {f"train/{n}": v for n, v in zip(self.names, rows.mean(0).tolist(), strict=True)}
-        metrics["train/images_per_second"] = self.images / (now - self.started)
-        self.progress.seconds += now - self.started
-        self.started, self.images, self.rows = now, 0, []
-        return metrics
-
-    def elapsed(self) -> float:
-        """Seconds since the epoch began in this sitting; closes the time account of the epoch."""
-        now = time.perf_counter()
-        self.progress.seconds += now - self.started
-        return now - self.epoch_started
-
-
 def load(
     folder: Path,
-    method: Method,
+    hardening: Hardening,
     optimizer: torch.optim.Optimizer,
     average: MovingAverage | None,
     device: torch.device,
@@ -433,7 +337,7 @@ def load(
     """
     state = checkpoint.load_state(folder, device)
     try:
-        method.load_state_dict(state["method"])
+        hardening.method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
@@ -444,4 +348,5 @@ def load(
         if state["average"] is None:
             raise UserError(f"{folder} has no moving average: it was trained with --train.ema 0.")
         average.state = state["average"]
+    hardening.last_loss = state.get("last_loss", hardening.last_loss)
     return Progress(**state["progress"])

@@ -15,23 +15,28 @@ ROOT = PACKAGE.parent
 
 # The data flow: a part imports only parts that stand before it.
 ORDER = [
-    "errors", "config", "files",
+    "errors", "config", "files", "memory",
     "data/images", "data/dataset", "data/splits", "data/download", "data/oxford", "data/folder",
     "data/species", "data/sprites", "data/scenery", "data/painter", "data/synthetic",
     "data/source", "data/store", "data/batches", "data/augment",
-    "fold", "model", "attacks", "methods", "harden", "precision", "checkpoint", "rundir",
+    "fold", "model", "attacks/pgd", "attacks/logits", "attacks/objectives", "attacks",
+    "methods", "harden", "averages", "progress", "precision", "checkpoint", "rundir",
     "evaluate/embed", "evaluate/retrieval", "evaluate/pairs", "evaluate/statistics",
-    "evaluate/measure", "evaluate/sheet", "evaluate/backbones", "evaluate/robustness",
+    "evaluate/measure", "evaluate/sheet", "evaluate/backbones", "evaluate/arena",
+    "evaluate/attack_config", "evaluate/robustness",
+    "evaluate/pair_attack", "evaluate/gallery_attack", "evaluate/ers", "evaluate/audit",
+    "evaluate/guard",
     "system", "train", "explain", "tracking_server", "tracking", "pyfunc", "explore", "report",
-    "run", "cluster", "serve", "commands", "tables", "cli",
+    "run", "cluster", "serve", "commands/models", "commands", "tables",
+    "cli/options", "cli",
 ]  # fmt: skip
 
 ONLY_IN = {
     "ray": ("cluster/", "serve/"),
     "mlflow": ("tracking", "pyfunc"),
-    "tyro": ("cli",),
+    "tyro": ("cli/",),
 }
-SEES_A_RUN = ("run", "cluster/", "commands", "cli")
+SEES_A_RUN = ("run", "cluster/", "commands/", "cli/")
 
 
 def modules() -> Iterator[tuple[str, Path]]:

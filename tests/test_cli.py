@@ -15,7 +15,8 @@ import torch
 import flowerray
 from flowerray import cli, methods
 from flowerray.checkpoint import load_export
-from flowerray.cli import dispatch, follow, parse_run, usage
+from flowerray.cli import dispatch, options, usage
+from flowerray.cli.options import follow, parse_run
 from flowerray.errors import UserError
 from flowerray.rundir import RunDir
 from tests.small import small, words
@@ -104,7 +105,7 @@ def test_an_interrupt_ends_with_130(
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("the signal did not arrive")
 
-    monkeypatch.setitem(cli.COMMANDS, "demo", cli.Command(interrupted, ""))
+    monkeypatch.setattr("flowerray.cli.training.demo", interrupted)
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as stop:
@@ -152,10 +153,10 @@ def test_where_runs_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FLOWERRAY_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-    assert cli.default_out("triplet").parent == tmp_path / "runs"
+    assert options.default_out("triplet").parent == tmp_path / "runs"
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert cli.default_out("triplet").parent == tmp_path / "home" / "runs"
-    assert cli.default_out("triplet").name.startswith("triplet-20")
+    assert options.default_out("triplet").parent == tmp_path / "home" / "runs"
+    assert options.default_out("triplet").name.startswith("triplet-20")
 
 
 def test_trainval_follows_its_official_run(small_run: Path, tmp_path: Path) -> None:

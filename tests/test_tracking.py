@@ -596,3 +596,16 @@ def test_two_writers_of_the_state_keep_each_others_changes(tmp_path: Path) -> No
             sender.lines_sent,
         )
     )
+
+
+def test_a_folder_of_results_is_shown_with_its_pages(runs: Path) -> None:
+    folder = runs / "exploration"
+    (folder / "plots").mkdir(parents=True)
+    for name in ("index.html", "classes.csv", "plots/sizes.png", "scratch.tmp"):
+        (folder / name).write_bytes(b"content")
+    assert tracking.log_folder(folder, {"data.root": "x"}, {"images": 480.0}, {"kind": "explore"})
+    run = client(folder).get_run(tracking.run_id(folder))
+    assert run.info.status == "FINISHED" and run.data.metrics == {"images": 480.0}
+    assert run.data.params["data.root"] == "x" and run.data.tags["kind"] == "explore"
+    kept = {file.path for file in client(folder).list_artifacts(run.info.run_id)}
+    assert kept == {"index.html", "classes.csv", "plots"}

@@ -10,19 +10,16 @@ import torch
 from PIL import Image
 
 from flowerray import methods
+from flowerray.averages import MovingAverage
 from flowerray.data.images import resize_side
 from flowerray.data.store import build_store
 from flowerray.errors import UserError
+from flowerray.progress import DivergedError, Progress, note_epoch
 from flowerray.rundir import RunDir
 from flowerray.train import (
-    DivergedError,
-    MovingAverage,
-    Progress,
     Schedule,
     TrainConfig,
     make_optimizer,
-    note_epoch,
-    stopped_early,
 )
 from tests.train_process import exit_code, start, train_small
 
@@ -169,18 +166,18 @@ def test_a_checkpoint_of_another_method_is_refused(job: dict[str, Any], tmp_path
 
 
 def test_early_stop_counts_epochs_without_a_better_validation() -> None:
-    config = TrainConfig(patience=2)
     progress = Progress()
-    best = [note_epoch(progress, {"val/map_at_r": value}) for value in (0.2, 0.5, 0.4, 0.5)]
+    values = (0.2, 0.5, 0.4, 0.5)
+    best = [note_epoch(progress, {"val/map_at_r": v}, "val/map_at_r") for v in values]
     assert best == [True, True, False, False]
-    assert stopped_early(config, progress)
+    assert progress.stopped_early(2) and not progress.stopped_early(3)
     assert (progress.best, progress.best_epoch, progress.epoch) == (0.5, 2, 4)
-    assert not stopped_early(TrainConfig(patience=0), progress)
+    assert not progress.stopped_early(0)
 
 
 def test_without_validation_each_epoch_is_the_best() -> None:
     progress = Progress()
-    assert note_epoch(progress, {}) and note_epoch(progress, {})
+    assert note_epoch(progress, {}, "val/map_at_r") and note_epoch(progress, {}, "val/map_at_r")
     assert progress.bad_epochs == 0
 
 

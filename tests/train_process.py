@@ -17,6 +17,7 @@ from flowerray import methods
 from flowerray.data.augment import AugmentConfig
 from flowerray.data.store import Store
 from flowerray.evaluate.measure import validation
+from flowerray.harden import HardenConfig
 from flowerray.methods._base import Method
 from flowerray.model import Embedder, EmbedderConfig
 from flowerray.rundir import FolderReporter
@@ -57,7 +58,8 @@ def train_small(job: dict[str, Any]) -> Method:
     reporter = DyingReporter(Path(job["out"]), job.get("rank", 0), job.get("world", 1))
     reporter.die_at = job.get("die_at", 0)
     data = Data(store, targets_N, validate if job.get("validate") else None)
-    train(config, AugmentConfig(), method, data, reporter, run={"test": True})
+    harden = HardenConfig(**job.get("harden", {}))
+    train(config, AugmentConfig(), harden, method, data, reporter, run={"test": True})
     return method
 
 
@@ -81,7 +83,9 @@ def exit_code(process: BaseProcess, timeout_s: float = 120) -> int | None:
 
 
 def work(job: dict[str, Any]) -> None:
-    """Trains each of `job["methods"]`, in a gloo process group where there are several workers."""
+    """Trains each of `job["methods"]`, in a gloo process group where there are several workers;
+    `job["by_method"]` changes options of one.
+    """
     torch.set_num_threads(1)
     if job.get("world", 1) > 1:
         dist.init_process_group(
@@ -91,7 +95,12 @@ def work(job: dict[str, Any]) -> None:
             world_size=job["world"],
         )
     for method in job["methods"]:
-        trained = train_small({**job, "method": method, "out": f"{job['out']}-{method}"})
+        own = {
+            "method": method,
+            "out": f"{job['out']}-{method}",
+            **job.get("by_method", {}).get(method, {}),
+        }
+        trained = train_small({**job, **own})
         if job.get("rank", 0) == 0:
             torch.save(trained.state_dict(), f"{job['out']}-{method}.pt")
     if job.get("world", 1) > 1:

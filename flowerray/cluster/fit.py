@@ -15,25 +15,28 @@ from tqdm import tqdm
 
 from flowerray import tracking
 from flowerray.cluster.session import own_signals, ray_session
-from flowerray.cluster.worker import build_method, pick_device, split_store, work
+from flowerray.cluster.worker import build_method, pick_device, split_store, start_weights, work
 from flowerray.data.batches import PKSampler
 from flowerray.data.source import open_dataset
 from flowerray.errors import UserError
+from flowerray.progress import DivergedError
 from flowerray.report.curves import plot_training
 from flowerray.run import Run
 from flowerray.rundir import FolderReporter, RunDir
-from flowerray.train import DivergedError
 
 USER_ERROR = "user_error"
 """Key under which a worker hands an error back that a retry would only repeat."""
 
 
-def fit(run: Run, out: Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+def fit(
+    run: Run, out: Path, resume: bool = False, quiet: bool = False, parent: Path | None = None
+) -> dict[str, Any]:
     """Trains a run into the folder `out`; returns the worker's summary.
 
     Args:
         resume: `out` holds an interrupted run that goes on; otherwise `out` must not exist.
         quiet: no progress line.
+        parent: the folder whose MLflow run this one is shown under.
 
     Raises:
         UserError: bad data, options, folder or cluster; a diverged loss. The RUN stays resumable.
@@ -42,13 +45,14 @@ def fit(run: Run, out: Path, resume: bool = False, quiet: bool = False) -> dict[
     folder = RunDir(out)
     if not resume:
         folder.refuse_existing()
-    tags, total_steps = prepare(run, quiet)
+    tags, total_steps = prepare(run, quiet, resume)
     if resume:
         folder.read()
     else:
         folder.create(run.to_dict())
 
-    tracking.start(folder.path, name=folder.path.name, params=run.to_dict(), tags=tags)
+    params = run.to_dict()
+    tracking.start(folder.path, folder.path.name, params, tags, parent=parent)
     status: tracking.Status = "KILLED"
     reason: str | None = "interrupted"
     try:
@@ -71,7 +75,7 @@ def fit(run: Run, out: Path, resume: bool = False, quiet: bool = False) -> dict[
     return summary
 
 
-def prepare(run: Run, quiet: bool = False) -> tuple[dict[str, str], int]:
+def prepare(run: Run, quiet: bool = False, resume: bool = False) -> tuple[dict[str, str], int]:
     """Builds the decoded stores on this node and finds the configuration's faults before a cluster
     starts.
 
@@ -92,7 +96,7 @@ def prepare(run: Run, quiet: bool = False) -> tuple[dict[str, str], int]:
             f"the val split of {dataset.root} has one image of each class, so no pair of the same "
             "class can be formed to fit the threshold: give it two or more."
         )
-    _, targets_N = np.unique(dataset.split_labels("train"), return_inverse=True)
+    trained_classes, targets_N = np.unique(dataset.split_labels("train"), return_inverse=True)
     config = run.train
     sampler = PKSampler(targets_N, config.classes_per_batch, config.images_per_class, config.seed)
     workers = max(1, run.resources.workers)
@@ -114,11 +118,13 @@ def prepare(run: Run, quiet: bool = False) -> tuple[dict[str, str], int]:
                 f"--resources.device cuda: this machine has {torch.cuda.device_count()} GPUs that "
                 f"torch can use, for {workers} workers; choose cpu, or fewer workers."
             )
-    build_method(run, int(targets_N.max()) + 1)
+    method = build_method(run, len(trained_classes))
+    if not resume:  # which has its own weights
+        start_weights(run, method, dataset, trained_classes)
     for split in ("train", "val"):
         if split in dataset.splits:
             split_store(dataset, split, run.embedder.image_size, progress=not quiet)
-    return dataset.tags, sampler.steps * config.epochs
+    return dataset.tags, sampler.steps * run.harden.passes(config.epochs)
 
 
 def fit_on_ray(run: Run, folder: RunDir) -> dict[str, Any]:
@@ -251,6 +257,7 @@ def brief_metrics(metrics: dict[str, float], kind: str) -> str:
         "loss": f"{kind}loss",
         "val MAP@R": "val/map_at_r",
         "val R@1": "val/recall_at_1",
+        "adversarial": "val/adversarial_recall_at_1",
         "img/s": "train/images_per_second",
         "s": "epoch/seconds",
     }

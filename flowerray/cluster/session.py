@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from flowerray import memory
 from flowerray.errors import UserError
 
 ENVIRONMENT = {
@@ -68,7 +69,8 @@ def ray_session(min_cpus: int) -> Iterator[Any]:
             }
         )
         names = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "FLOWERRAY_HOME", "OMP_NUM_THREADS")
-        variables = {name: os.environ[name] for name in names if name in os.environ}
+        given = {name: os.environ[name] for name in names if name in os.environ}
+        variables = {**memory.ENVIRONMENT, **given}
         try:
             with own_signals():
                 ray.init(

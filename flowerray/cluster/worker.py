@@ -2,6 +2,7 @@
 result.
 """
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,19 @@ from flowerray.data.images import resize_side
 from flowerray.data.source import open_dataset
 from flowerray.data.store import Store, build_store
 from flowerray.errors import UserError
-from flowerray.evaluate.embed import embed
-from flowerray.evaluate.measure import frozen_pairs, split_names, validation
+from flowerray.evaluate.embed import embed, embed_together
+from flowerray.evaluate.guard import alarms, guard
+from flowerray.evaluate.measure import frozen_pairs, split_names, validation_metrics
 from flowerray.evaluate.pairs import fit_threshold, pair_cosines, save_pairs
 from flowerray.files import write_json
+from flowerray.memory import keep_freed_memory
 from flowerray.methods._base import Method
 from flowerray.model import Embedder
 from flowerray.run import Run
 from flowerray.rundir import FolderReporter, RunDir
 from flowerray.train import Data, Result, train
 
+LOG = logging.getLogger(__name__)
 PAIR_SEED = 0
 """Of the verification pairs: the same for every run, so that runs can be compared."""
 
@@ -42,12 +46,26 @@ def build_method(run: Run, num_classes: int) -> Method:
     return file.method(run.method, Embedder(run.embedder, seed=run.train.seed), num_classes)
 
 
+def start_weights(
+    run: Run, method: Method, dataset: Dataset, trained_classes: NDArray[np.int64]
+) -> None:
+    """Gives the method the weights of `run.init`, where there is one: `checkpoint.initialise`."""
+    if run.init is not None:
+        checkpoint.initialise(method, run.init, class_names(dataset, trained_classes))
+
+
+def class_names(dataset: Dataset, classes: NDArray[np.int64]) -> tuple[str, ...]:
+    """The names of some classes."""
+    return tuple(dataset.classes[c] for c in classes)
+
+
 def work(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str, Any]:
     """Trains one run as one of `reporter.world` workers; returns a summary as plain data.
 
     Raises:
         UserError: see `train.train`; bad data.
     """
+    keep_freed_memory()
     dataset = open_dataset(run.data, progress=False)
     trained_classes, targets_N = np.unique(dataset.split_labels("train"), return_inverse=True)
     train_store = split_store(dataset, "train", run.embedder.image_size)
@@ -55,22 +73,27 @@ def work(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str, 
     if "val" in dataset.splits:
         val_store = split_store(dataset, "val", run.embedder.image_size)
     method = build_method(run, len(trained_classes)).to(device)
+    if reporter.restore() is None:
+        start_weights(run, method, dataset, trained_classes)
     if not run.embedder.freeze_bn and reporter.world > 1:
         method = convert_sync_batchnorm(method)
 
     def validate(embedder: Embedder) -> dict[str, float]:
         assert val_store is not None
-        return validation(
-            embedder,
-            train_store,
-            dataset.split_labels("train"),
-            val_store,
-            dataset.split_labels("val"),
-            self_gallery=dataset.protocol == "disjoint",
-        )
+        emb_QD, labels_Q = embed_together(embedder, val_store), dataset.split_labels("val")
+        gallery = None
+        if dataset.protocol != "disjoint":
+            gallery = embed_together(embedder, train_store), dataset.split_labels("train")
+        metrics = validation_metrics(emb_QD, labels_Q, gallery)
+        if run.harden.on:
+            guarded = guard(run.harden, embedder, val_store, emb_QD, labels_Q, gallery)
+            for alarm in alarms(guarded) if reporter.rank == 0 else ():
+                LOG.warning("%s: %s", reporter.dir.path.name, alarm)
+            metrics |= guarded
+        return metrics
 
     data = Data(train_store, targets_N, validate if val_store is not None else None)
-    result = train(run.train, run.augment, method, data, reporter, run.to_dict())
+    result = train(run.train, run.augment, run.harden, method, data, reporter, run.to_dict())
     if reporter.rank != 0:
         return {}
     return finish(run, reporter.dir, method, dataset, trained_classes, val_store, result)
@@ -107,14 +130,17 @@ def finish(
     assert threshold is not None, "the driver refuses a run with neither val nor threshold"
 
     file = methods.get(run.method_name)
-    model = folder.path / f"best_model_{file.export_name}.pth"
-    classes = tuple(dataset.classes[c] for c in trained_classes)
+    kind = "robust" if run.harden.on else "best"
+    model = folder.path / f"{kind}_model_{file.export_name}.pth"
+    classes = class_names(dataset, trained_classes)
     checkpoint.export(model, method, embedder_state, run.to_dict(), threshold, classes)
+    best = result.best if val_store is not None else None
     summary = {
         "model": str(model),
         "threshold": threshold,
         "best_epoch": result.best_epoch or result.epochs,
-        "val_map_at_r": result.best if val_store is not None else None,
+        "val_map_at_r": None if run.harden.on else best,
+        "val_adversarial_recall_at_1": best if run.harden.on else None,
         **result._asdict(),
     }
     write_json(

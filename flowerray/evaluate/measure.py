@@ -161,12 +161,21 @@ def validation(
         UserError: embeddings that are not finite; no val image with another of its class to find.
     """
     query_emb = embed_together(embedder, val_store, batch_size=batch_size)
-    if self_gallery:
-        metrics = retrieval_metrics(query_emb, val_labels_Q)
-    else:
-        gallery_emb = embed_together(embedder, train_store, batch_size=batch_size)
-        metrics = retrieval_metrics(query_emb, val_labels_Q, gallery_emb, train_labels_N)
-    metrics = _with_queries(metrics, "val" if self_gallery else "train")
+    gallery = None
+    if not self_gallery:
+        gallery = embed_together(embedder, train_store, batch_size=batch_size), train_labels_N
+    return validation_metrics(query_emb, val_labels_Q, gallery)
+
+
+def validation_metrics(
+    query_emb: NDArray[np.float32],
+    val_labels_Q: ArrayLike,
+    gallery: tuple[NDArray[np.float32], ArrayLike] | None,
+) -> dict[str, float]:
+    """The metrics of `validation` from embeddings; `gallery` is None where val searches itself."""
+    metrics = _with_queries(
+        retrieval_metrics(query_emb, val_labels_Q, *(gallery or ())), "train" if gallery else "val"
+    )
     return {f"val/{name}": float(value) for name, value in metrics.items()}
 
 

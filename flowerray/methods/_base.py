@@ -97,11 +97,14 @@ class Method(nn.Module, ABC):
             images_bCHW: float pixels in [0,1].
             labels_b: int64 classes, 0..num_classes-1.
         """
-        emb_BD = gather(self.embedder(images_bCHW))
+        emb_BD = self.embed(images_bCHW)
         labels_B = gather(labels_b)
         with torch.autocast(emb_BD.device.type, enabled=False):
-            emb_BD = widen(emb_BD)
             return Output(self.loss(emb_BD, labels_B), emb_BD.detach(), labels_B)
+
+    def embed(self, images_bCHW: Tensor) -> Tensor:
+        """The global batch's embeddings BD from this worker's slice, in float32 or float64."""
+        return widen(gather(self.embedder(images_bCHW)))
 
     @abstractmethod
     def loss(self, emb_BD: Tensor, labels_B: Tensor) -> Loss:
@@ -109,6 +112,28 @@ class Method(nn.Module, ABC):
 
         A pure function of its input, the parameters and `seed`: attacks call it many times a step.
         """
+
+    def attack_loss(self, emb_BD: Tensor, labels_B: Tensor, last_loss: Tensor) -> Tensor:
+        """What an attack in adversarial training raises, a scalar; by default the loss itself.
+
+        Args:
+            emb_BD: the global batch as the attack has moved it so far.
+            labels_B: its classes.
+            last_loss: scalar, the last training step's loss on adversarial images as a mean over
+                all tuples, also those without any; infinite before the first step.
+        """
+        return self.loss(emb_BD, labels_B).total
+
+    def divergence(self, clean_BD: Tensor, moved_BD: Tensor) -> Tensor:
+        """How far an attack moved what the method says of each image, B, not negative (TRADES).
+
+        By default half the squared distance of the embeddings over the clean batch's variance. An
+        embedding without class posteriors has no KL divergence; where it is taken for the mean of a
+        normal distribution of that variance, the KL is this up to a constant factor. A plain
+        distance would not do: pulling all embeddings together lowers it (measured: they collapse).
+        """
+        variance = (clean_BD - clean_BD.mean(0)).square().sum(1).mean()
+        return 0.5 * (clean_BD - moved_BD).square().sum(1) / variance.clamp(min=1e-6)
 
     def after_step(self, output: Output) -> None:
         """What changes outside the optimizer, once an optimizer step (centers); by default nothing.

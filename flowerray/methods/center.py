@@ -80,8 +80,7 @@ class Center(Method):
         """
         with torch.autocast(emb_BD.device.type, enabled=False):
             emb_BD = widen(emb_BD)
-            weight_CD = F.normalize(widen(self.weight_CD))
-            logits_BC = self.config.scale * F.linear(emb_BD, weight_CD)
+            logits_BC = self.logits(emb_BD)
             total = F.cross_entropy(logits_BC, labels_B)
             square_B = (emb_BD - self.centers_CD[labels_B]).square().sum(1)
             if self.config.center_weight:
@@ -93,6 +92,19 @@ class Center(Method):
             curves["accuracy"] = (logits_BC.argmax(1) == labels_B).to(emb_BD.dtype).mean()
             curves["d_center"] = square_B.sqrt().mean()
         return Loss(total, curves)
+
+    def logits(self, emb_BD: Tensor) -> Tensor:
+        """Cosine to each class's weights times `scale`, BC."""
+        return self.config.scale * F.linear(emb_BD, F.normalize(widen(self.weight_CD)))
+
+    def divergence(self, clean_BD: Tensor, moved_BD: Tensor) -> Tensor:
+        """KL divergence (nats) of the class posteriors, from the clean one to the moved one, B.
+
+        Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", ICML
+        2019: the second term of TRADES, without its weight.
+        """
+        clean_BC, moved_BC = (self.logits(emb).log_softmax(1) for emb in (clean_BD, moved_BD))
+        return F.kl_div(moved_BC, clean_BC, reduction="none", log_target=True).sum(1)
 
     @torch.no_grad()
     def after_step(self, output: Output) -> None:

@@ -83,6 +83,19 @@ class Triplet(Method):
         active = mean_where((violation.detach() > 0).to(dist_BB.dtype), valid)
         return Loss(total, common_curves(emb_BD, labels_B, dist_BB, active))
 
+    def attack_loss(self, emb_BD: Tensor, labels_B: Tensor, last_loss: Tensor) -> Tensor:
+        """Minus the squared lack of hardness H = d_ap - d_an below a destination: at most 0.
+
+        Zhou & Patel, "Enhancing Adversarial Robustness for Deep Metric Learning", CVPR 2022:
+        an attack that maximises the loss without end makes this training collapse, so images move
+        only until their triplets are as hard as the destination. Their LGA schedule:
+        destination = -gamma min(last loss, gamma) / gamma, with the margin as gamma: from -gamma
+        (hardly a loss) towards 0 (positive as far as negative) as training succeeds.
+        """
+        d_ap, d_an, valid = self.mine(distances(emb_BD), labels_B, emb_BD.shape[1])
+        lack = (-last_loss.clamp(max=self.config.margin) - (d_ap - d_an)).relu()
+        return -mean_where(lack.square(), valid)
+
     def mine(self, dist_BB: Tensor, labels_B: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """Anchor-positive and anchor-negative distances and which are triplets; they broadcast."""
         positive_BB, negative_BB = pair_masks(labels_B)

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowerray.commands import evaluate_frozen, evaluate_model, open_model
+from flowerray.commands.measuring import evaluate_frozen, evaluate_model
+from flowerray.commands.models import open_model
 from flowerray.data.source import DataConfig
 from flowerray.evaluate.measure import EvaluateConfig, Measurement
 from flowerray.evaluate.statistics import bootstrap_interval, paired_bootstrap, t_interval

@@ -8,6 +8,7 @@ from flowerray.errors import UserError
 from flowerray.evaluate.statistics import (
     Interval,
     bootstrap_interval,
+    holm,
     mcnemar,
     paired_bootstrap,
     permutation_test,
@@ -65,6 +66,27 @@ def test_paired_bootstrap_sees_what_the_unpaired_spread_hides() -> None:
     assert 0.03 < interval.low < 0.05 < interval.high < 0.07
     back = paired_bootstrap(second, first)
     assert back.low == pytest.approx(-interval.high) and back.high == pytest.approx(-interval.low)
+    assert interval.p_value == back.p_value == pytest.approx(2 / 10_001)
+
+
+def test_the_p_value_of_the_bootstrap_goes_with_its_interval() -> None:
+    """It falls below 0.05 exactly where the 95 % interval leaves 0 out; nothing differs: 1."""
+    rng = np.random.default_rng(6)
+    noise = rng.normal(0, 1, (4, 60))
+    outside = []
+    for shift in np.linspace(0, 0.5, 21):
+        test = paired_bootstrap(noise + shift, np.zeros(60), resamples=999)
+        outside.append(test.low > 0)
+        assert (test.p_value < 0.05) == (test.low > 0 or test.high < 0), shift
+    assert 0 < sum(outside) < 21
+    assert paired_bootstrap(noise, noise).p_value == 1.0
+
+
+def test_holm_by_hand() -> None:
+    adjusted = holm([0.04, 0.01, 0.03, 0.5])
+    np.testing.assert_allclose(adjusted, [0.09, 0.04, 0.09, 0.5])
+    np.testing.assert_allclose(holm([0.6, 0.9]), [1, 1])
+    assert holm([0.02]) == [0.02]
 
 
 def test_paired_bootstrap_counts_the_spread_between_seeds_and_of_shared_queries() -> None:

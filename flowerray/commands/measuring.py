@@ -1,23 +1,22 @@
-"""What the commands on finished models do: evaluate, similar, search, demo; each returns plain data
-to print.
-"""
+"""`evaluate`, `similar` and `search`; each returns plain data to print."""
 
+import json
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from flowerray import checkpoint, tracking
+from flowerray import tracking
 from flowerray.cluster.worker import PAIR_SEED
+from flowerray.commands.models import Model, embed_files, store_builder
 from flowerray.data.dataset import Dataset
-from flowerray.data.images import eval_image, resize_side
+from flowerray.data.images import resize_side
 from flowerray.data.source import DataConfig, open_all, open_dataset
-from flowerray.data.store import Store, build_store
+from flowerray.data.store import build_store
 from flowerray.errors import UserError
 from flowerray.evaluate.embed import embed
 from flowerray.evaluate.measure import (
@@ -29,43 +28,10 @@ from flowerray.evaluate.measure import (
 )
 from flowerray.evaluate.pairs import Pairs, load_pairs, save_pairs
 from flowerray.evaluate.sheet import Neighbour, SheetRow, measurement_rows, retrieval_sheet
+from flowerray.files import atomic_file
 from flowerray.model import Embedder, EmbedderConfig
 from flowerray.run import Run
-from flowerray.rundir import FolderReporter, RunDir
-
-
-@dataclass(frozen=True)
-class Model:
-    """A trained model as the commands use it."""
-
-    name: str
-    """What the user called it."""
-    folder: RunDir | None
-    """Its RUN folder, where it is one."""
-    run: Run
-    embedder: Embedder
-    threshold: float
-    """Cosine from which two photographs count as the same class."""
-
-
-def open_model(name: str, device: torch.device) -> Model:
-    """A RUN folder, an exported file, `models:/...` or `runs:/...`.
-
-    Raises:
-        UserError: nothing there, or not a model.
-    """
-    path = tracking.resolve(name)
-    content = checkpoint.load_export(path)
-    return Model(
-        name=name,
-        folder=RunDir(path) if path.is_dir() and (path / "run.json").exists() else None,
-        run=Run.from_dict(content["run"]),
-        embedder=checkpoint.build_embedder(content).to(device),
-        threshold=content["threshold"],
-    )
-
-
-# --- evaluate -------------------------------------------------------------------------------------
+from flowerray.rundir import FolderReporter
 
 
 def evaluate_model(
@@ -89,11 +55,12 @@ def evaluate_model(
         if own
         else new_pairs(model.run, dataset, config.split)
     )
+    started = time.perf_counter()
     measurement = run_measure(
         model.embedder, dataset, config, pairs=pairs, threshold=model.threshold, quiet=quiet
     )
     if own:
-        keep(model, measurement)
+        keep(model, measurement, dataset.root, time.perf_counter() - started)
     return measurement
 
 
@@ -121,15 +88,6 @@ def run_measure(
             embedder, dataset, store_builder(embedder.image_size, quiet), config,
             progress=bar.update, **more,
         )  # fmt: skip
-
-
-def store_builder(image_size: int, quiet: bool) -> Any:
-    """What `measure` asks for: the decoded store of a list of files."""
-
-    def build(paths: Sequence[Path]) -> Store:
-        return build_store(paths, resize_side(image_size), progress=not quiet)
-
-    return build
 
 
 def new_pairs(run: Run, dataset: Dataset, split: str) -> Pairs | None:
@@ -166,8 +124,13 @@ def stored_pairs(model: Model, dataset: Dataset, split: str) -> Pairs | None:
     return kept[split]
 
 
-def keep(model: Model, measurement: Measurement) -> None:
-    """Notes an evaluation of the run's own data in the RUN folder and in MLflow."""
+def keep(model: Model, measurement: Measurement, root: Path, seconds: float) -> None:
+    """Notes an evaluation of the run's own data in the RUN folder and in MLflow.
+
+    Args:
+        root: the data's folder.
+        seconds: what the evaluation took.
+    """
     assert model.folder is not None
     split, folder = measurement.metrics["split"], model.folder
     numbers = {
@@ -176,10 +139,45 @@ def keep(model: Model, measurement: Measurement) -> None:
     last = folder.records()[-1] if folder.metrics.exists() else {"step": 0, "epoch": 0}
     FolderReporter(folder.path).report(last["step"], last["epoch"], numbers)
     retrieval_sheet(measurement_rows(measurement), folder.plots / f"retrieval_{split}.png")
+    with atomic_file(folder.path / "evaluation" / f"{split}.json") as temporary:
+        temporary.write_text(json.dumps(as_record(measurement, root, seconds)))
     tracking.sync(folder.path)
 
 
-# --- similar and search ---------------------------------------------------------------------------
+def as_record(measurement: Measurement, root: Path, seconds: float) -> dict[str, Any]:
+    """RUN/evaluation/<split>.json: the metrics, and what they were for each query, in one order, so
+    that runs can be compared query by query.
+
+    Args:
+        root: image files below it are named relative to it.
+        seconds: what the evaluation took.
+    """
+    per_query, m = measurement.per_query, measurement
+    nearest = per_query["nearest"][:, 0]
+    emb = [
+        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+        for x in (m.query_emb.astype(np.float64), m.gallery_emb[nearest].astype(np.float64))
+    ]
+
+    def name(path: Path) -> str:
+        return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+    return {
+        "metrics": m.metrics,
+        **{key: m.metrics[key] for key in ("protocol", "split", "gallery")},
+        "root": str(root),
+        "per_query": {
+            "hit": per_query["hit"].astype(int).tolist(),
+            "average_precision": per_query["average_precision"].tolist(),
+            "num_relevant": per_query["num_relevant"].tolist(),
+            "class": [m.classes[label] for label in m.query_labels],
+            "nearest": [name(m.gallery_paths[g]) for g in nearest],
+            "nearest_class": [m.classes[m.gallery_labels[g]] for g in nearest],
+            "similarity": (emb[0] * emb[1]).sum(1).tolist(),
+        },
+        "queries": [name(path) for path in m.query_paths],
+        "seconds": seconds,
+    }
 
 
 def similar(model: Model, first: Path, second: Path) -> dict[str, Any]:
@@ -219,16 +217,3 @@ def gallery_of(folder: Path) -> Dataset:
     if not folder.is_dir():
         raise UserError(f"--gallery {folder} is not a folder.")
     return open_all(folder)
-
-
-def embed_files(embedder: Embedder, files: Sequence[Path]) -> NDArray[np.float64]:
-    """Unit embeddings (N, D) of image files, with the evaluation transform.
-
-    Raises:
-        UserError: a file that is missing or not an image.
-    """
-    device = next(embedder.parameters()).device
-    images = [torch.as_tensor(eval_image(file, embedder.image_size)) for file in files]
-    with torch.inference_mode():
-        emb_ND = embedder(torch.stack(images).to(device).float() / 255)
-    return emb_ND.cpu().numpy().astype(np.float64)

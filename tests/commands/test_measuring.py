@@ -1,5 +1,6 @@
 """What the commands do with a finished model."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from flowerray import commands
-from flowerray.commands import Model, open_model
+from flowerray.commands import measuring
+from flowerray.commands.models import Model, open_model
 from flowerray.data.images import eval_image
 from flowerray.data.source import DataConfig
 from flowerray.errors import UserError
@@ -51,21 +52,31 @@ def test_open_model(model: Model, run: RunDir, tmp_path: Path) -> None:
 
 def test_an_evaluation_of_the_runs_own_data_is_kept(model: Model, run: RunDir) -> None:
     before = len(run.records())
-    result = commands.evaluate_model(model, model.run.data, False, EvaluateConfig(), quiet=True)
+    result = measuring.evaluate_model(model, model.run.data, False, EvaluateConfig(), quiet=True)
     assert result.metrics["num_queries"] == 24 and result.metrics["num_gallery"] == 60
     assert {"pair_auc", "pair_eer", "pair_accuracy"} <= result.metrics.keys()
     (record,) = run.records()[before:]
     assert record["step"] == 12
     assert record["metrics"]["test/recall_at_1"] == result.metrics["recall_at_1"]
     assert (run.plots / "retrieval_test.png").exists()
+    kept = json.loads((run.path / "evaluation" / "test.json").read_text())
+    assert kept["metrics"] == result.metrics and kept["seconds"] > 0
+    assert [Path(kept["root"]) / name for name in kept["queries"]] == list(result.query_paths)
+    per_query = kept["per_query"]
+    assert per_query["hit"] == result.per_query["hit"].tolist()
+    assert {len(values) for values in per_query.values()} == {24}
+    same = [a == b for a, b in zip(per_query["class"], per_query["nearest_class"], strict=True)]
+    assert same == per_query["hit"]
+    cosine_QG = result.query_emb.astype(float) @ result.gallery_emb.T.astype(float)
+    assert per_query["similarity"] == pytest.approx(cosine_QG.max(1), abs=1e-5)
     pairs = run.pairs.read_bytes()
-    again = commands.evaluate_model(model, model.run.data, False, EvaluateConfig(), quiet=True)
+    again = measuring.evaluate_model(model, model.run.data, False, EvaluateConfig(), quiet=True)
     assert again.metrics == result.metrics and run.pairs.read_bytes() == pairs
 
 
 def test_val_is_measured_as_it_was_in_training(model: Model, run: RunDir) -> None:
     config = EvaluateConfig(split="val")
-    result = commands.evaluate_model(model, model.run.data, False, config, quiet=True)
+    result = measuring.evaluate_model(model, model.run.data, False, config, quiet=True)
     best = max(value for _, value in run.series("val/map_at_r"))
     assert result.metrics["map_at_r"] == pytest.approx(best, abs=1e-6)
 
@@ -78,7 +89,7 @@ def test_another_set_is_measured_whole_and_not_kept(
         for k in range(3):
             shutil.copy(pictures[20 * n + k], tmp_path / name / f"{n}{k}.jpg")
     before = run.metrics.read_bytes()
-    result = commands.evaluate_model(
+    result = measuring.evaluate_model(
         model, DataConfig(root=tmp_path), True, EvaluateConfig(), quiet=True
     )
     assert result.metrics["gallery"] == "self" and result.metrics["num_queries"] == 9
@@ -87,16 +98,16 @@ def test_another_set_is_measured_whole_and_not_kept(
 
 def test_frozen_features_do_not_depend_on_the_training(model: Model) -> None:
     config = model.run.embedder
-    result = commands.evaluate_frozen(config, model.run.data, EvaluateConfig(), CPU, quiet=True)
+    result = measuring.evaluate_frozen(config, model.run.data, EvaluateConfig(), CPU, quiet=True)
     assert result.query_emb.shape == (24, model.embedder.num_features)
     assert "pair_auc" not in result.metrics
 
 
 def test_similar(model: Model, pictures: list[Path]) -> None:
-    same = commands.similar(model, pictures[0], pictures[0])
+    same = measuring.similar(model, pictures[0], pictures[0])
     assert same["similarity"] == pytest.approx(1.0, abs=1e-6) and same["same"]
-    there = commands.similar(model, pictures[0], pictures[-1])
-    back = commands.similar(model, pictures[-1], pictures[0])
+    there = measuring.similar(model, pictures[0], pictures[-1])
+    back = measuring.similar(model, pictures[-1], pictures[0])
     assert there["similarity"] == pytest.approx(back["similarity"], abs=1e-6)
     assert there["same"] == (there["similarity"] >= model.threshold)
 
@@ -122,21 +133,21 @@ def test_search_in_each_kind_of_gallery(
             shutil.copy(picture, folder)
     query = flat / pictures[0].name
     sheet = tmp_path / "sheet.png"
-    found = commands.search(model, query, flat, 5, sheet, quiet=True)
+    found = measuring.search(model, query, flat, 5, sheet, quiet=True)
     assert [n.path for n in found] == by_hand(model, query, sorted(flat.iterdir()))[:5]
     assert {n.class_name for n in found} == {"flat"} and Image.open(sheet).width > 100
 
-    found = commands.search(model, query, classes, 100, None, quiet=True)
+    found = measuring.search(model, query, classes, 100, None, quiet=True)
     assert len(found) == len(pictures[::10])  # the copy of the query counts
     assert found[0].path.name == query.name
     assert all(n.class_name == n.path.parent.name for n in found)
 
-    found = commands.search(model, pictures[3], small_set, 2, None, quiet=True)
+    found = measuring.search(model, pictures[3], small_set, 2, None, quiet=True)
     assert len(found) == 2 and pictures[3] not in [n.path for n in found]
 
 
 def test_a_gallery_has_to_be_a_folder_with_images(model: Model, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no images"):
-        commands.gallery_of(tmp_path)
+        measuring.gallery_of(tmp_path)
     with pytest.raises(UserError, match="is not a folder"):
-        commands.gallery_of(tmp_path / "none")
+        measuring.gallery_of(tmp_path / "none")

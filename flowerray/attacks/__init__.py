@@ -1,0 +1,1 @@
+"""Attacks on an embedder's retrieval: our own projected gradient descent, and a bank of others."""

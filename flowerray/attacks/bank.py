@@ -1,0 +1,362 @@
+"""The bank of attacks on retrieval: a name, an embedder, a gallery -> adversarial queries.
+
+FGSM, PGD, shift and margin are our own gradient descent. APGD, FAB, Square, CW and DeepFool are
+torchattacks' on `MaxSimLogits` (library.py); `run` keeps that library's side effects (modes, global
+RNG, grad mode, silent acceptance of normalised pixels) away from the caller.
+
+Letters: B images, C channels, H W pixels, D embedding dimensions, G gallery items, N survivors.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from flowerray.attacks.library import (
+    REFERENCE,
+    attack_within,
+    carlini_wagner,
+    deepfool,
+    settings,
+)
+from flowerray.attacks.logits import MaxSimLogits, refuse_own_images
+from flowerray.attacks.objectives import WRONG, cross_entropy, margin, shift
+from flowerray.attacks.pgd import Norm, PGDConfig, check_pixels, noise, pgd, quiet
+from flowerray.config import Config
+from flowerray.errors import UserError
+
+
+class StandardConfig(Config):
+    """The budget of the attack `standard`; the defaults are the reference's."""
+
+    steps: int = Field(100, ge=1)
+    """Steps of APGD-CE, and of each target of APGD-T and FAB-T."""
+    targets: int = Field(9, ge=1)
+    """Wrong classes that APGD-T and FAB-T aim at, the nearest ones first."""
+    queries: int = Field(5000, ge=1)
+    """Forward passes of Square."""
+
+
+class BankConfig(Config):
+    """How much each attack may spend on an image."""
+
+    steps: int = Field(20, ge=1)
+    """Gradient steps of pgd, shift and margin; of apgd-ce; of each target of apgd-dlr and fab."""
+    restarts: int = Field(3, ge=1)
+    """Starts of the same attacks; each goes on with the images that withstood so far."""
+    alpha_ratio: float = Field(2.5, gt=0)
+    """Steps times step size over epsilon of pgd, shift and margin."""
+    targets: int = Field(9, ge=1)
+    """Wrong classes that apgd-dlr, fab and deepfool consider, the nearest ones first."""
+    queries: int = Field(1000, ge=1)
+    """Forward passes of square."""
+    minimum_steps: int = Field(50, ge=1)
+    """Steps of cw and deepfool."""
+    cw_weight: float = Field(1.0, gt=0)
+    """c of cw, the weight of a wrong decision against the squared distance."""
+    stop_when_wrong: bool = True
+    """pgd and margin leave an image alone once its nearest neighbour is wrong, and do not go on to
+    make it worse."""
+    standard: StandardConfig = StandardConfig()
+    """The budget of the attack `standard`, which ignores the other fields."""
+
+
+def run(
+    name: str,
+    embedder: nn.Module,
+    images_BCHW: Tensor,
+    labels_B: Tensor,
+    gallery_GD: Tensor,
+    gallery_labels_G: Tensor,
+    *,
+    norm: Norm,
+    epsilon: float,
+    budget: BankConfig,
+    seed: int,
+    positions: Sequence[int] | None = None,
+) -> Tensor:
+    """Attacks queries; the gallery stays clean and is known to the attacker (white box).
+
+    Nothing of the caller's changes: module modes, requires_grad, grad and torch's RNG are as before
+    also after an exception. It works within `no_grad` and `inference_mode`, and in full precision
+    within `autocast`. All given images are attacked; leave out those that are lost already.
+
+    The result lies within epsilon and [0,1]. Where apgd-ce, apgd-dlr, fab, square and standard do
+    not succeed, and where cw and deepfool, which seek the least change, succeed only beyond epsilon
+    (or by the other norm), the clean image comes back.
+
+    Args:
+        name: one of `NAMES`.
+        embedder: pixels in [0,1] -> unit emb_BD.
+        images_BCHW: float32 pixels in [0,1], the queries.
+        labels_B: int64 classes.
+        gallery_GD: unit embeddings without the attacked images.
+        gallery_labels_G: int64 classes of the gallery.
+        norm: of epsilon.
+        epsilon: in 1/255 (for l2 too).
+        budget: steps, restarts, targets.
+        seed: of all random choices.
+        positions: numbers by which our own attacks draw an image's random starts, so that they do
+            not depend on batches; 0..B-1 by default. The library's attacks draw by place in the
+            batch.
+
+    Returns:
+        Adversarial images_BCHW.
+
+    Raises:
+        UserError: an unknown name; pixels outside [0,1]; a gallery with the queries in it, of too
+            few classes, or without a query's class.
+    """
+    if name not in _ATTACKS:
+        raise UserError(f"There is no attack named {name!r}: choose from {', '.join(NAMES)}.")
+    check_pixels(images_BCHW)
+    if not len(images_BCHW) or not epsilon:
+        return images_BCHW.clone()
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(images_BCHW.device.type, enabled=False),
+        quiet(embedder),
+    ):
+        # Inference tensors cannot take part in a graph, their copies outside that mode can; and
+        # torchattacks takes views of pixels, so that they must be contiguous.
+        images_BCHW = images_BCHW.detach().clone(memory_format=torch.contiguous_format)
+        gallery_GD = gallery_GD.detach().clone()
+        with torch.no_grad():
+            clean_BD = embedder(images_BCHW)
+        refuse_own_images(clean_BD, gallery_GD)
+        logits = MaxSimLogits(embedder, gallery_GD, gallery_labels_G)
+        scene = _Scene(
+            embedder=embedder,
+            logits=logits.to(images_BCHW.device),
+            gallery_GD=gallery_GD,
+            gallery_labels_G=gallery_labels_G.detach().clone(),
+            images_BCHW=images_BCHW,
+            labels_B=labels_B.detach().clone(),
+            place_B=logits.places(labels_B.detach().clone()),
+            clean_BD=clean_BD,
+            positions=tuple(range(len(images_BCHW)) if positions is None else positions),
+            norm=norm,
+            epsilon=epsilon,
+            budget=budget,
+            seed=seed,
+        )
+        return _within(_ATTACKS[name](scene), scene)
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """What an attack sees."""
+
+    embedder: nn.Module
+    logits: MaxSimLogits
+    gallery_GD: Tensor
+    gallery_labels_G: Tensor
+    images_BCHW: Tensor
+    labels_B: Tensor
+    place_B: Tensor
+    """The logits' column of each label."""
+    clean_BD: Tensor
+    positions: tuple[int, ...]
+    norm: Norm
+    epsilon: float
+    budget: BankConfig
+    seed: int
+
+    @property
+    def radius(self) -> float:
+        """Epsilon in the pixels' unit."""
+        return self.epsilon / 255
+
+    def take(self, index_N: Tensor) -> "_Scene":
+        """The same with some of the images."""
+        return replace(
+            self,
+            images_BCHW=self.images_BCHW[index_N],
+            labels_B=self.labels_B[index_N],
+            place_B=self.place_B[index_N],
+            clean_BD=self.clean_BD[index_N],
+            positions=tuple(self.positions[i] for i in index_N.tolist()),
+        )
+
+    def right(self, images_BCHW: Tensor) -> Tensor:
+        """Whether each nearest neighbour is of the right class, B."""
+        with torch.no_grad():
+            return self.logits(images_BCHW).argmax(1) == self.place_B
+
+    def library(self, part: str, options: dict[str, Any]) -> Tensor:
+        """Runs one of torchattacks' parts of AutoAttack."""
+        # Each part has its own seed, so that none starts where another one did.
+        key = np.random.SeedSequence((self.seed, list(REFERENCE).index(part)))
+        return attack_within(
+            part,
+            self.logits,
+            self.images_BCHW,
+            self.place_B,
+            norm=self.norm,
+            radius=self.radius,
+            seed=int(key.generate_state(1)[0]),
+            options=options,
+        )
+
+    def pgd_config(self) -> PGDConfig:
+        """The budget as our gradient descent takes it."""
+        return PGDConfig(
+            norm=self.norm,
+            epsilon=self.epsilon,
+            steps=self.budget.steps,
+            alpha_ratio=self.budget.alpha_ratio,
+            restarts=self.budget.restarts,
+        )
+
+
+def _within(attacked_BCHW: Tensor, scene: _Scene) -> Tensor:
+    """The attacked images where they lie within epsilon (to 1e-6) and [0,1], else the clean ones.
+
+    What is not finite lies nowhere.
+    """
+    delta_BN = (attacked_BCHW - scene.images_BCHW).flatten(1).double()
+    order = torch.inf if scene.norm == "linf" else 2
+    distance_B = torch.linalg.vector_norm(delta_BN, ord=order, dim=1)
+    pixels_BN = attacked_BCHW.flatten(1)
+    inside_B = (pixels_BN >= 0).all(1) & (pixels_BN <= 1).all(1)
+    inside_B &= distance_B <= scene.radius + 1e-6
+    return attacked_BCHW.where(inside_B.view(-1, 1, 1, 1), scene.images_BCHW)
+
+
+def _noise(scene: _Scene) -> Tensor:
+    """Uniform noise of the same epsilon, a control that should cost nothing."""
+    _, *shape = scene.images_BCHW.shape
+    rows = noise((scene.seed,), scene.positions, (shape[0], shape[1], shape[2]), scene.norm)
+    return (scene.images_BCHW + scene.radius * rows.to(scene.images_BCHW)).clamp(0, 1)
+
+
+def _fgsm(scene: _Scene) -> Tensor:
+    """Goodfellow, Shlens, Szegedy, ICLR 2015: one full step along the sign of the gradient."""
+    config = PGDConfig(
+        norm=scene.norm,
+        epsilon=scene.epsilon,
+        steps=1,
+        alpha_ratio=1,
+        random_start=False,
+        keep_best=False,
+    )
+    return pgd(cross_entropy(scene.logits, scene.place_B), scene.images_BCHW, config).images_BCHW
+
+
+def _pgd(scene: _Scene) -> Tensor:
+    """Madry et al., ICLR 2018, on the cross-entropy of `MaxSimLogits`."""
+    return pgd(
+        cross_entropy(scene.logits, scene.place_B, wrong_first=True),
+        scene.images_BCHW,
+        scene.pgd_config(),
+        seed=(scene.seed,),
+        positions=scene.positions,
+        stop_above=WRONG / 2 if scene.budget.stop_when_wrong else None,
+    ).images_BCHW
+
+
+def _shift(scene: _Scene) -> Tensor:
+    return pgd(
+        shift(scene.embedder, scene.clean_BD),
+        scene.images_BCHW,
+        scene.pgd_config(),
+        seed=(scene.seed,),
+        positions=scene.positions,
+    ).images_BCHW
+
+
+def _margin(scene: _Scene) -> Tensor:
+    return pgd(
+        margin(scene.embedder, scene.gallery_GD, scene.gallery_labels_G, scene.labels_B),
+        scene.images_BCHW,
+        scene.pgd_config(),
+        seed=(scene.seed,),
+        positions=scene.positions,
+        stop_above=0.0 if scene.budget.stop_when_wrong else None,
+    ).images_BCHW
+
+
+def _part(part: str) -> Callable[[_Scene], Tensor]:
+    def attack(scene: _Scene) -> Tensor:
+        budget = scene.budget
+        options = settings(
+            steps=budget.steps,
+            restarts=budget.restarts,
+            targets=budget.targets,
+            queries=budget.queries,
+            rescale=True,
+        )
+        return scene.library(part, options[part])
+
+    return attack
+
+
+def _standard(scene: _Scene) -> Tensor:
+    """AutoAttack's standard protocol: each part gets the images that withstood those before it."""
+    result_BCHW = scene.images_BCHW.clone()
+    index_N = scene.right(scene.images_BCHW).nonzero()[:, 0]
+    for part, options in standard_settings(scene.budget.standard).items():
+        if not len(index_N):
+            break
+        left = scene.take(index_N)
+        attacked_NCHW = _within(left.library(part, options), left)
+        right_N = left.right(attacked_NCHW)
+        result_BCHW[index_N[~right_N]] = attacked_NCHW[~right_N]
+        index_N = index_N[right_N]
+    return result_BCHW
+
+
+def standard_settings(config: StandardConfig) -> dict[str, dict[str, Any]]:
+    """Every setting of each part of `standard`, in its order; compare with `library.REFERENCE`."""
+    return settings(
+        steps=config.steps,
+        restarts=1,
+        targets=config.targets,
+        queries=config.queries,
+        rescale=False,
+    )
+
+
+def _cw(scene: _Scene) -> Tensor:
+    return carlini_wagner(
+        scene.logits,
+        scene.images_BCHW,
+        scene.place_B,
+        steps=scene.budget.minimum_steps,
+        weight=scene.budget.cw_weight,
+    )
+
+
+def _deepfool(scene: _Scene) -> Tensor:
+    return deepfool(
+        scene.logits,
+        scene.images_BCHW,
+        scene.place_B,
+        steps=scene.budget.minimum_steps,
+        targets=scene.budget.targets,
+    )
+
+
+_ATTACKS: dict[str, Callable[[_Scene], Tensor]] = {
+    "noise": _noise,
+    "fgsm": _fgsm,
+    "pgd": _pgd,
+    "apgd-ce": _part("APGD"),
+    "apgd-dlr": _part("APGDT"),
+    "fab": _part("FAB"),
+    "square": _part("Square"),
+    "cw": _cw,
+    "deepfool": _deepfool,
+    "shift": _shift,
+    "margin": _margin,
+    "standard": _standard,
+}
+
+NAMES: tuple[str, ...] = tuple(_ATTACKS)
+"""The attacks: `noise` is a control, `fab` and `apgd-dlr` are targeted, `shift` needs no labels,
+`standard` is AutoAttack's protocol."""

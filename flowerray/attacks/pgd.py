@@ -1,0 +1,325 @@
+"""Projected gradient descent on any objective of the pixels, without a trace on what is attacked.
+
+Letters: B images, C channels, H W pixels, N images that are still attacked.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from flowerray.config import Config
+from flowerray.errors import UserError
+
+_STREAM = 2
+"""Keeps these numbers apart from others that are keyed by the same (seed, epoch, ...)."""
+
+Norm = Literal["linf", "l2"]
+
+Objective = Callable[[Tensor], Tensor]
+"""Pixels BCHW in [0,1] -> what the attack maximises: a value an image (B), or one scalar of the
+whole batch."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """An Objective that says what it attacks and can be narrowed to some of its images."""
+
+    value: Callable[..., Tensor]
+    """value(images_BCHW, *rows) -> value_B."""
+    rows: tuple[Tensor, ...]
+    """What each image has of its own (labels, targets), each of length B."""
+    modules: tuple[nn.Module, ...]
+    """Modules that `value` runs; `pgd` keeps them `quiet`."""
+    needs_random_start: bool = False
+    """Its gradient at the clean image is exactly 0."""
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """The value of each image, B."""
+        return self.value(images_BCHW, *self.rows)
+
+    def take(self, index_N: Tensor) -> "Aim":
+        """The same for some of the images."""
+        return replace(self, rows=tuple(row[index_N] for row in self.rows))
+
+
+class PGDConfig(Config):
+    """How an attack searches."""
+
+    norm: Norm = "linf"
+    """What is bounded by epsilon: "linf", each pixel's change; "l2", their root sum of squares."""
+    epsilon: float = Field(4.0, ge=0)
+    """Largest change, in 1/255: 4 is 4/255 of the pixels' range [0,1]. For l2 it is the radius,
+    also in 1/255."""
+    steps: int = Field(20, ge=1)
+    """Gradient steps of each start."""
+    alpha_ratio: float = Field(2.5, gt=0)
+    """Steps times step size over epsilon: at 1 the steps reach epsilon just so, above 1 they can
+    turn back."""
+    random_start: bool = True
+    """Start at a random point within epsilon instead of at the image."""
+    restarts: int = Field(1, ge=1)
+    """Starts from different random points; needs random_start and keep_best where above 1."""
+    keep_best: bool = True
+    """Return the point with the highest value seen of each image (one forward pass more), and not
+    the last one."""
+
+    @property
+    def radius(self) -> float:
+        """Epsilon in the pixels' unit."""
+        return self.epsilon / 255
+
+    @property
+    def alpha(self) -> float:
+        """Step size in the pixels' unit."""
+        return self.alpha_ratio * self.radius / self.steps
+
+
+class Attacked(NamedTuple):
+    """What `pgd` returns."""
+
+    images_BCHW: Tensor
+    """Pixels in [0,1] within epsilon of the images, without a graph."""
+    value_B: Tensor
+    """The objective there. Without `keep_best` it is the value where the last gradient was taken,
+    one step earlier, since the result itself is not sent through the model; a scalar where the
+    objective is one."""
+
+
+def pgd(
+    objective: Objective,
+    images_BCHW: Tensor,
+    config: PGDConfig,
+    *,
+    seed: tuple[int, ...] = (0,),
+    positions: Sequence[int] | None = None,
+    stop_above: float | None = None,
+) -> Attacked:
+    """Maximises an objective within epsilon of each image and within [0,1].
+
+    Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, eq. 3:
+    x <- project(x + alpha * sign(gradient)); for l2 the gradient has length 1 instead of its sign.
+    We differ: the best point of all steps and restarts is kept for each image.
+
+    It works within `no_grad` and `inference_mode`. An Aim's modules are `quiet` meanwhile (eval
+    mode, nothing changed); a plain callable's modules are the caller's to keep so. Cost with K
+    steps: 2K forward-equivalents, and one more with `keep_best`, each times `restarts`.
+
+    Args:
+        objective: per image, so that each image's gradient is its own; or a scalar of the whole
+            batch, only without `keep_best`.
+        images_BCHW: float32 or float64 pixels in [0,1].
+        config: norm, epsilon, steps.
+        seed: of the random starts, non-negative; with `positions` it alone decides them.
+        positions: the number by which each image draws its start (its place in the global batch or
+            in the set of queries), so that they do not depend on how images are batched; 0..B-1 by
+            default.
+        stop_above: an image whose value is above it is done: no further step or restart. The
+            objective must be an Aim.
+
+    Raises:
+        UserError: pixels outside [0,1]; an objective that needs a random start without one; a value
+            that is not finite.
+    """
+    check_pixels(images_BCHW)
+    aim = objective if isinstance(objective, Aim) else None
+    if aim and aim.needs_random_start and not config.random_start and config.epsilon:
+        raise UserError(
+            "This attack's gradient at the clean image is exactly 0, so that it would do nothing: "
+            "set random_start."
+        )
+    assert config.restarts == 1 or (config.random_start and config.keep_best)
+    assert stop_above is None or (aim is not None and config.keep_best)
+    positions = range(len(images_BCHW)) if positions is None else positions
+    assert len(positions) == len(images_BCHW)
+    with torch.inference_mode(False), torch.enable_grad(), quiet(*(aim.modules if aim else ())):
+        # An inference tensor cannot take part in a graph; its copy outside that mode can.
+        images_BCHW = images_BCHW.detach().clone()
+        if not config.epsilon:
+            with torch.no_grad():
+                return Attacked(images_BCHW, objective(images_BCHW))
+        if not config.keep_best:
+            start_BCHW = _start(images_BCHW, config, (*seed, 0), positions)
+            return _climb(objective, images_BCHW, start_BCHW, config)
+        best = Attacked(images_BCHW, images_BCHW.new_full((len(images_BCHW),), -torch.inf))
+        for restart in range(config.restarts):
+            start_BCHW = _start(images_BCHW, config, (*seed, restart), positions)
+            best = _keep_best(objective, images_BCHW, start_BCHW, config, best, stop_above)
+    if not bool(best.value_B.isfinite().all()):
+        raise UserError(
+            "The attacked model's output is not finite for some images: check the model's weights."
+        )
+    return best
+
+
+def check_pixels(images_BCHW: Tensor) -> None:
+    """Refuses what is not pixels in [0,1].
+
+    Raises:
+        UserError: values outside [0,1] or NaN, with the range that was found.
+    """
+    assert images_BCHW.ndim == 4 and images_BCHW.dtype in (torch.float32, torch.float64)
+    if not len(images_BCHW):
+        return
+    low, high = (float(v) for v in images_BCHW.aminmax())
+    if not (low >= 0 and high <= 1):
+        raise UserError(
+            f"An attack takes pixels in [0,1] and was given values from {low:.4g} to {high:.4g}: "
+            "leave the normalisation to the Embedder, which does it inside."
+        )
+
+
+def noise(
+    seed: tuple[int, ...], positions: Sequence[int], shape: tuple[int, int, int], norm: Norm
+) -> Tensor:
+    """A random point of the unit ball of `norm` for each image, a function of seed and position.
+
+    linf: uniform in (-1, 1) in 256 levels. l2: a Gaussian direction, with a length uniform in
+    (0, 1).
+
+    Returns:
+        float32 noise_BCHW on the CPU, with (C, H, W) = `shape`.
+    """
+    count = int(np.prod(shape))
+    rows = []
+    for position in positions:
+        key = np.random.SeedSequence((_STREAM, *seed, position))
+        generator = np.random.Generator(np.random.Philox(key))
+        if norm == "linf":
+            levels = np.frombuffer(generator.bytes(count), np.uint8)
+            rows.append((levels.astype(np.float32) - 127.5) / 128)
+        else:
+            direction = generator.standard_normal(count, dtype=np.float32)
+            rows.append(direction * (generator.random() / np.linalg.norm(direction)))
+    stacked = np.stack(rows) if rows else np.empty((0, count), np.float32)
+    return torch.from_numpy(stacked.astype(np.float32, copy=False)).view(-1, *shape)
+
+
+def step_linf(points_BCHW: Tensor, grad_BCHW: Tensor, alpha: float) -> Tensor:
+    """Each pixel moves by alpha in its gradient's direction."""
+    return points_BCHW + alpha * grad_BCHW.sign()
+
+
+def step_l2(points_BCHW: Tensor, grad_BCHW: Tensor, alpha: float) -> Tensor:
+    """Each image moves by the length alpha along its gradient."""
+    length_B = torch.linalg.vector_norm(grad_BCHW.flatten(1), dim=1) + 1e-10
+    return points_BCHW + alpha * (grad_BCHW / length_B.view(-1, 1, 1, 1))
+
+
+def project(points_BCHW: Tensor, images_BCHW: Tensor, radius: float, norm: Norm) -> Tensor:
+    """The nearest points within `radius` (in the pixels' unit) of the images, cut to [0,1]."""
+    delta_BCHW = points_BCHW - images_BCHW
+    if norm == "linf":
+        delta_BCHW = delta_BCHW.clamp(-radius, radius)
+    else:
+        length_B = torch.linalg.vector_norm(delta_BCHW.flatten(1), dim=1)
+        factor_B = (radius / length_B.clamp(min=1e-12)).clamp(max=1)
+        delta_BCHW = delta_BCHW * factor_B.view(-1, 1, 1, 1)
+    return (images_BCHW + delta_BCHW).clamp(0, 1)
+
+
+@contextmanager
+def quiet(*modules: nn.Module) -> Iterator[None]:
+    """Modules in eval mode with frozen parameters; afterwards everything is as it was.
+
+    Restored also after an exception: the mode of each submodule, each parameter's requires_grad and
+    grad, torch's RNG on the CPU and on the modules' GPUs (NumPy's and Python's are not touched by
+    attacks). Frozen parameters save the activations that only their gradients need, and keep an
+    attack that calls `backward` away from `grad`.
+    """
+    assert not any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules), (
+        "attack the unwrapped module: the wrapper would talk to the other workers in each step"
+    )
+    modes = [(m, m.training) for root in modules for m in root.modules()]
+    parameters = [p for root in modules for p in root.parameters()]
+    before = [(p, p.requires_grad, p.grad) for p in parameters]
+    gpus = {p.device.index for p in parameters if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(gpus)):
+        try:
+            for module, _ in modes:
+                module.training = False
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, required, grad in before:
+                parameter.requires_grad_(required)
+                parameter.grad = grad
+
+
+def _start(
+    images_BCHW: Tensor, config: PGDConfig, seed: tuple[int, ...], positions: Sequence[int]
+) -> Tensor:
+    if not config.random_start:
+        return images_BCHW
+    _, *shape = images_BCHW.shape
+    noise_BCHW = noise(seed, positions, (shape[0], shape[1], shape[2]), config.norm)
+    noise_BCHW = noise_BCHW.to(images_BCHW.device, images_BCHW.dtype, non_blocking=True)
+    return (images_BCHW + config.radius * noise_BCHW).clamp(0, 1)
+
+
+def _step(points_BCHW: Tensor, images_BCHW: Tensor, grad_BCHW: Tensor, config: PGDConfig) -> Tensor:
+    step = step_linf if config.norm == "linf" else step_l2
+    moved_BCHW = step(points_BCHW.detach(), grad_BCHW, config.alpha)
+    return project(moved_BCHW, images_BCHW, config.radius, config.norm)
+
+
+def _gradient(objective: Objective, points_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """The value (B, or a scalar), and the gradient of its sum."""
+    points_BCHW = points_BCHW.detach().requires_grad_()
+    value_B = objective(points_BCHW)
+    return value_B.detach(), torch.autograd.grad(value_B.sum(), points_BCHW)[0]
+
+
+def _climb(
+    objective: Objective, images_BCHW: Tensor, points_BCHW: Tensor, config: PGDConfig
+) -> Attacked:
+    for _ in range(config.steps):
+        value_B, grad_BCHW = _gradient(objective, points_BCHW)
+        points_BCHW = _step(points_BCHW, images_BCHW, grad_BCHW, config)
+    return Attacked(points_BCHW, value_B)
+
+
+def _keep_best(
+    objective: Objective,
+    images_BCHW: Tensor,
+    start_BCHW: Tensor,
+    config: PGDConfig,
+    best: Attacked,
+    stop_above: float | None,
+) -> Attacked:
+    """One start: the best of its points and of those before it."""
+    best_BCHW, best_B = best.images_BCHW.clone(), best.value_B.clone()
+    index_N = torch.arange(len(images_BCHW), device=images_BCHW.device)
+    points_NCHW, clean_NCHW, narrowed = start_BCHW, images_BCHW, objective
+    for step in range(config.steps + 1):
+        if stop_above is not None:
+            going_N = best_B[index_N] <= stop_above
+            if not bool(going_N.all()):
+                index_N, points_NCHW = index_N[going_N], points_NCHW[going_N]
+                clean_NCHW = clean_NCHW[going_N]
+                assert isinstance(objective, Aim)
+                narrowed = objective.take(index_N)
+            if not len(index_N):
+                break
+        if step < config.steps:
+            value_N, grad_NCHW = _gradient(narrowed, points_NCHW)
+        else:
+            with torch.no_grad():
+                value_N = narrowed(points_NCHW)
+        assert value_N.shape == (len(index_N),), "keep_best needs a value for each image"
+        better_N = value_N > best_B[index_N]
+        chosen_N = index_N[better_N]
+        best_B[chosen_N] = value_N[better_N].to(best_B.dtype)
+        best_BCHW[chosen_N] = points_NCHW[better_N]
+        if step < config.steps:
+            points_NCHW = _step(points_NCHW, clean_NCHW, grad_NCHW, config)
+    return Attacked(best_BCHW, best_B)

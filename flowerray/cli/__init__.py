@@ -1,0 +1,113 @@
+"""The command line: a table of commands, each in one file of this folder; each option is a field
+of a typed configuration.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, NamedTuple, NoReturn
+
+from flowerray.errors import UserError
+from flowerray.memory import keep_freed_memory
+
+INTERRUPTED = 130
+
+
+class Command(NamedTuple):
+    """One command: where its function is, which gets the words after the command's name and returns
+    the exit status.
+    """
+
+    module: str
+    function: str
+    help: str
+
+    def run(self, words: list[str]) -> int:
+        """Loads the command's file, so that `flowerray --help` loads none, and runs it."""
+        module = import_module(f"flowerray.cli.{self.module}")
+        function: Callable[[list[str]], int] = getattr(module, self.function)
+        return function(words)
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command("training", "demo", "the main job on rendered flowers, in under five minutes"),
+    "explore": Command("explore", "explore", "look at a data set: faults, look-alikes, copies"),
+    "backbones": Command("backbones", "backbones", "which timm model to start from, by its cost"),
+    "train": Command(
+        "training", "train", "train a method: flowerray train triplet --data.root DIR"
+    ),
+    "tune": Command("tune", "tune", "search a method's settings, on this machine or a cluster"),
+    "evaluate": Command("measuring", "evaluate", "measure a trained model, or a frozen backbone"),
+    "compare": Command("compare", "compare", "the methods under one budget, over seeds, tested"),
+    "attack": Command("attack", "attack", "adversarial R@1 of a model, and whether to believe it"),
+    "similar": Command("measuring", "similar", "do two photographs show the same class?"),
+    "search": Command(
+        "measuring", "search", "the images of a folder that are most like a photograph"
+    ),
+    "explain": Command("explain", "explain", "why two photographs are alike, by maps and concepts"),
+    "report": Command("report", "report", "one HTML page on a set of runs"),
+    "data": Command("data", "data", "render, download or verify a data set"),
+    "methods": Command("review", "methods", "the methods and what can be tuned in them"),
+    "track": Command("review", "track", "send a run to MLflow that it did not get"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs one command and exits: 0 done, 2 the user's mistake (one sentence on standard error),
+    130 interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    keep_freed_memory()
+    signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop` and cluster schedulers send it
+    sys.exit(dispatch(words))
+
+
+def dispatch(words: list[str]) -> int:
+    """`main` without the exit."""
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        from flowerray import __version__
+
+        print(f"flowerray {__version__}")
+        return 0
+    command = COMMANDS.get(words[0])
+    if command is None:
+        print(
+            f"flowerray: there is no command {words[0]!r}; `flowerray --help` lists them.",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        return command.run(words[1:])
+    except UserError as error:
+        print(f"flowerray {words[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"flowerray {words[0]}: interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `flowerray ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: flowerray COMMAND [options]    `flowerray COMMAND --help` lists options.",
+            "",
+            "Image-similarity models: trained, measured and kept under review.",
+            "",
+            *lines,
+        ]
+    )
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,87 @@
+"""`flowerray attack RUN`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from flowerray.cli.options import end_of_logging, parse, pick_device, take_run
+from flowerray.errors import UserError
+
+
+def attack(words: list[str]) -> int:
+    """`flowerray attack RUN [options]`."""
+    import tyro
+    from pydantic import Field
+
+    from flowerray.evaluate.attack_config import PRESETS, AttackConfig
+
+    name, words = take_run(words)
+
+    def comma(kind: type, metavar: str) -> Any:
+        """One word, its parts separated by commas."""
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=metavar,
+            instance_from_str=lambda args: tuple(kind(part) for part in args[0].split(",")),
+            is_instance=lambda value: isinstance(value, tuple),
+            str_from_instance=lambda value: [
+                ",".join(f"{v:g}" if isinstance(v, float) else v for v in value)
+            ],
+        )
+
+    class Options(AttackConfig):
+        attacks: Annotated[tuple[str, ...], comma(str, "A,B,...")] = AttackConfig().attacks
+        eps: Annotated[tuple[float, ...], comma(float, "0,0.5,...")] = AttackConfig().eps
+        preset: Literal[tuple(PRESETS)] = "default"  # type: ignore[valid-type]
+        """What the other options change. notebooks: FGSM, PGD-10 with steps of eps/4, CW (c = 1, 50
+        steps) and DeepFool (50 steps) at 4 and 8/255, each by itself, with pair accuracy."""
+        beside: str | None = None
+        """Another RUN that is attacked the same way; by default the one that a hardened RUN
+        started from."""
+        audit: bool = False
+        """Also check whether the figures can be believed; takes about as long again."""
+        audit_queries: int = Field(128, ge=8)
+        """Queries that the audit looks at."""
+        ers: bool = False
+        """Also the ten terms of the Empirical Robustness Score at 8/255, for the literature."""
+        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+        """Print one JSON object and nothing else."""
+
+    preset = _preset(words, list(PRESETS))
+    start = Options(preset=preset, **PRESETS[preset].model_dump())
+    about = "Attacks RUN: a folder, an exported .pth, models:/... or runs:/..."
+    options = parse(Options, words, "attack RUN", about, default=start)
+    if name is None:
+        raise UserError("name a RUN to attack: flowerray attack RUN.")
+
+    from flowerray.commands import attack as command
+    from flowerray.commands.models import open_model
+    from flowerray.report.attack_table import attack_table
+    from flowerray.tables import as_json
+
+    model = open_model(name, pick_device("auto"))
+    config = AttackConfig(**{field: getattr(options, field) for field in AttackConfig.model_fields})
+    content = command.attack_model(
+        model,
+        config,
+        beside=options.beside or command.standard_of(model),
+        audit=options.audit,
+        audit_queries=options.audit_queries,
+        ers=options.ers,
+        quiet=options.as_json,
+    )
+    print(as_json(content) if options.as_json else attack_table(content))
+    if model.folder is not None:
+        end_of_logging(Path(model.folder.path))
+    return 0
+
+
+def _preset(words: list[str], names: list[str]) -> str:
+    """The preset among the words, before the others are parsed: it is what they change."""
+    from argparse import ArgumentError, ArgumentParser
+
+    early = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--preset", choices=names, default="default")
+    try:
+        return str(early.parse_known_args(words)[0].preset)
+    except ArgumentError as error:
+        raise UserError(f"{error}.") from None

@@ -1,0 +1,51 @@
+"""`flowerray compare`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from flowerray.cli.options import absolute_data, default_out, end_of_logging, parse
+
+
+def compare(words: list[str]) -> int:
+    """`flowerray compare [options]`."""
+    from argparse import ArgumentParser
+
+    import tyro
+
+    from flowerray.commands.compare import CompareConfig, compare, read_options
+    from flowerray.report.comparison import comparison_table
+    from flowerray.tables import as_json
+
+    early = ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--resume", type=Path)
+    chosen, _ = early.parse_known_args(words)
+    start = CompareConfig() if chosen.resume is None else read_options(chosen.resume)
+
+    class Options(CompareConfig):
+        out: Path | None = None
+        """A new folder for the comparison; by default runs/compare-TIME."""
+        resume: Path | None = None
+        """Continue this interrupted comparison; options must not differ from its options.json."""
+        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+        """Print one JSON object and nothing else."""
+
+    about = (
+        "Trains cross-entropy, center, siamese and triplet under one budget and compares them, and "
+        "frozen features, on test: intervals over seeds, paired tests, cost."
+    )
+    fields = {name: getattr(start, name) for name in CompareConfig.model_fields}
+    options = parse(Options, words, "compare", about, default=Options(**fields))
+    fields = {name: getattr(options, name) for name in CompareConfig.model_fields}
+    fields["data"] = absolute_data(options.data)
+    for name in ("center", "siamese", "triplet"):
+        if fields[name] is not None:
+            fields[name] = fields[name].expanduser().absolute()
+    out = (options.resume or options.out or default_out("compare")).expanduser().absolute()
+
+    config = CompareConfig(**fields)
+    content = compare(config, out, options.resume is not None, quiet=options.as_json)
+    print(as_json(content) if options.as_json else comparison_table(content))
+    if not options.as_json:
+        print(f"\npicture   {out / 'compare.png'}")
+    end_of_logging(out)
+    return 0

@@ -1,0 +1,76 @@
+"""`flowerray explain`: two photographs, or a whole split."""
+
+from pathlib import Path
+from typing import Annotated
+
+from flowerray.cli.options import end_of_logging, parse, pick_device
+from flowerray.errors import UserError
+
+
+def explain(words: list[str]) -> int:
+    """`flowerray explain RUN [A.jpg B.jpg] [options]`."""
+    import tyro
+    from pydantic import Field
+
+    from flowerray import tables
+    from flowerray.commands import explain as splits
+    from flowerray.commands import explain_concepts as named
+    from flowerray.commands import explain_pair as pairs
+    from flowerray.commands.models import open_model
+    from flowerray.explain import table
+    from flowerray.explain.concepts import ConceptsConfig
+
+    class Options(splits.ExplainConfig):
+        run: tyro.conf.Positional[str]
+        """RUN, an exported .pth, models:/... or runs:/..."""
+        photographs: tyro.conf.Positional[tuple[Path, ...]] = ()
+        """Two photographs: why are they alike or not? Without them, a whole split is judged."""
+        beside: str | None = None
+        """Another RUN of the same data, such as a robust one, on the same images."""
+        concepts: int = Field(12, ge=0, le=64)
+        """Concepts that the training images are described by (two photographs only); 0 = none."""
+        concept_folders: Path | None = None
+        """A folder with one folder of example images a concept: does likeness depend on them?"""
+        concept_class: str | None = None
+        """With --concept-folders: only images of this class."""
+        out: Path | None = None
+        """Folder for pictures and faithfulness.json; by default RUN/explanations."""
+        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+        """Print one JSON object and nothing else."""
+
+    about = "Why are two photographs alike for a model, and can its heat maps be believed?"
+    options = parse(Options, words, "explain", about)
+    if len(options.photographs) not in (0, 2):
+        raise UserError("name two photographs, or none for a whole split.")
+    device = pick_device("auto")
+    model = open_model(options.run, device)
+    quiet = options.as_json
+    if options.photographs:
+        concepts = None
+        if options.concepts:
+            concepts = ConceptsConfig(count=options.concepts, seed=options.seed)
+        result = pairs.explain_pair(
+            model, *options.photographs, method=options.method, layer=options.layer,
+            concepts=concepts, out=options.out, quiet=quiet,
+        )  # fmt: skip
+        print(tables.as_json(result) if quiet else table.pair(result))
+    elif options.concept_folders is not None:
+        result = named.explain_concepts(
+            model, options.concept_folders, class_name=options.concept_class, layer=options.layer,
+            split=options.split, max_images=options.max_images, seed=options.seed, out=options.out,
+            quiet=quiet,
+        )  # fmt: skip
+        print(tables.as_json(result) if quiet else table.concepts(result))
+    else:
+        config = splits.ExplainConfig(
+            **{field: getattr(options, field) for field in splits.ExplainConfig.model_fields}
+        )
+        beside = None if options.beside is None else open_model(options.beside, device)
+        result = splits.explain_split(model, config, options.out, beside, quiet)
+        print(tables.as_json(result) if quiet else table.split(result))
+        if not quiet:
+            folder = pairs.explanations(model, options.out)
+            print(f"\npictures  {folder}")
+    if model.folder is not None and options.out is None:
+        end_of_logging(model.folder.path)
+    return 0

@@ -1,0 +1,136 @@
+"""`flowerray evaluate`, `similar` and `search`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from flowerray.cli.options import absolute_data, end_of_logging, parse, pick_device, take_run
+from flowerray.errors import UserError
+
+
+def evaluate(words: list[str]) -> int:
+    """`flowerray evaluate RUN [options]`."""
+    import tyro
+
+    from flowerray.data.source import DataConfig
+    from flowerray.evaluate.measure import EvaluateConfig
+    from flowerray.model import EmbedderConfig
+
+    name, words = take_run(words)
+    device = pick_device("auto")
+    model = None
+    if name is not None:
+        from flowerray.commands.models import open_model
+
+        model = open_model(name, device)
+
+    class Options(EvaluateConfig):
+        data: DataConfig = DataConfig()
+        """Another data set than the run's: all its images are queries and gallery, unless
+        --gallery or --data.train-per-class says otherwise."""
+        embedder: EmbedderConfig = EmbedderConfig()
+        """The backbone that --frozen measures where no RUN is given."""
+        frozen: bool = False
+        """Measure the backbone's features as they came: the floor that a method has to beat."""
+        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+        """Print one JSON object and nothing else."""
+
+    start = Options()
+    if model is not None:
+        start = Options(data=model.run.data, embedder=model.run.embedder)
+    about = "Measures RUN: a folder, an exported .pth, models:/... or runs:/..."
+    options = parse(Options, words, "evaluate RUN", about, default=start)
+    data = absolute_data(options.data)
+    config = EvaluateConfig(
+        split=options.split, gallery=options.gallery, batch_size=options.batch_size
+    )
+    if model is None and not options.frozen:
+        raise UserError("name a RUN, or measure a backbone as it comes with --frozen.")
+
+    from flowerray import tables
+    from flowerray.commands import measuring
+
+    if options.frozen:
+        measurement = measuring.evaluate_frozen(
+            options.embedder, data, config, device, options.as_json
+        )
+    else:
+        assert model is not None
+        other = data.root != model.run.data.root
+        whole = other and not any(
+            w.startswith(("--data.train-per-class", "--data.protocol")) for w in words
+        )
+        measurement = measuring.evaluate_model(model, data, whole, config, options.as_json)
+    title = f"{options.embedder.backbone}, frozen" if options.frozen else str(name)
+    if options.as_json:
+        print(tables.as_json({**measurement.metrics, "run": None if options.frozen else name}))
+    else:
+        print(tables.measurement(title, measurement))
+    if model is not None and model.folder is not None and not options.frozen:
+        end_of_logging(model.folder.path)
+    return 0
+
+
+def similar(words: list[str]) -> int:
+    """`flowerray similar RUN A.jpg B.jpg`."""
+    import tyro
+
+    from flowerray import tables
+    from flowerray.commands import measuring, models
+    from flowerray.config import Config
+
+    class Options(Config):
+        run: tyro.conf.Positional[str]
+        """RUN, an exported .pth, models:/... or runs:/..."""
+        first: tyro.conf.Positional[Path]
+        """A photograph."""
+        second: tyro.conf.Positional[Path]
+        """Another photograph."""
+        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+        """Print one JSON object and nothing else."""
+
+    options = parse(Options, words, "similar", "Do two photographs show the same class?")
+    model = models.open_model(options.run, pick_device("auto"))
+    result = measuring.similar(model, options.first, options.second)
+    print(tables.as_json(result) if options.as_json else tables.similar(result))
+    return 0
+
+
+def search(words: list[str]) -> int:
+    """`flowerray search RUN QUERY.jpg --gallery DIR --top 10`."""
+    import tyro
+    from pydantic import Field
+
+    from flowerray import tables
+    from flowerray.commands import measuring, models
+    from flowerray.config import Config
+
+    class Options(Config):
+        run: tyro.conf.Positional[str]
+        """RUN, an exported .pth, models:/... or runs:/..."""
+        query: tyro.conf.Positional[Path]
+        """The photograph to look for."""
+        gallery: Path
+        """A folder of images, of class folders, or in the Oxford layout."""
+        top: int = Field(10, ge=1)
+        """Neighbours to show."""
+        sheet: Path = Path("search.png")
+        """Where the picture of the query and its neighbours goes."""
+        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+        """Print one JSON object and nothing else."""
+
+    options = parse(
+        Options, words, "search", "The images of a folder that are most like a photograph."
+    )
+    model = models.open_model(options.run, pick_device("auto"))
+    found = measuring.search(
+        model, options.query, options.gallery, options.top, options.sheet, quiet=options.as_json
+    )
+    if options.as_json:
+        rows = [
+            {"image": str(n.path), "class": n.class_name, "similarity": n.similarity} for n in found
+        ]
+        print(tables.as_json({"query": str(options.query), "neighbours": rows}))
+    else:
+        print(tables.neighbours(found))
+        print(f"picture   {options.sheet}")
+    return 0

@@ -1,0 +1,178 @@
+"""What several commands share: parsing, the METHOD and RUN arguments, paths, devices."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from flowerray.errors import UserError
+
+if TYPE_CHECKING:
+    from flowerray.data.source import DataConfig
+    from flowerray.run import Run
+    from flowerray.rundir import RunDir
+
+
+def parse(kind: Any, words: list[str], name: str, about: str = "", **more: Any) -> Any:
+    """tyro's parse of one command's words; on a fault it prints a box that says what is wrong, and
+    exits with 2.
+    """
+    import tyro
+
+    return tyro.cli(kind, args=words, prog=f"flowerray {name}", description=about, **more)
+
+
+def take_method(command: str, words: list[str]) -> tuple[str, list[str]]:
+    """The method's name and the other words.
+
+    Raises:
+        UserError: no such method.
+    """
+    from flowerray import methods
+
+    if words[:1] in (["-h"], ["--help"]):
+        from flowerray import tables
+
+        listing = tables.summaries([methods.get(name) for name in methods.names()])
+        print(f"usage: flowerray {command} METHOD [options]\n\nmethods:\n{listing}")
+        sys.exit(0)
+    if not words or words[0].startswith("-"):
+        raise UserError(f"name a method first: {', '.join(methods.names())}.")
+    return methods.get(words[0]).name, words[1:]
+
+
+def take_run(words: list[str]) -> tuple[str | None, list[str]]:
+    """The RUN argument, where the first word is one, and the other words."""
+    if words and not words[0].startswith("-"):
+        return words[0], words[1:]
+    return None, words
+
+
+def parse_run(
+    name: str, method: str, words: list[str], default_preset: str = "laptop"
+) -> "tuple[Any, Run]":
+    """The options beside the run, and the run: a preset, or the run that is resumed, changed by the
+    words.
+
+    Raises:
+        UserError: a resumed run with options that differ from its run.json; see also `follow`.
+    """
+    from argparse import ArgumentError, ArgumentParser
+
+    import tyro
+    from pydantic import Field, create_model
+
+    from flowerray import methods
+    from flowerray.run import PRESETS, Run, differences
+    from flowerray.rundir import RunDir
+
+    early = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--preset", choices=list(PRESETS), default=default_preset)
+    early.add_argument("--resume", type=Path)
+    early.add_argument("--from", dest="source", type=Path)
+    try:
+        chosen, _ = early.parse_known_args(words)
+    except ArgumentError as error:
+        raise UserError(f"{error}.") from None
+    config = methods.get(method).config
+    old = None
+    if chosen.resume is not None:
+        old = Run.from_dict(RunDir(chosen.resume).read())
+        if old.method_name != method:
+            raise UserError(f"{chosen.resume} is a run of {old.method_name}, not of {method}.")
+    start = old or PRESETS[chosen.preset](config())
+    if chosen.source is not None:
+        start = follow(RunDir(chosen.source), method)
+
+    class Options(Run):
+        preset: Literal[tuple(PRESETS)] = default_preset  # type: ignore[valid-type]
+        """The run that the other options change."""
+        out: Path | None = None
+        """A new folder for the run; by default runs/METHOD-TIME."""
+        resume: Path | None = None
+        """Continue this interrupted run; options must not differ from its run.json."""
+        from_run: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+        """For protocol `trainval`: the official run that the epochs and the threshold come from."""
+
+    kind = create_model(
+        "Options", __base__=Options, method=(config, Field(description="The loss."))
+    )
+    parts = {field: getattr(start, field) for field in Run.model_fields}
+    about = methods.get(method).summary.partition(":")[0] + "."  # tyro does not wrap it
+    options = parse(kind, words, name, about, default=kind(**parts))
+    run = Run(**{field: getattr(options, field) for field in Run.model_fields})
+    if old is not None and (changed := differences(old, run)):
+        raise UserError(
+            f"{chosen.resume} cannot be resumed with other options: {', '.join(changed)} differ "
+            "from its run.json."
+        )
+    return options, absolute(run)
+
+
+def follow(source: "RunDir", method: str) -> "Run":
+    """The `trainval` run that follows a finished official run: its options, epochs, threshold.
+
+    Raises:
+        UserError: the source is unfinished, or a run of another method or protocol.
+    """
+    import json
+
+    from flowerray.run import Run
+
+    run = Run.from_dict(source.read())
+    if run.method_name != method or run.data.protocol != "official":
+        raise UserError(
+            f"--from {source.path} has to be an official run of {method}, and is "
+            f"{run.data.protocol} of {run.method_name}."
+        )
+    if not source.thresholds.exists():
+        raise UserError(f"--from {source.path} has not finished: resume it first.")
+    found = json.loads(source.thresholds.read_text())
+    replays = run.harden.replays if run.harden.kind == "free" else 1  # epochs count clean work
+    epochs = found["best_epoch"] * replays
+    return run.model_copy(
+        update={
+            "data": run.data.model_copy(update={"protocol": "trainval"}),
+            "train": run.train.model_copy(update={"epochs": epochs, "patience": 0}),
+            "threshold": found["threshold"],
+        }
+    )
+
+
+def absolute(run: "Run") -> "Run":
+    """The run with absolute paths: a worker's own working directory is somewhere else."""
+    init = run.init.expanduser().absolute() if run.init else None
+    return run.model_copy(update={"data": absolute_data(run.data), "init": init})
+
+
+def absolute_data(data: "DataConfig") -> "DataConfig":
+    """The data with an absolute root."""
+    if data.root is None:
+        return data
+    return data.model_copy(update={"root": data.root.expanduser().absolute()})
+
+
+def default_out(name: str) -> Path:
+    """runs/NAME-TIME; in a Ray job, whose working directory is a temporary copy, below
+    FLOWERRAY_HOME.
+    """
+    from datetime import datetime
+
+    from flowerray.files import home
+
+    base = home() if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()
+    return base / "runs" / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def pick_device(device: str) -> Any:
+    """See `cluster.worker.pick_device`."""
+    from flowerray.cluster.worker import pick_device as pick
+
+    return pick(device)
+
+
+def end_of_logging(run_dir: Path) -> None:
+    """How to look at what was logged; on standard error, so that --json stays pure."""
+    from flowerray import tracking
+
+    print(f"review    {tracking.ui_line(run_dir)}", file=sys.stderr)

@@ -1,0 +1,30 @@
+"""`flowerray methods` and `flowerray track`."""
+
+from pathlib import Path
+
+from flowerray.cli.options import end_of_logging
+from flowerray.errors import UserError
+
+
+def methods(words: list[str]) -> int:
+    """`flowerray methods`."""
+    from flowerray import methods as files
+    from flowerray import tables
+
+    print(tables.methods([files.get(name) for name in files.names()]))
+    return 0
+
+
+def track(words: list[str]) -> int:
+    """`flowerray track sync RUN`."""
+    from flowerray import tracking
+
+    if words[:1] in (["-h"], ["--help"]):
+        print("usage: flowerray track sync RUN     sends to MLflow what it does not have yet")
+        return 0
+    if len(words) != 2 or words[0] != "sync":
+        raise UserError("say what to send: flowerray track sync RUN.")
+    path = Path(words[1])
+    tracking.sync(path, strict=True)
+    end_of_logging(path)
+    return 0

@@ -1,0 +1,37 @@
+"""`flowerray train` and `flowerray demo`."""
+
+from flowerray.cli.options import default_out, end_of_logging, parse_run, pick_device, take_method
+
+
+def train(words: list[str]) -> int:
+    """`flowerray train METHOD [options]`."""
+    method, words = take_method("train", words)
+    options, run = parse_run(f"train {method}", method, words)
+    from flowerray.cluster.fit import fit
+    from flowerray.tables import training
+
+    out = options.resume or options.out or default_out(method)
+    summary = fit(run, out, resume=options.resume is not None)
+    print(training(out, summary))
+    end_of_logging(out)
+    return 0
+
+
+def demo(words: list[str]) -> int:
+    """`flowerray demo`: the main job on rendered flowers, start to end."""
+    options, run = parse_run("demo", "triplet", words, default_preset="demo")
+    from flowerray.cluster.fit import fit
+    from flowerray.commands.measuring import evaluate_frozen, evaluate_model
+    from flowerray.commands.models import open_model
+    from flowerray.evaluate.measure import EvaluateConfig
+    from flowerray.tables import compare, training
+
+    out = options.resume or options.out or default_out("demo")
+    summary = fit(run, out, resume=options.resume is not None)
+    device = pick_device("auto")
+    frozen = evaluate_frozen(run.embedder, run.data, EvaluateConfig(), device)
+    trained = evaluate_model(open_model(str(out), device), run.data, False, EvaluateConfig())
+    print(training(out, summary))
+    print(compare({"frozen": frozen, run.method_name: trained}))
+    end_of_logging(out)
+    return 0

@@ -1,0 +1,102 @@
+"""`flowerray tune`."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from flowerray.cli.options import absolute, default_out, end_of_logging, parse, take_method
+from flowerray.errors import UserError
+
+
+def tune(words: list[str]) -> int:
+    """`flowerray tune METHOD [options]`."""
+    method, words = take_method("tune", words)
+    from argparse import ArgumentError, ArgumentParser
+
+    import tyro
+    from pydantic import Field, create_model
+
+    from flowerray import harden, methods, tables
+    from flowerray.cluster.space import COMMON, DIM
+    from flowerray.cluster.study import Study, StudyConfig
+    from flowerray.cluster.tune import Choices, TrialResources, new_study
+    from flowerray.cluster.tune import tune as search
+    from flowerray.config import Config
+    from flowerray.report.study import study_table
+    from flowerray.run import PRESETS, Run
+
+    early = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--preset", choices=list(PRESETS), default="laptop")
+    early.add_argument("--resume", type=Path)
+    try:
+        chosen, _ = early.parse_known_args(words)
+    except ArgumentError as error:
+        raise UserError(f"{error}.") from None
+    file = methods.get(method)
+    start, config = PRESETS[chosen.preset](file.config()), StudyConfig()
+    old = None
+    if chosen.resume is not None:
+        old = Study.read(chosen.resume.expanduser().absolute())
+        start, config = old.base, old.config
+        if old.base.method_name != method:
+            raise UserError(f"{chosen.resume} tunes {old.base.method_name}, not {method}.")
+
+    class Own(Config):
+        preset: Literal[tuple(PRESETS)] = "laptop"  # type: ignore[valid-type]
+        """The run that the other options change: the search's default."""
+        out: Path | None = None
+        """A new folder for the study; by default runs/tune-METHOD-TIME."""
+        resume: Path | None = None
+        """Continue this interrupted study; options must not differ from its study.json."""
+        search_dim: bool = False
+        """Search the embedding size too."""
+        hardened: Annotated[bool, tyro.conf.arg(name="harden")] = False
+        """Search adversarial training too, with --harden.kind pgd where no other is chosen."""
+        as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+        """Print one JSON object and nothing else."""
+
+    parts: dict[str, Any] = {n: f for n, f in Run.model_fields.items() if n != "resources"}
+    fields = {**StudyConfig.model_fields, **TrialResources.model_fields, **parts}
+    fields["method"] = Field(description="The loss.")
+    kinds = {name: (field.annotation, field) for name, field in fields.items()}
+    kinds["method"] = (file.config, fields["method"])
+    kind = create_model("Options", __base__=Own, **kinds)  # type: ignore[call-overload]
+    values = {n: getattr(config, n) for n in StudyConfig.model_fields}
+    values |= {n: getattr(start, n) for n in parts}
+    about = f"Searches what {method} leaves open; a knob given here is not searched."
+    options = parse(kind, words, f"tune {method}", about, default=kind(**values))
+
+    def taken(part: type[Config]) -> dict[str, Any]:
+        return {n: getattr(options, n) for n in part.model_fields if n in kinds}
+
+    run, config = absolute(Run(**taken(Run))), StudyConfig(**taken(StudyConfig))
+    resources = TrialResources(**taken(TrialResources))
+    if options.hardened and not run.harden.on:
+        content = {**run.harden.model_dump(), "kind": "pgd"}
+        run = run.model_copy(update={"harden": harden.HardenConfig(**content)})
+    if old is None:
+        space = harden.space if options.hardened else {}
+        fixed = given(words, [*file.space, *COMMON, *DIM, *space])
+        out = (options.out or default_out(f"tune-{method}")).expanduser().absolute()
+        choices = Choices(fixed, options.search_dim, space)
+        study = new_study(run, out, config, resources, choices)
+    else:
+        study = old
+        known = " ".join(old.knobs)
+        for flag, said, knob in (
+            ("--search-dim", options.search_dim, "embedder.dim"),
+            ("--harden", options.hardened, "harden."),
+        ):
+            if said and knob not in known:
+                raise UserError(f"{study.folder} was begun without {flag}: start another study.")
+        study.resume_with(run, config)
+    result = search(study, resources, quiet=options.as_json)
+    print(tables.as_json(result) if options.as_json else study_table(result))
+    end_of_logging(study.folder)
+    return 0
+
+
+def given(words: Iterable[str], names: Iterable[str]) -> frozenset[str]:
+    """The dotted fields among `names` that the words set."""
+    flags = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words}
+    return frozenset(name for name in names if name in flags)

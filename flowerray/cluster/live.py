@@ -1,0 +1,120 @@
+"""What shows a search while it runs: MLflow, fed by a thread of the driver, and lines on standard
+error.
+"""
+
+import queue
+import shutil
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flowerray import tracking
+from flowerray.cluster.study import Closed, Study, label
+from flowerray.cluster.trial import FAILED, MAP_AT_R
+from flowerray.rundir import FolderReporter, RunDir
+
+
+class LiveStudy:
+    """While its block runs, a thread of the driver sends the study and its trials to MLflow."""
+
+    def __init__(self, folder: Path, every: float = 5.0) -> None:
+        self.folder = folder
+        self.every = every
+        """Seconds between two looks at the metrics."""
+        self.running: dict[Path, None] = {}
+        self.closed: queue.Queue[Closed] = queue.Queue()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True, name="study-tracking")
+
+    def open(self, folder: Path) -> None:
+        """A trial began."""
+        self.running[folder] = None
+
+    def close(self, ended: Closed) -> None:
+        """A trial ended."""
+        self.running.pop(ended.folder, None)
+        self.closed.put(ended)
+
+    def __enter__(self) -> "LiveStudy":
+        tracking.prepare(self.folder)
+        tracking.sync(self.folder)  # trials are shown under it
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        for folder in list(self.running):
+            self.close(Closed(folder, "KILLED", "interrupted"))
+        self._finish()
+
+    def _loop(self) -> None:
+        while not self._stop.wait(self.every):
+            self._finish()
+            for folder in list(self.running):
+                if (folder / "metrics.jsonl").exists():
+                    tracking.sync(folder)
+            tracking.sync(self.folder)
+
+    def _finish(self) -> None:
+        while not self.closed.empty():
+            folder, status, reason = self.closed.get()
+            if reason != "interrupted":  # nothing goes on from here any more
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            tracking.finish(folder, status, reason)
+
+
+def finish_left(study: Study, ended: Sequence[Any]) -> None:
+    """Ends the MLflow runs of trials that ended just before their driver was killed."""
+    for trial in ended:
+        left = study.ending(trial)
+        if not tracking.State.read(left.folder).closed:
+            tracking.finish(*left)
+
+
+class Lines:
+    """One line a trial and epoch on standard error, and the study's own curves."""
+
+    def __init__(self, study: Study, best: float | None, ended: int, quiet: bool) -> None:
+        self.study = study
+        self.best = best
+        """Best val MAP@R of a complete trial."""
+        self.ended = ended
+        self.quiet = quiet
+        self.shown: dict[str, int] = {}
+
+    def epoch(self, folder: RunDir, result: dict[str, Any]) -> None:
+        """A trial's epoch; each is shown once."""
+        name, epoch = folder.path.name, result["epoch"]
+        if epoch <= self.shown.get(name, 0) or FAILED in result:
+            return
+        self.shown[name] = epoch
+        values = "  ".join(f"{label(n)} {result[n]:.3f}" for n in self.study.config.objectives)
+        self.say(f"trial {name}  epoch {epoch:>2} of {self.study.epochs}  {values}")
+
+    def end(self, folder: RunDir, result: dict[str, Any] | None, closed: Closed) -> None:
+        """A trial's end."""
+        self.ended += 1
+        if result is not None and closed.status != "FAILED":
+            self.epoch(folder, result)
+        if closed.status == "FINISHED":
+            assert result is not None
+            self.best = max(self.best or 0.0, result[MAP_AT_R])
+        what = {"FINISHED": "complete"}.get(closed.status, closed.reason)
+        if closed.status == "FAILED":
+            what = f"failed: {closed.reason}"
+        best = "" if self.best is None else f"; best val MAP@R so far {self.best:.3f}"
+        self.say(
+            f"trial {folder.path.name}  {what} ({self.ended} of {self.study.config.trials}{best})"
+        )
+        if self.best is not None:
+            FolderReporter(self.study.folder).report(
+                self.ended, 0, {"study/best_val_map_at_r": self.best}
+            )
+
+    def say(self, line: str) -> None:
+        """Prints."""
+        if not self.quiet:
+            print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,310 @@
+"""`flowerray tune` from the driver's side: Ray Tune with Optuna over one method, then the winner's
+confirmation.
+"""
+
+import math
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import Field
+
+from flowerray import tracking
+from flowerray.cluster.confirm import confirm
+from flowerray.cluster.fit import prepare
+from flowerray.cluster.live import Lines, LiveStudy, finish_left
+from flowerray.cluster.session import own_signals, ray_session
+from flowerray.cluster.space import search_space
+from flowerray.cluster.study import Study, StudyConfig, label, outcome
+from flowerray.cluster.trial import trial, trial_of_workers
+from flowerray.config import Config
+from flowerray.data.source import open_dataset
+from flowerray.errors import UserError
+from flowerray.report.study import plot_study
+from flowerray.run import ResourcesConfig, Run
+
+ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the RUN folders hold the results
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # or Ctrl-C waits for the running trials
+    "TUNE_MAX_PENDING_TRIALS_PG": "1",  # a trial that only waits would be proposed too early
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's own state is not used: the study's folder is whole
+    "TUNE_WARN_THRESHOLD_S": "30",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a box also where it should be silent
+}
+REDUCTION = 3
+"""ASHA lets the best third go on."""
+
+
+class TrialResources(Config):
+    """What a trial gets. It may differ when a study is resumed."""
+
+    cpus_per_trial: float = Field(1.0, gt=0)
+    """CPU cores (and threads) of a trial, over all its workers."""
+    gpus_per_trial: float = Field(0.0, ge=0)
+    """GPUs of a trial, over all its workers; a fraction shares one GPU among trials; 0 trains on
+    the CPU."""
+    workers_per_trial: int = Field(1, ge=1, le=1024)
+    """Workers of a trial; more than one costs about half a minute for each trial to start."""
+    max_concurrent: int = Field(0, ge=0)
+    """Trials at a time; 0 = as many as the cluster has room for now."""
+    time_limit: float | None = Field(None, gt=0)
+    """Minutes after which the search ends, and the confirmation begins."""
+
+    def check(self) -> None:
+        """Raises UserError where the workers cannot share what a trial gets."""
+        workers, gpus = self.workers_per_trial, self.gpus_per_trial
+        if workers > 1 and gpus % workers:
+            raise UserError(
+                f"--gpus-per-trial {gpus:g} cannot be shared by {workers} workers: give each a "
+                "whole GPU, or none."
+            )
+        if gpus > 1 and gpus % 1:
+            raise UserError(f"--gpus-per-trial {gpus:g}: above 1 it has to be a whole number.")
+
+    @property
+    def of_a_run(self) -> ResourcesConfig:
+        """The same for `Run.resources`."""
+        workers = 0 if self.workers_per_trial == 1 else self.workers_per_trial
+        return ResourcesConfig(
+            workers=workers,
+            cpus_per_worker=max(1, int(self.cpus_per_trial / self.workers_per_trial)),
+            device="cuda" if self.gpus_per_trial else "cpu",
+        )
+
+
+class Choices(NamedTuple):
+    """What the user said of the space."""
+
+    fixed: frozenset[str] = frozenset()
+    """Dotted fields given on the command line; they are not searched."""
+    dim: bool = False
+    """Search the embedding size."""
+    more: dict[str, dict[str, Any]] | None = None
+    """Further knobs (hardening's)."""
+
+
+def new_study(
+    run: Run, out: Path, config: StudyConfig, resources: TrialResources, choices: Choices
+) -> Study:
+    """The study of a new folder.
+
+    Raises:
+        UserError: the folder is there already; nothing to search; options that exclude each other.
+    """
+    if config.objective == "pareto" and not run.harden.on:
+        raise UserError(
+            "--objective pareto needs trainings that are attacked on val: add --harden, or "
+            "choose --harden.kind."
+        )
+    if config.objective == "pareto" and config.sampler == "cmaes":
+        raise UserError("--sampler cmaes has one objective: use tpe or nsga2 with pareto.")
+    dataset = open_dataset(run.data, progress=True)
+    if "val" not in dataset.splits:
+        raise UserError(f"a search needs a val split, and protocol {dataset.protocol} has none.")
+    labels = dataset.split_labels("train")
+    knobs = search_space(
+        run,
+        choices.fixed,
+        len(np.unique(labels)),
+        len(labels),
+        workers=resources.workers_per_trial,
+        dim=choices.dim,
+        more=choices.more,
+    )
+    return Study.create(out, run, config, knobs)
+
+
+def tune(study: Study, resources: TrialResources, quiet: bool = False) -> dict[str, Any]:
+    """Searches, or goes on searching, and confirms; returns what result.json holds.
+
+    Args:
+        study: `Study.create`'s, or `Study.read`'s of a folder to go on with.
+        quiet: no lines.
+
+    Raises:
+        UserError: bad data, options or cluster; no trial came to its end. The study stays
+            resumable.
+        KeyboardInterrupt: the user's; the study stays resumable.
+    """
+    resources.check()
+    study.base = study.base.model_copy(update={"resources": resources.of_a_run})
+    study.tags, _ = prepare(study.base, quiet)
+    params = {"study": study.config.model_dump(), "space": study.knobs, **study.base.to_dict()}
+    tracking.start(study.folder, study.folder.name, params, {**study.tags, "kind": "study"})
+    status: tracking.Status = "KILLED"
+    reason: str | None = "interrupted"
+    try:
+        search(study, resources, quiet)
+        finish_left(study, study.ended(study.open_optuna()))
+        draw(study)
+        # One worker trains as several do, on at most one GPU.
+        gpus = min(1.0, resources.gpus_per_trial)
+        result = confirm(study, resources.cpus_per_trial, gpus, quiet)
+        status, reason = "FINISHED", None
+    except Exception as error:
+        status, reason = "FAILED", (str(error) or type(error).__name__).splitlines()[0]
+        raise
+    finally:
+        tracking.finish(study.folder, status, reason)
+    return result
+
+
+def search(study: Study, resources: TrialResources, quiet: bool) -> None:
+    """Makes the trials that are missing."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    optuna_study = study.open_optuna()
+    missing = study.requeue(optuna_study)
+    if missing == 0:
+        return
+    ended = study.ended(optuna_study)
+    values = [t.values[0] for t in ended if outcome(t) == "complete"]
+    lines = Lines(study, max(values, default=None), len(ended), quiet)
+    lines.say(f"starting Ray for {missing} trials ...")
+    workers = resources.workers_per_trial
+    with (
+        LiveStudy(study.folder) as live,
+        ray_session(min_cpus=math.ceil(resources.cpus_per_trial)) as ray,
+    ):
+        from ray import tune as ray_tune
+
+        concurrent = resources.max_concurrent or room(ray.cluster_resources(), resources)
+        config = {
+            "objectives": study.config.objectives,
+            "cpus": resources.cpus_per_trial,
+            "gpus": resources.gpus_per_trial,
+            "workers": workers,
+        }
+        share = (
+            {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
+            if workers == 1
+            # The trial's own process only waits for its workers, and stays on the head.
+            else {"cpu": 0, "node:__internal_head__": 0.001}
+        )
+        function = trial if workers == 1 else trial_of_workers
+        seconds = resources.time_limit * 60 if resources.time_limit else None
+        tuner = ray_tune.Tuner(
+            ray_tune.with_resources(function, share),
+            param_space=config,
+            tune_config=ray_tune.TuneConfig(
+                search_alg=make_searcher(study, optuna_study, live, lines),
+                scheduler=make_scheduler(study, ended),
+                num_samples=missing,
+                max_concurrent_trials=min(concurrent, missing),
+                reuse_actors=workers == 1,
+                time_budget_s=seconds,
+            ),
+            run_config=ray_tune.RunConfig(
+                name=f"search-{time.time_ns()}",
+                storage_path=str(study.folder / "ray"),
+                failure_config=ray_tune.FailureConfig(max_failures=3),
+                verbose=0,
+            ),
+        )
+        try:
+            with own_signals():
+                tuner.fit()
+        except SystemExit:  # what Ray makes of Ctrl-C
+            raise KeyboardInterrupt from None
+
+
+def draw(study: Study) -> None:
+    """Draws the study's pictures."""
+    rows = study.rows(study.ended(study.open_optuna()))
+    labels = [label(name) for name in study.config.objectives]
+    plot_study(rows, study.distributions, labels, study.folder / "plots")
+
+
+def room(cluster: dict[str, float], resources: TrialResources) -> int:
+    """Trials that a cluster holds at a time.
+
+    Raises:
+        UserError: not one.
+    """
+    trials = int(cluster.get("CPU", 0) / resources.cpus_per_trial)
+    if resources.gpus_per_trial:
+        trials = min(trials, int(cluster.get("GPU", 0) / resources.gpus_per_trial))
+    if trials < 1:
+        raise UserError(
+            f"a trial of {resources.cpus_per_trial:g} CPUs and {resources.gpus_per_trial:g} GPUs "
+            f"does not fit this cluster of {cluster.get('CPU', 0):g} CPUs and "
+            f"{cluster.get('GPU', 0):g} GPUs: ask for less, or, where it grows by itself, set "
+            "--max-concurrent."
+        )
+    return trials
+
+
+def make_searcher(study: Study, optuna_study: Any, live: LiveStudy, lines: Lines) -> Any:
+    """Ray's OptunaSearch, which opens a RUN folder for each trial that it proposes and keeps the
+    study's books.
+    """
+    from ray.tune.search.optuna import OptunaSearch
+
+    class Searcher(OptunaSearch):
+        def suggest(self, trial_id: str) -> dict[str, Any]:
+            super().suggest(trial_id)
+            folder = study.open_trial(self._ot_trials[trial_id])
+            live.open(folder.path)
+            return {"folder": str(folder.path), "scheduled": time.time()}
+
+        def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+            lines.epoch(study.trial_dir(self._ot_trials[trial_id]), result)
+
+        def on_trial_complete(
+            self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+        ) -> None:
+            if trial_id in self._completed_trials:
+                return
+            self._completed_trials.add(trial_id)
+            trial = self._ot_trials[trial_id]
+            folder = study.trial_dir(trial)
+            closed = study.close_trial(self._ot_study, trial, None if error else result)
+            lines.end(folder, result, closed)
+            live.close(closed)
+
+        # Optuna's database has it all, so Tune's own snapshots hold nothing.
+        def save(self, checkpoint_path: str) -> None:
+            Path(checkpoint_path).touch()
+
+        def __reduce__(self) -> tuple[type, tuple[()]]:
+            return object, ()
+
+    objectives = study.config.objectives
+    single = len(objectives) == 1
+    return Searcher(
+        study.distributions,
+        metric=objectives[0] if single else objectives,
+        mode="max" if single else ["max"] * len(objectives),
+        sampler=optuna_study.sampler,
+        storage=optuna_study._storage,
+        study_name=study.name,
+    )
+
+
+def make_scheduler(study: Study, ended: list[Any]) -> Any:
+    """ASHA, which knows again what the ended trials of a resumed study reached; or none.
+
+    Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning", arXiv:1810.05934.
+    """
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+    if study.config.pruner == "none":
+        return FIFOScheduler()
+    objective = study.config.objectives[0]
+    scheduler = ASHAScheduler(
+        time_attr="epoch",
+        metric=objective,
+        mode="max",
+        max_t=study.epochs + 1,  # at max_t itself every trial would be stopped
+        grace_period=min(study.epochs, 1 + math.ceil(study.base.train.warmup_epochs)),
+        reduction_factor=REDUCTION,
+    )
+    for known in ended:
+        one = SimpleNamespace(trial_id=f"ended-{known.number}")
+        scheduler.on_trial_add(None, one)  # type: ignore[arg-type]
+        for standing in study.history(study.trial_dir(known)):
+            scheduler.on_trial_result(None, one, standing)  # type: ignore[arg-type]
+    return scheduler

@@ -1,0 +1,321 @@
+"""`attack`: a model's retrieval under attack, kept in its RUN folder and in MLflow."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from flowerray import tracking
+from flowerray.commands.attack_record import metrics, record
+from flowerray.commands.measuring import new_pairs, stored_pairs
+from flowerray.commands.models import Model, open_model
+from flowerray.data.dataset import Dataset
+from flowerray.data.images import resize_side
+from flowerray.data.source import open_dataset
+from flowerray.data.store import Store, build_store
+from flowerray.errors import UserError
+from flowerray.evaluate.arena import Arena, frozen_copy, narrow
+from flowerray.evaluate.attack_config import AttackConfig
+from flowerray.evaluate.audit import CHECKS, Auditor
+from flowerray.evaluate.ers import ers as ers_terms
+from flowerray.evaluate.gallery_attack import attack_gallery
+from flowerray.evaluate.measure import EvaluateConfig, Measurement, default_gallery, measure
+from flowerray.evaluate.pair_attack import attack_pairs, pairs_of_queries, query_pair_accuracy
+from flowerray.evaluate.pairs import Pairs
+from flowerray.evaluate.robustness import Robustness, attack, choose_queries, key
+from flowerray.files import write_json
+from flowerray.report.robustness import Fallen, plot_robustness, worst_sheet
+from flowerray.rundir import FolderReporter
+
+FILE = "robustness.json"
+"""In a RUN folder: {"results": [a `record` for each split, gallery, norm and attacked side]}."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model with the queries and the gallery that it is attacked on."""
+
+    model: Model
+    arena: Arena
+    measurement: Measurement
+    """Of the clean queries."""
+
+
+def attack_model(
+    model: Model,
+    config: AttackConfig,
+    *,
+    beside: str | None = None,
+    audit: bool = False,
+    audit_queries: int = 128,
+    ers: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Attacks a model on its own data and, the same way, another one beside it.
+
+    Args:
+        model: any trained model; a RUN folder also keeps the result.
+        config: the attacks.
+        beside: another RUN, usually the one that was not hardened.
+        audit: also ask whether the figures can be believed, about as long again.
+        audit_queries: queries that the audit looks at.
+        ers: also the terms of the Empirical Robustness Score, on as many queries as the audit.
+        quiet: no progress bars.
+
+    Returns:
+        See `attack_record.record`.
+
+    Raises:
+        UserError: an unknown split, gallery or attack; no such RUN.
+    """
+    device = next(model.embedder.parameters()).device
+    dataset = open_dataset(model.run.data, progress=not quiet)
+    chosen_Q = attacked_queries(dataset, config)
+    standard = None if beside is None else open_model(beside, device)
+    subject = prepare(model, dataset, chosen_Q, config, quiet)
+    other = None if standard is None else prepare(standard, dataset, chosen_Q, config, quiet)
+    pairs = split_pairs(model, dataset, chosen_Q, config)
+    other_result = None if other is None else _measure(other, pairs, config, quiet)
+    result = _measure(subject, pairs, config, quiet)
+    content = _record(subject, result)
+    if audit:
+        auditor = Auditor(
+            subject.arena,
+            result,
+            queries=audit_queries,
+            standard=None if other is None else other.arena,
+            standard_result=other_result if model.run.harden.on else result,
+        )
+        with tqdm(total=CHECKS, unit="check", desc="audit", disable=quiet or None) as bar:
+            content["audit"] = auditor.run(bar.update).to_dict()
+    if ers:
+        content["ers"] = _score(subject, result, audit_queries, quiet)
+    if other is not None and other_result is not None:
+        content["beside"] = _record(other, other_result)
+        if ers:
+            content["beside"]["ers"] = _score(other, other_result, audit_queries, quiet)
+    if model.folder is not None:
+        keep(model, content, subject, result)
+    return content
+
+
+def standard_of(model: Model) -> str | None:
+    """The RUN or file that a hardened model started from, where it is still there."""
+    init = model.run.init
+    return str(init) if model.run.harden.on and init is not None and init.exists() else None
+
+
+def _score(subject: Subject, result: Robustness, queries: int, quiet: bool) -> dict[str, Any]:
+    """The terms of the Empirical Robustness Score, never without what puts them into proportion."""
+    config = result.config
+    arena, _ = narrow(subject.arena, queries, config.seed)
+    size = resize_side(subject.model.embedder.image_size)
+    store = build_store(subject.measurement.gallery_paths, size, progress=not quiet)
+    with tqdm(total=9, unit="attack", desc="ers", disable=quiet or None) as bar:
+        found = ers_terms(
+            arena, store, batch_size=config.batch_size, seed=config.seed, progress=bar.update
+        )
+    clean = result.clean.recall_at_1
+    return {"clean_recall_at_1": clean, "collapsed": result.collapse["collapsed"], **found}
+
+
+def prepare(
+    model: Model, dataset: Dataset, chosen_Q: NDArray[np.int64], config: AttackConfig, quiet: bool
+) -> Subject:
+    """Embeds the gallery, once, and the queries."""
+    size = resize_side(model.embedder.image_size)
+    split = config.split
+    paths = [dataset.paths[i] for i in dataset.splits[split]]
+    store = build_store(paths, size, progress=not quiet)
+    narrowed, gallery = _narrowed(dataset, chosen_Q, config)
+    query_paths = [paths[i] for i in chosen_Q]
+
+    def build(files: Sequence[Path]) -> Any:
+        if list(files) == query_paths:
+            return _Chosen(store, chosen_Q)
+        return build_store(files, size, progress=not quiet)
+
+    embedder = frozen_copy(model.embedder)
+    evaluate = EvaluateConfig(split=split, gallery=gallery, batch_size=config.batch_size)
+    with tqdm(unit="img", desc="embed", disable=quiet or None, dynamic_ncols=True) as bar:
+        clean = measure(embedder, narrowed, build, evaluate, progress=bar.update)
+    if clean.metrics["num_queries_without_match"]:
+        raise UserError(
+            f"{clean.metrics['num_queries_without_match']} queries have no image of their class in "
+            f"the gallery {clean.metrics['gallery']}: choose another gallery."
+        )
+    arena = Arena(
+        embedder, store, chosen_Q, clean.query_labels, clean.query_emb, clean.gallery_emb,
+        clean.gallery_labels,
+    )  # fmt: skip
+    return Subject(model, arena, clean)
+
+
+def split_pairs(
+    model: Model, dataset: Dataset, chosen_Q: NDArray[np.int64], config: AttackConfig
+) -> Pairs | None:
+    """Verification pairs whose attacked side is a query; None where none are wanted or possible."""
+    if not config.max_pairs or config.perturb == "gallery":
+        return None
+    if model.folder is not None:
+        pairs = stored_pairs(model, dataset, config.split)
+    else:
+        pairs = new_pairs(model.run, dataset, config.split)
+    if pairs is None:
+        return None
+    chosen = pairs_of_queries(pairs, chosen_Q, config.max_pairs, config.seed)
+    both = chosen.same.any() and not chosen.same.all()
+    return chosen if both else None
+
+
+def attacked_queries(dataset: Dataset, config: AttackConfig) -> NDArray[np.int64]:
+    """Places in the split of the queries that are attacked."""
+    if config.split not in dataset.splits or not len(dataset.splits[config.split]):
+        raise UserError(
+            f"Protocol {dataset.protocol} of {dataset.root} has no {config.split} split: "
+            f"choose one of {', '.join(dataset.splits)}."
+        )
+    # A query cannot be searched for among attacked queries: half of each class stays the gallery.
+    share = 0.5 if _gallery_name(dataset, config) == "self" else 1.0
+    labels_N = dataset.split_labels(config.split)
+    chosen_Q = choose_queries(labels_N, config.max_queries, config.seed, share)
+    if not len(chosen_Q):
+        raise UserError(
+            f"No class of {dataset.root} has two {config.split} images, of which one could be "
+            "attacked and the other found: use another gallery."
+        )
+    return chosen_Q
+
+
+def _gallery_name(dataset: Dataset, config: AttackConfig) -> str:
+    return config.gallery or default_gallery(dataset, config.split)
+
+
+def _narrowed(
+    dataset: Dataset, chosen_Q: NDArray[np.int64], config: AttackConfig
+) -> tuple[Dataset, str]:
+    """The dataset whose split holds the attacked queries alone, and its gallery."""
+    all_N = dataset.splits[config.split]
+    splits = {**dataset.splits, config.split: all_N[chosen_Q]}
+    gallery = _gallery_name(dataset, config)
+    if gallery == "self":
+        rest = np.setdiff1d(np.arange(len(all_N)), chosen_Q)
+        splits = {"train": all_N[rest], config.split: all_N[chosen_Q]}
+        gallery = "train"
+    return replace(dataset, splits=splits), gallery
+
+
+class _Chosen:
+    """Some images of a store."""
+
+    def __init__(self, store: Store, chosen_Q: NDArray[np.int64]) -> None:
+        self.store, self.chosen_Q = store, chosen_Q
+
+    def __len__(self) -> int:
+        return len(self.chosen_Q)
+
+    def centre(self, indices: NDArray[np.int64], size: int) -> Tensor:
+        """See `Store.centre`."""
+        return self.store.centre(self.chosen_Q[indices], size)
+
+
+def _measure(
+    subject: Subject, pairs: Pairs | None, config: AttackConfig, quiet: bool
+) -> Robustness:
+    """All attacks on one model."""
+    arena, threshold = subject.arena, subject.model.threshold
+
+    def arena_at(eps: float) -> Arena:
+        if config.perturb == "query":
+            return arena
+        size = resize_side(subject.model.embedder.image_size)
+        store = build_store(subject.measurement.gallery_paths, size, progress=not quiet)
+        return replace(arena, gallery_GD=attack_gallery(arena, store, eps, config))
+
+    radii = sum(eps > 0 for eps in config.eps)
+    total = radii * len(config.attacks) * len(arena.chosen_Q)
+    total += 0 if pairs is None else radii * len(pairs.index)
+    title = f"attack {subject.model.name}"[-30:]
+    with tqdm(
+        total=total, unit="img", desc=title, disable=quiet or None, dynamic_ncols=True
+    ) as bar:
+        accuracy = None
+        if pairs is not None and config.independent:
+            accuracy = query_pair_accuracy(arena, pairs, threshold, config.batch_size)
+        result = attack(
+            arena, config, arena_at=arena_at, pair_accuracy=accuracy, progress=bar.update
+        )
+        if pairs is not None:
+            result.pairs = attack_pairs(arena, pairs, threshold, config, bar.update)
+    return result
+
+
+def _record(subject: Subject, result: Robustness) -> dict[str, Any]:
+    model = subject.model
+    return record(
+        model.name, model.run, model.threshold, subject.arena, subject.measurement, result
+    )
+
+
+def keep(model: Model, content: dict[str, Any], subject: Subject, result: Robustness) -> None:
+    """Writes RUN/robustness.json, the pictures and the metrics, and sends them to MLflow."""
+    folder = model.folder
+    assert folder is not None
+    path = folder.path / FILE
+    results = json.loads(path.read_text())["results"] if path.exists() else []
+    same = ("split", "gallery", "norm", "perturb")
+    others = [r for r in results if any(r[k] != content[k] for k in same)]
+    write_json(path, {"results": [*others, content]})
+    last = folder.records()[-1] if folder.metrics.exists() else {"step": 0, "epoch": 0}
+    FolderReporter(folder.path).report(last["step"], last["epoch"], metrics(content))
+    shown = {folder.path.name: content}
+    if content["beside"] is not None:
+        shown[Path(content["beside"]["run"]).name] = content["beside"]
+    plot_robustness(shown, picture_title(content), folder.plots / "robustness.png")
+    if rows := fallen(subject, result):
+        eps = max(result.examples, key=lambda e: (len(result.examples[e]), -e))
+        title = f"queries that fell at {key(eps)}/255 ({content['norm']})"
+        worst_sheet(rows, title, folder.plots / "worst_queries.png")
+    tracking.sync(folder.path)
+
+
+def picture_title(content: dict[str, Any]) -> str:
+    """What was attacked, in a line."""
+    return (
+        f"{content['num_queries']} {content['split']} queries, {content['norm']}, "
+        f"steps {content['config']['steps']}, restarts {content['config']['restarts']}, "
+        f"{content['perturb']} attacked"
+    )
+
+
+def fallen(subject: Subject, result: Robustness, shown: int = 3) -> list[Fallen]:
+    """The examples of the radius that has most of them, the smallest such radius."""
+    if not any(result.examples.values()):
+        return []
+    eps = max(result.examples, key=lambda e: (len(result.examples[e]), -e))
+    clean = subject.measurement
+
+    def neighbours(index_K: NDArray) -> list[tuple[Path, str]]:
+        return [
+            (clean.gallery_paths[g], clean.classes[clean.gallery_labels[g]])
+            for g in index_K[:shown]
+            if g >= 0
+        ]
+
+    return [
+        Fallen(
+            clean.classes[clean.query_labels[example.query]],
+            example.attack,
+            example.clean_CHW.float().numpy(),
+            example.adversarial_CHW.float().numpy(),
+            neighbours(example.before_K),
+            neighbours(example.after_K),
+        )
+        for example in result.examples[eps]
+    ]

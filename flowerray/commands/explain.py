@@ -1,0 +1,216 @@
+"""`flowerray explain RUN`: how far the maps of a model can be believed, over a split."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from flowerray import tracking
+from flowerray.commands.explain_pair import explanations, pick_layer
+from flowerray.commands.explain_pictures import Judged, beside_sheet, maps_sheet, scores_chart
+from flowerray.commands.models import Model
+from flowerray.commands.subjects import draw_images, make_subjects, progress_bar
+from flowerray.config import Config
+from flowerray.data.dataset import Dataset
+from flowerray.data.source import open_dataset
+from flowerray.errors import UserError
+from flowerray.evaluate.statistics import Interval
+from flowerray.explain import baselines, decompose
+from flowerray.explain.baselines import Saliency
+from flowerray.explain.cam import Explainer, MethodName
+from flowerray.explain.faithfulness import FaithfulnessConfig
+from flowerray.explain.judge import (
+    Choice,
+    Subjects,
+    choose,
+    choose_gaussian,
+    gains,
+    intervals,
+    judge,
+    options,
+)
+from flowerray.explain.layers import find_layers
+from flowerray.explain.localise import read_masks
+from flowerray.explain.sanity import cascade, sanity
+from flowerray.files import write_json
+from flowerray.rundir import FolderReporter
+
+CHECKED = 16
+"""Images of the sanity checks."""
+MEAN_MASKS = 500
+"""Training masks in the mean mask, at most."""
+
+
+class ExplainConfig(Config):
+    """Faithfulness and localisation over a split."""
+
+    split: Literal["val", "test"] = "test"
+    """Images that the maps are judged on."""
+    max_images: int = Field(300, ge=2)
+    """At most that many of them, drawn from `seed`."""
+    choose_images: int = Field(100, ge=2)
+    """Val images that method and layer are chosen on; with split val at most half of them, and the
+    others are judged."""
+    method: MethodName | None = None
+    """Heat map; by default the best on val images is taken."""
+    layer: str | None = None
+    """Layer of the backbone; by default the best on val images is taken."""
+    faithfulness: FaithfulnessConfig = FaithfulnessConfig()
+    """Deletion, insertion and ROAD."""
+    seed: int = Field(0, ge=0)
+    """Of the draws of images."""
+
+
+def explain_split(
+    model: Model, config: ExplainConfig, out: Path | None, beside: Model | None, quiet: bool = False
+) -> dict[str, Any]:
+    """Chooses method and layer on val images, judges them once, and notes it in explanations/.
+
+    Args:
+        out: folder of the results; by default the RUN's explanations/.
+        beside: another model of the same data (a robust one), with its own choice, on the same
+            images.
+
+    Returns:
+        The content of faithfulness.json, plain numbers.
+
+    Raises:
+        UserError: no val images to choose on, a method that the model does not allow, no place for
+            the results.
+    """
+    folder = explanations(model, out)
+    dataset = open_dataset(model.run.data, progress=not quiet)
+    chosen_on, judged = draw_images(
+        dataset, config.split, config.max_images, config.choose_images, config.seed
+    )
+    own = _judge_model(model, dataset, chosen_on, judged, config, quiet)
+    result = own.result
+    folder.mkdir(parents=True, exist_ok=True)
+    title = f"{len(judged)} {config.split} images"
+    scores_chart(
+        own, f"{Path(model.name).name}: {title}", folder / f"faithfulness_{config.split}.png"
+    )
+    maps_sheet(own, folder / f"maps_{config.split}.png", title)
+    if beside is not None:
+        other = _judge_model(beside, dataset, chosen_on, judged, config, quiet)
+        differences = gains(other.scores["chosen"], {"chosen": own.scores["chosen"]})["chosen"]
+        result["beside"] = other.result | {"gain_over_run": _plain(differences)}
+        beside_sheet(own, other, folder / f"beside_{config.split}.png")
+    write_json(folder / "faithfulness.json", result)
+    if model.folder is not None and out is None:
+        run = model.folder
+        last = run.records()[-1] if run.metrics.exists() else {"step": 0, "epoch": 0}
+        numbers = {
+            f"explain_{config.split}/{metric}": found.mean
+            for metric, found in own.table["chosen"].items()
+        }
+        FolderReporter(run.path).report(last["step"], last["epoch"], numbers)
+        tracking.sync(run.path)
+    return result
+
+
+def _judge_model(
+    model: Model,
+    dataset: Dataset,
+    chosen_on: NDArray[np.int64] | None,
+    judged: NDArray[np.int64],
+    config: ExplainConfig,
+    quiet: bool,
+) -> Judged:
+    embedder = model.embedder
+    layers = find_layers(embedder)
+    if config.layer is not None:
+        layers = [layer for layer in layers if layer.name == pick_layer(model, config.layer)]
+    galleries: dict[str, NDArray[np.float32]] = {}
+    subjects = make_subjects(model, dataset, config.split, judged, quiet, galleries)
+    additive = config.layer is None
+    try:
+        decompose.parts(embedder, subjects.batch(0, embedder.projection.weight.device)[0][:2])
+    except UserError:
+        if config.method in ("decomposition", "ablationcam"):
+            raise
+        additive = False
+    choices = options(layers, additive, config.method)
+    tuning = None
+    if chosen_on is not None:
+        tuning = make_subjects(model, dataset, "val", chosen_on, quiet, galleries)
+        with progress_bar(len(tuning), "choose on val", quiet) as bar:
+            ranked = choose(embedder, tuning, choices, config.faithfulness, bar.update)
+    elif len(choices) == 1:
+        ranked = [Choice(choices[0], float("nan"))]
+    else:
+        raise UserError(
+            f"Protocol {dataset.protocol} has no val images to choose a map on: say which with "
+            "--method decomposition, or --method eigencam and --layer."
+        )
+    explainer = ranked[0].explainer
+    methods = _methods(model, dataset, explainer, layers[0].name, additive, tuning, config)
+    with progress_bar(len(subjects), "judge", quiet) as bar:
+        scores = judge(embedder, subjects, methods, config.faithfulness, bar.update)
+    gain = gains(scores["chosen"], {k: v for k, v in scores.items() if k != "chosen"})
+    images, reference = (tuning or subjects).batch(0, embedder.projection.weight.device)
+    images, reference = images[:CHECKED], reference[:CHECKED]
+    kinds: dict[str, Saliency] = {"chosen": explainer, "edges": baselines.edges}
+    result = {
+        "run": model.name,
+        "split": config.split,
+        "images": len(subjects),
+        "protocol": dataset.protocol,
+        "masks": subjects.masks_NHW is not None,
+        "chosen": asdict(explainer)
+        | {
+            "on": "val" if tuning else None,
+            "images": len(tuning) if tuning else 0,
+            "candidates": len(ranked),
+            "ranking": [{"map": str(c.explainer), "score": c.score} for c in ranked if tuning],
+        },
+        "scores": {name: _plain(rows) for name, rows in intervals(scores).items()},
+        "gain_over": {name: _plain(rows) for name, rows in gain.items()},
+        "sanity": {
+            name: {
+                key: asdict(check)
+                for key, check in sanity(
+                    embedder, saliency, images, reference, config.faithfulness
+                ).items()
+            }
+            for name, saliency in kinds.items()
+        },
+        "randomised_cascade": cascade(embedder, explainer, images, reference),
+    }
+    return Judged(model, explainer, subjects, methods, scores, result)
+
+
+def _methods(
+    model: Model,
+    dataset: Dataset,
+    explainer: Explainer,
+    layer: str,
+    additive: bool,
+    tuning: Subjects | None,
+    config: ExplainConfig,
+) -> dict[str, Saliency]:
+    """The chosen map, the exact one, and the baselines."""
+    methods: dict[str, Saliency] = {"chosen": explainer}
+    if additive and explainer.method != "decomposition":
+        methods["decomposition"] = Explainer("decomposition")
+    if explainer.method != "eigencam":
+        methods["EigenCAM"] = Explainer("eigencam", layer)
+    sigma = 0.2
+    if tuning is not None and tuning.masks_NHW is not None:
+        sigma = choose_gaussian(model.embedder, tuning)
+    methods["centre Gaussian"] = baselines.centre_gaussian(sigma)
+    if dataset.masks is not None and "train" in dataset.splits:
+        order = np.random.default_rng((config.seed, 1)).permutation(dataset.splits["train"])
+        files = [dataset.masks[i] for i in order[:MEAN_MASKS]]
+        methods["mean mask"] = baselines.mean_mask(read_masks(files, model.embedder.image_size))
+    methods["edges"] = baselines.edges
+    methods["random"] = baselines.random(config.seed)
+    return methods
+
+
+def _plain(rows: Mapping[str, Interval]) -> dict[str, dict[str, float]]:
+    return {k: {"mean": v.mean, "low": v.low, "high": v.high} for k, v in rows.items()}

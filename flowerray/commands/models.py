@@ -1,0 +1,69 @@
+"""A trained model as the commands use it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flowerray import checkpoint, tracking
+from flowerray.data.images import eval_image, resize_side
+from flowerray.data.store import Store, build_store
+from flowerray.model import Embedder
+from flowerray.run import Run
+from flowerray.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model as the commands use it."""
+
+    name: str
+    """What the user called it."""
+    folder: RunDir | None
+    """Its RUN folder, where it is one."""
+    run: Run
+    embedder: Embedder
+    threshold: float
+    """Cosine from which two photographs count as the same class."""
+
+
+def open_model(name: str, device: torch.device) -> Model:
+    """A RUN folder, an exported file, `models:/...` or `runs:/...`.
+
+    Raises:
+        UserError: nothing there, or not a model.
+    """
+    path = tracking.resolve(name)
+    content = checkpoint.load_export(path)
+    return Model(
+        name=name,
+        folder=RunDir(path) if path.is_dir() and (path / "run.json").exists() else None,
+        run=Run.from_dict(content["run"]),
+        embedder=checkpoint.build_embedder(content).to(device),
+        threshold=content["threshold"],
+    )
+
+
+def store_builder(image_size: int, quiet: bool) -> Callable[[Sequence[Path]], Store]:
+    """What `measure` asks for: the decoded store of a list of files."""
+
+    def build(paths: Sequence[Path]) -> Store:
+        return build_store(paths, resize_side(image_size), progress=not quiet)
+
+    return build
+
+
+def embed_files(embedder: Embedder, files: Sequence[Path]) -> NDArray[np.float64]:
+    """Unit embeddings (N, D) of image files, with the evaluation transform.
+
+    Raises:
+        UserError: a file that is missing or not an image.
+    """
+    device = next(embedder.parameters()).device
+    images = [torch.as_tensor(eval_image(file, embedder.image_size)) for file in files]
+    with torch.inference_mode():
+        emb_ND = embedder(torch.stack(images).to(device).float() / 255)
+    return emb_ND.cpu().numpy().astype(np.float64)

@@ -1,0 +1,100 @@
+"""What `flowerray attack` is asked to do."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from flowerray.attacks import bank
+from flowerray.config import Config
+from flowerray.errors import UserError
+
+GRID = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+"""Budgets that are reported, in 1/255."""
+
+
+class AttackConfig(Config):
+    """Which attacks, how strong, on how many queries."""
+
+    attacks: tuple[str, ...] = ("fgsm", "margin", "pgd", "shift", "apgd-ce", "apgd-dlr", "square")
+    """Attacks in the order in which they run: fgsm, pgd, apgd-ce, apgd-dlr, fab, square, cw,
+    deepfool, shift, margin, standard. Cheap ones first save the most."""
+    eps: tuple[float, ...] = GRID
+    """Radii of the perturbation, in 1/255, for linf and for l2 alike; 0 is the clean photograph."""
+    norm: Literal["linf", "l2"] = "linf"
+    """How a perturbation is measured: the largest change of a pixel's channel, or the root of the
+    sum of all squared changes."""
+    split: Literal["train", "val", "test"] = "test"
+    """The queries come from here."""
+    gallery: str | None = None
+    """As for `evaluate`; of `self` the attacked queries are taken out."""
+    perturb: Literal["query", "gallery", "both"] = "query"
+    """Whose pixels the attacker changes. gallery: each gallery image is pushed away from its class,
+    towards the nearest mean of another class, and the queries are clean; both: the queries are
+    attacked on top of that, and the attacker sees the changed gallery."""
+    max_queries: int = Field(512, ge=1)
+    """Queries attacked, spread evenly over the classes."""
+    max_pairs: int = Field(384, ge=0)
+    """Verification pairs whose attacked side is changed; 0 = none."""
+    steps: int = Field(20, ge=1)
+    """Gradient steps of one restart."""
+    restarts: int = Field(3, ge=1)
+    """Starts of an iterated attack; a query is right only if all of them fail."""
+    alpha_ratio: float = Field(2.5, gt=0)
+    """Steps times step size over eps of pgd, shift and margin."""
+    targets: int = Field(3, ge=1)
+    """Wrong classes that apgd-dlr, fab and deepfool aim at one by one, the nearest ones first; each
+    one costs steps x restarts. AutoAttack takes 9."""
+    black_box_queries: int = Field(1000, ge=1)
+    """Forward passes that square, which sees only similarities, may spend on an image."""
+    independent: bool = False
+    """Run every attack on every query, so that each row stands for that attack alone. Otherwise an
+    attack gets the queries that those before it left right, and rows are cumulative; the worst case
+    is the same."""
+    batch_size: int = Field(32, ge=1)
+    """Images attacked at a time; on a CPU 16 to 32 stay in its caches, a GPU wants more."""
+    seed: int = Field(0, ge=0)
+    """Of the choice of queries and pairs, and of the attacks' random starts."""
+
+    def budget(self) -> bank.BankConfig:
+        """What each attack may spend on an image."""
+        return bank.BankConfig(
+            steps=self.steps,
+            restarts=self.restarts,
+            alpha_ratio=self.alpha_ratio,
+            targets=self.targets,
+            queries=self.black_box_queries,
+            # Where rows stand alone, MAP@R and pairs are judged too: the worst image is wanted.
+            stop_when_wrong=not self.independent,
+        )
+
+    @field_validator("eps")
+    @classmethod
+    def _ascending(cls, eps: tuple[float, ...]) -> tuple[float, ...]:
+        if not eps or min(eps) < 0 or max(eps) > 255:
+            raise UserError("the radii have to lie between 0 and 255, in 1/255.")
+        return tuple(sorted(set(eps)))
+
+    @field_validator("attacks")
+    @classmethod
+    def _known(cls, attacks: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in attacks if name not in bank.NAMES]
+        if unknown or not attacks:
+            raise UserError(
+                f"there is no attack {', '.join(unknown) or '(none given)'}: choose from "
+                f"{', '.join(bank.NAMES)}."
+            )
+        return tuple(dict.fromkeys(attacks))
+
+
+PRESETS = {
+    "default": AttackConfig(),
+    "notebooks": AttackConfig(
+        attacks=("fgsm", "pgd", "cw", "deepfool"),
+        eps=(0.0, 4.0, 8.0),
+        steps=10,
+        restarts=1,
+        alpha_ratio=2.5,  # ten steps of eps / 4
+        independent=True,
+    ),
+}
+"""What `flowerray attack --preset` starts from."""

@@ -1,0 +1,67 @@
+"""Do the maps lie on the flower? Segmentation masks, and three scores against them.
+
+Letters: N images, H W pixels.
+"""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from flowerray.data.images import centre_crop, decode, load_image, resize_side
+from flowerray.explain.faithfulness import ranking
+
+BACKGROUND = (0, 0, 254)
+"""RGB of what is not flower in Oxford's segmim/."""
+_TOLERANCE = 40
+"""Largest distance of a channel from it: the masks are JPEG files."""
+
+
+def read_masks(paths: Sequence[Path], size: int) -> NDArray[np.bool_]:
+    """Masks (N, S, S) of the flower, through the evaluation transform of their photographs.
+
+    Raises:
+        UserError: a file that is missing or no image.
+    """
+    return np.stack([_read_mask(path, size) for path in paths])
+
+
+def _read_mask(path: Path, size: int) -> NDArray[np.bool_]:
+    pixels = np.asarray(decode(path)).astype(np.int16)
+    flower = (np.abs(pixels - np.array(BACKGROUND)) > _TOLERANCE).any(-1)
+    # Told apart at full size, since a resized blue edge is neither flower nor background; then
+    # through the reader of photographs itself, so that both are cut alike.
+    file = BytesIO()
+    Image.fromarray(flower.astype(np.uint8) * 255).save(file, "PNG", compress_level=1)
+    image = load_image(file.getvalue(), resize_side(size))
+    return centre_crop(image, size)[..., 0] > 127
+
+
+def energy(map_HW: NDArray, mask_HW: NDArray[np.bool_]) -> float:
+    """Share of the map's positive part that lies in the mask (Wang et al. 2020, Score-CAM); a map
+    with no positive part says nothing and counts as a flat one.
+    """
+    positive = np.maximum(map_HW, 0.0)
+    total = float(positive.sum())
+    return float(positive[mask_HW].sum()) / total if total > 0 else float(mask_HW.mean())
+
+
+def pointing(map_HW: NDArray, mask_HW: NDArray[np.bool_]) -> float:
+    """The pointing game (Zhang et al. 2016) without its tolerance: 1 where the largest pixel is in
+    the mask; of several largest ones, the share that is.
+    """
+    return float(mask_HW[map_HW == map_HW.max()].mean())
+
+
+def iou(map_HW: NDArray, mask_HW: NDArray[np.bool_], seed: int = 0) -> float:
+    """Intersection over union of the mask and the map's largest pixels, as many as the mask has."""
+    area = int(mask_HW.sum())
+    if area == 0:
+        return 0.0
+    chosen = np.zeros(mask_HW.size, bool)
+    chosen[ranking(map_HW, seed)[:area]] = True
+    overlap = int((chosen & mask_HW.ravel()).sum())
+    return overlap / (2 * area - overlap)

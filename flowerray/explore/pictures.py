@@ -1,0 +1,197 @@
+"""Charts of a data set as matplotlib figures.
+
+Letters: M images of a map, C classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowerray.explore.maps import Map
+from flowerray.explore.statistics import ClassRow
+from flowerray.explore.survey import COLOUR_SIDE, Survey
+
+_BLUE, _GRID, _GREY = "#0072b2", "#dddddd", "#b8b8b8"
+_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b0528f", "#a07800", "#56b4e9", "#222222", "#e69f00")
+"""Okabe and Ito's, told apart by the colour-blind; two of them darker, to be seen on white."""
+NAMED = 40
+"""Classes whose names fit below the bars."""
+
+
+def class_bars(counts: Mapping[str, int]) -> Any:
+    """Images of each class, the largest first."""
+    figure, axes = _figure(10.0, 3.4 if len(counts) <= NAMED else 3.0)
+    axes.bar(range(len(counts)), list(counts.values()), color=_BLUE, width=0.85)
+    mean = sum(counts.values()) / len(counts)
+    axes.axhline(mean, color="#d55e00", linewidth=1.2, linestyle="--", label=f"mean {mean:.1f}")
+    axes.legend(frameon=False, fontsize=9, loc="upper right")
+    axes.set_xlim(-0.6, len(counts) - 0.4)
+    axes.set_ylim(0, 1.18 * max(counts.values()))  # room for the legend
+    if len(counts) <= NAMED:
+        axes.set_xticks(range(len(counts)), [_short(name) for name in counts], rotation=45,
+                        ha="right", fontsize=8)  # fmt: skip
+        axes.tick_params(axis="x", length=0)
+    else:
+        axes.set_xticks([])
+        names = list(counts)
+        axes.set_xlabel(f"{len(names)} classes, from {_short(names[0])} to {_short(names[-1])}")
+    axes.set_ylabel("images")
+    return figure
+
+
+def size_panels(survey: Survey) -> Any:
+    """Widths against heights, and how aspect ratios spread."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.0, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    places, count = np.unique(survey.size_N2, axis=0, return_counts=True)
+    left.scatter(*places.T, s=10 + 90 * count / count.max(), color=_BLUE, alpha=0.5, linewidths=0)
+    _plain(left)
+    top = float(survey.size_N2.max()) * 1.08
+    left.set_xlim(0, top)
+    left.set_ylim(0, top)
+    left.set_aspect("equal")
+    left.set_xlabel("width (pixels)")
+    left.set_ylabel("height (pixels)")
+    ratio_N = survey.size_N2[:, 0] / survey.size_N2[:, 1]
+    # 1 : 1 falls into the middle of a bin.
+    edges = np.arange(min(0.475, ratio_N.min() - 0.05), max(2.0, ratio_N.max()) + 0.05, 0.05)
+    right.hist(ratio_N, bins=edges, color=_BLUE)
+    _plain(right)
+    right.set_xlabel("width / height")
+    right.set_ylabel("images")
+    return figure
+
+
+def colour_panels(rows: Sequence[ClassRow]) -> Any:
+    """Each class as a dot: brightness against contrast, hue against saturation.
+
+    It has the colour of its images' middle; the outlying classes are named.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.0, 4.2), layout="constrained")
+    left = figure.add_subplot(1, 2, 1)
+    wheel: Any = figure.add_subplot(1, 2, 2, projection="polar")
+    _plain(left)
+    wheel.grid(color=_GRID, linewidth=0.6)
+    wheel.spines["polar"].set_color(_GRID)
+    wheel.set_xticks(np.deg2rad([0, 60, 120, 180, 240, 300]),
+                     ["red", "yellow", "green", "cyan", "blue", "magenta"])  # fmt: skip
+    look: dict[str, Any] = {"edgecolors": "#888888", "linewidths": 0.5, "s": 42}
+    colours = [row.colour for row in rows]
+    left.scatter([r.brightness for r in rows], [r.contrast for r in rows], c=colours, **look)
+    left.set_xlabel("brightness (mean luma, 0..1)")
+    left.set_ylabel("contrast (standard deviation)")
+    hued = [row for row in rows if not np.isnan(row.hue)]
+    if hued:
+        angle = np.deg2rad([row.hue for row in hued])
+        radius = [row.saturation for row in hued]
+        wheel.scatter(angle, radius, c=[row.colour for row in hued], **look)
+    wheel.set_ylim(0, max([0.3, *(row.saturation * 1.1 for row in rows)]))
+    wheel.tick_params(labelsize=8)
+    wheel.set_rlabel_position(30)
+    wheel.set_title("dominant hue (angle) and saturation (radius)", fontsize=10)
+    points = np.array([(row.brightness, row.contrast) for row in rows])
+    for i in _outlying(points):
+        left.annotate(_short(rows[i].name, 20), points[i], xytext=(5, 4),
+                      textcoords="offset points", fontsize=7.5)  # fmt: skip
+    left.margins(0.12)
+    return figure
+
+
+def map_panels(
+    maps: Mapping[str, Map],
+    labels_M: NDArray[np.int64],
+    classes: Sequence[str],
+    highlighted: Sequence[int],
+) -> Any:
+    """A row of maps (PCA, t-SNE) for each kind of vector; some classes coloured, the others grey.
+
+    Args:
+        maps: title, such as "pixels" -> its maps.
+        labels_M: class of each image on them.
+        classes: name of each label.
+        highlighted: up to 8 labels.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.0, 4.5 * len(maps)), dpi=120, layout="constrained")
+    grid = figure.subplots(len(maps), 2, squeeze=False)
+    shown = list(highlighted)[: len(_PALETTE)]
+    for (title, found), pair in zip(maps.items(), grid, strict=True):
+        shares = " + ".join(f"{share:.0%}" for share in found.explained)
+        kinds = ((f"PCA of {title} ({shares} of the variance)", found.pca_M2),
+                 (f"t-SNE of {title}", found.tsne_M2))  # fmt: skip
+        for axes, (heading, points) in zip(pair, kinds, strict=True):
+            rest = ~np.isin(labels_M, shown)
+            axes.scatter(*points[rest].T, s=7, color=_GREY, alpha=0.6, linewidths=0)
+            for label, colour in zip(shown, _PALETTE, strict=False):
+                own = labels_M == label
+                name = _short(classes[label], 26)
+                axes.scatter(*points[own].T, s=16, color=colour, linewidths=0, label=name)
+            axes.set_title(heading, fontsize=10, loc="left")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_color(_GRID)
+    if shown:
+        handles, names = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(shown)),
+                      frameon=False, fontsize=9, markerscale=1.6)  # fmt: skip
+    return figure
+
+
+def picture_map(points_M2: NDArray[np.floating], colour_MSS3: NDArray[np.uint8]) -> Any:
+    """A map with the images themselves at their places; crowded places show the first ones.
+
+    Returns:
+        A Pillow image.
+    """
+    from PIL import Image
+
+    cells, side = 36, COLOUR_SIDE
+    low, high = points_M2.min(axis=0), points_M2.max(axis=0)
+    place_M2 = ((points_M2 - low) / np.maximum(high - low, 1e-9) * (cells - 1)).round().astype(int)
+    canvas = np.full((cells * side, cells * side, 3), 255, np.uint8)
+    taken: set[tuple[int, int]] = set()
+    for (x, y), image_SS3 in zip(place_M2.tolist(), colour_MSS3, strict=True):
+        if (x, y) in taken:
+            continue
+        taken.add((x, y))
+        top = (cells - 1 - y) * side
+        canvas[top : top + side, x * side : (x + 1) * side] = image_SS3
+    return Image.fromarray(canvas)
+
+
+def _outlying(points_C2: NDArray[np.float64], count: int = 8) -> list[int]:
+    """The points furthest from the middle, without those whose names would cover another's."""
+    span = np.maximum(np.ptp(points_C2, axis=0), 1e-9)
+    place_C2 = (points_C2 - points_C2.mean(axis=0)) / span
+    chosen: list[int] = []
+    for i in np.argsort(-np.linalg.norm(place_C2, axis=1)).tolist():
+        gaps = np.abs(place_C2[chosen] - place_C2[i])
+        if len(chosen) < count and not ((gaps[:, 0] < 0.3) & (gaps[:, 1] < 0.06)).any():
+            chosen.append(i)
+    return chosen
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes: Any) -> None:
+    axes.grid(color=_GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _short(text: str, length: int = 24) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,0 +1,273 @@
+"""The report's section on attacks: RUN/robustness.json of all runs, and whether to believe it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flowerray.evaluate.statistics import Interval, t_interval
+from flowerray.report import charts
+from flowerray.report.gather import Entry, Setting
+from flowerray.report.numbers import Comparison, corrected, hit_difference
+from flowerray.report.page import Block, Details, Note, Picture, Table, Text
+from flowerray.report.sections import cell, highest, missing, p_text, signed
+
+Record = dict[str, Any]
+"""An attack on one run, as `results` of RUN/robustness.json holds it."""
+FREE = ("batch_size", "eps", "max_pairs")
+"""Settings of an attack that may differ within a table."""
+PAIRED_EPS = ("1", "2", "4", "8")
+"""Radii at which robust and standard runs are compared, in 1/255."""
+SHEETS = 4
+"""Pictures of fallen queries that are shown of a variant."""
+
+
+@dataclass(frozen=True)
+class Battle:
+    """Attacks of one kind: the same queries, gallery, norm, attacks and effort."""
+
+    records: dict[str, list[Record]]
+    """Variant -> one a seed."""
+
+    @property
+    def first(self) -> Record:
+        """Any of them, for what they share."""
+        return next(iter(self.records.values()))[0]
+
+    @property
+    def eps(self) -> list[str]:
+        """Every radius, ascending."""
+        found = {e for rows in self.records.values() for r in rows for e in r["worst_case"]}
+        return sorted(found, key=float)
+
+
+def attacked(setting: Setting) -> list[Block]:
+    """Tables, curves, audits and fallen queries."""
+    found = battles(setting)
+    if not found:
+        return [missing("No run has been attacked", "flowerray attack RUN --audit")]
+    blocks: list[Block] = []
+    for battle in found:
+        blocks += [*_audits(battle), _about(battle), _worst_case(battle), _curve(battle)]
+        rows = _comparisons(setting, battle)
+        if rows:
+            blocks.append(_paired(rows))
+        blocks += _pairs(battle)
+        blocks += [_each_attack(battle), _checks(battle)]
+    return [*blocks, *_sheets(setting)]
+
+
+def battles(setting: Setting) -> list[Battle]:
+    """The setting's attacks, those that can be compared together."""
+    found: dict[str, dict[str, list[Record]]] = {}
+    for variant in setting.variants:
+        for entry in variant.entries:
+            for record in (entry.robustness or {}).get("results", []):
+                config = {k: v for k, v in record["config"].items() if k not in FREE}
+                shared = [config, record["num_queries"], record["num_gallery"], record["gallery"]]
+                rows = found.setdefault(json.dumps(shared, sort_keys=True), {})
+                rows.setdefault(variant.label, []).append(record)
+    return [Battle(rows) for rows in found.values()]
+
+
+def worst_case(records: Sequence[Record], eps: str, key: str = "recall_at_1") -> Interval | None:
+    """A figure of the worst case at a radius: its mean over seeds with Student's interval; of one
+    seed the interval over queries that its record has.
+    """
+    at = [r["worst_case"][eps] for r in records if key in r["worst_case"].get(eps, {})]
+    if not at:
+        return None
+    if len(at) == 1 and key == "recall_at_1":
+        return Interval(at[0]["n"], at[0][key], *at[0]["ci"])
+    found = t_interval([score[key] for score in at])
+    return Interval(found.n, found.mean, max(found.low, 0.0), min(found.high, 1.0))
+
+
+def _audits(battle: Battle) -> list[Block]:
+    """A warning for every failed audit and collapsed embedding, before any figure; a note where
+    nothing was audited.
+    """
+    blocks: list[Block] = []
+    unaudited = []
+    for label, records in battle.records.items():
+        for record in records:
+            audit = record.get("audit")
+            if audit is None:
+                unaudited.append(record["run"])
+            elif not audit["passed"]:
+                blocks.append(
+                    Note(
+                        f"AUDIT FAILED for {label} ({record['run']}): "
+                        f"{', '.join(audit['failed'])}. Its robustness below is not to be "
+                        "believed before that is explained.",
+                        "warn",
+                    )
+                )
+            if record.get("collapse", {}).get("collapsed"):
+                blocks.append(
+                    Note(f"The embedding of {label} ({record['run']}) has collapsed.", "warn")
+                )
+    if unaudited:
+        blocks.append(
+            Note(
+                f"Not audited: {len(unaudited)} of {sum(map(len, battle.records.values()))} "
+                "results. `flowerray attack RUN --audit` asks whether the figures can be believed."
+            )
+        )
+    return blocks
+
+
+def _about(battle: Battle) -> Text:
+    record, config = battle.first, battle.first["config"]
+    text = (
+        f"{record['num_queries']:,} {record['split']} queries, {record['num_gallery']:,} images of "
+        f"gallery {record['gallery']}, norm {record['norm']}, attacks "
+        f"{', '.join(config['attacks'])}; {config['steps']} steps, {config['restarts']} restarts. "
+        "A query counts as right at a radius only if no attack within it turned it."
+    )
+    return Text(f"Threat model: {record['threat_model']}\n\n{text}")
+
+
+def _worst_case(battle: Battle) -> Table:
+    columns = {e: [worst_case(rows, e) for rows in battle.records.values()] for e in battle.eps}
+    best = {e: highest(found) for e, found in columns.items()}
+    rows: list[list[str | float | None]] = []
+    for number, (label, records) in enumerate(battle.records.items()):
+        expected = t_interval([r["expected_robustness"]["recall_at_1"] for r in records])
+        cells = [cell(columns[e][number], best[e]) for e in battle.eps]
+        rows.append([_shout(label, records), str(len(records)), *cells, f"{expected.mean:.3f}"])
+    names = ["clean" if float(e) == 0 else f"{e}/255" for e in battle.eps]
+    caption = (
+        "R@1 in the worst case over all attacks, by radius. Mean and 95 % interval: Student's t "
+        "over seeds, with one seed the bootstrap over queries. Expected: mean over the radii."
+    )
+    return Table(["", "seeds", *names, "expected"], rows, caption)
+
+
+def _shout(label: str, records: Sequence[Record]) -> str:
+    failed = [r for r in records if r.get("audit") and not r["audit"]["passed"]]
+    return f"{label} (AUDIT FAILED)" if failed else label
+
+
+def _curve(battle: Battle) -> Picture:
+    panel = {
+        _shout(label, records): {
+            e: found for e in battle.eps if (found := worst_case(records, e)) is not None
+        }
+        for label, records in battle.records.items()
+    }
+    picture = charts.bands(panel, battle.eps, "R@1 in the worst case", "radius, in 1/255")
+    alt = "R@1 in the worst case over the radius of the attack, one curve a variant."
+    return Picture(picture, alt, "Bands are the intervals of the table.")
+
+
+def _comparisons(setting: Setting, battle: Battle) -> list[tuple[str, Comparison]]:
+    """(radius, robust against standard of the same method), corrected together."""
+    known = [v for v in setting.variants if v.label in battle.records]
+    found: list[tuple[str, Comparison]] = []
+    for robust in (v for v in known if v.robust):
+        for standard in (v for v in known if not v.robust and v.method == robust.method):
+            pair = battle.records[robust.label], battle.records[standard.label]
+            count = min(map(len, pair))
+            both = [records[:count] for records in pair]
+            if len({tuple(r["queries"]) for records in both for r in records}) > 1:
+                continue
+            for eps in PAIRED_EPS:
+                if all(eps in r["worst_case"] for records in both for r in records):
+                    compared = _compare(robust.label, standard.label, both, eps)
+                    found.append((eps, compared))
+    comparisons = corrected([comparison for _, comparison in found])
+    return [(eps, c) for (eps, _), c in zip(found, comparisons, strict=True)]
+
+
+def _compare(first: str, second: str, both: list[list[Record]], eps: str) -> Comparison:
+    a, b = (
+        np.array([[int(bit) for bit in r["worst_case"][eps]["right"]] for r in rows])
+        for rows in both
+    )
+    return Comparison(first, second, hit_difference(a, b), None)
+
+
+def _paired(rows: Sequence[tuple[str, Comparison]]) -> Table:
+    cells = [
+        [
+            c.first,
+            c.second,
+            f"{eps}/255",
+            signed(c.recall),
+            p_text(c.recall.p_value),
+            p_text(c.p_holm),
+        ]
+        for eps, c in rows
+    ]
+    caption = (
+        "Robust against standard on the same attacked queries, tested as in the clean table; Holm "
+        "corrects for all rows."
+    )
+    return Table(["A", "B", "radius", "R@1, A - B", "p", "p, Holm"], cells, caption)
+
+
+def _pairs(battle: Battle) -> list[Block]:
+    rows: list[list[str | float | None]] = []
+    for label, records in battle.records.items():
+        found = [worst_case(records, e, "pair_accuracy") for e in battle.eps]
+        if any(i is not None for i in found):
+            rows.append([label, *(None if i is None else i.mean for i in found)])
+    if not rows:
+        return []
+    header = ["", *("clean" if float(e) == 0 else f"{e}/255" for e in battle.eps)]
+    caption = "Pair accuracy where one photograph of each pair is attacked; mean over seeds."
+    return [Table(header, rows, caption)]
+
+
+def _each_attack(battle: Battle) -> Details:
+    rows: list[list[str | float | None]] = []
+    for label, records in battle.records.items():
+        for name in records[0]["attacks"]:
+            values = [
+                [r["attacks"][name][e]["recall_at_1"] for r in records if e in r["attacks"][name]]
+                for e in battle.eps
+            ]
+            seconds = sum(r["seconds"].get(name, 0.0) for r in records)
+            means = [sum(v) / len(v) if v else None for v in values]
+            rows.append([f"{label}: {name}", *means, f"{seconds:.0f}"])
+    cumulative = battle.first["rows"] == "cumulative"
+    caption = "R@1 under each attack, mean over seeds. " + (
+        "Cumulative: an attack got only the queries that those above it left right."
+        if cumulative
+        else "Every attack got every query."
+    )
+    names = [f"{e}/255" for e in battle.eps]
+    return Details("Every attack", Table(["", *names, "seconds"], rows, caption))
+
+
+def _checks(battle: Battle) -> Block:
+    rows: list[list[str | float | None]] = [
+        [
+            f"{label}: {check['name']}",
+            "not asked" if check["passed"] is None else "yes" if check["passed"] else "NO",
+            check["text"],
+        ]
+        for label, records in battle.records.items()
+        for record in records
+        for check in (record.get("audit") or {}).get("checks", [])
+    ]
+    table = Table(["check", "passed", "what was found"], rows)
+    return Details("Audit, check by check", table if rows else Text("Nothing was audited."))
+
+
+def _sheets(setting: Setting) -> list[Block]:
+    """Queries that fell, as `flowerray attack` drew them, of the first seed of each variant."""
+    pictures: list[Block] = []
+    for variant in setting.variants:
+        drawn = [e for e in variant.entries if _drawn(e)]
+        for file in _drawn(drawn[0])[:SHEETS] if drawn else []:
+            text = f"{variant.label}, seed {drawn[0].seed}: {file.stem.replace('_', ' ')}."
+            pictures.append(Picture(file, f"Queries that an attack turned. {text}", text))
+    return pictures
+
+
+def _drawn(entry: Entry) -> list[Any]:
+    return sorted(entry.folder.plots.glob("worst_queries*.png"))

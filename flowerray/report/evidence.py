@@ -1,0 +1,242 @@
+"""The report's sections that are made of pictures: galleries, failures, explanations."""
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flowerray.errors import UserError
+from flowerray.evaluate.statistics import Interval
+from flowerray.report.gather import Entry, Setting, read_json
+from flowerray.report.numbers import FROZEN, Measured, measured
+from flowerray.report.page import Block, Note, Picture, Pictures, Table, Text
+from flowerray.report.sections import cell, missing
+
+WORST = 8
+"""Failures, and classes, that are shown."""
+EXPLANATIONS = 6
+"""Explanation pictures shown of a run; the others are in its folder."""
+MAP_METRICS = {
+    "energy": "energy in mask",
+    "pointing": "pointing game",
+    "iou": "IoU with mask",
+    "deletion": "deletion (lower is better)",
+    "insertion": "insertion",
+    "road_morf": "ROAD drop",
+}
+_SIDE, _GAP = 200, 6
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A query whose nearest gallery image is of another class."""
+
+    query: str
+    class_name: str
+    nearest: str
+    """The gallery image of the surest miss."""
+    nearest_class: str
+    similarity: float
+    """Its cosine."""
+    missed: int
+    """Runs that missed the query."""
+    runs: int
+    root: Path
+
+
+def galleries(setting: Setting) -> list[Block]:
+    """What the first seed of every variant found."""
+    blocks: list[Block] = []
+    for variant in setting.variants:
+        drawn = [entry for entry in variant.entries if _sheets(entry)]
+        for path in _sheets(drawn[0]) if drawn else []:
+            about = f"{variant.label}, seed {drawn[0].seed}: {_words(path.stem)}"
+            alt = f"Queries and their nearest gallery images, {about}; hits green, misses red."
+            blocks.append(Picture(path, alt, f"{about}."))
+    if not blocks:
+        return [missing("No retrieval gallery was drawn", "flowerray evaluate RUN --split test")]
+    text = (
+        "The first seed of each variant; the other seeds' pictures are in `RUN/plots/`. Queries "
+        "are drawn at random, half of them misses as far as there are any. Green with a tick: the "
+        "query's class; red with a cross: another."
+    )
+    return [Text(text), *blocks]
+
+
+def failures(setting: Setting) -> list[Block]:
+    """The classes and the queries that go wrong most, over all trained runs."""
+    blocks: list[Block] = []
+    for table in measured(setting):
+        records = [
+            record
+            for name, rows in table.records.items()
+            if not name.startswith(FROZEN)
+            for record in rows
+            if "class" in record.get("per_query", {})
+        ]
+        if records:
+            blocks += [_worst_classes(records, table), *_worst_queries(records)]
+    if not blocks:
+        what = "No evaluation kept what each query found"
+        return [missing(what, "flowerray evaluate RUN --split test")]
+    return blocks
+
+
+def find_failures(records: Sequence[dict]) -> list[Failure]:
+    """Missed queries of several evaluations: those that most runs missed first, then by the cosine
+    of the surest miss.
+    """
+    misses: dict[str, list[tuple[float, str, str, str, str]]] = {}
+    asked: Counter[str] = Counter()
+    for record in records:
+        per = record["per_query"]
+        for i, query in enumerate(record["queries"]):
+            if not per["num_relevant"][i]:
+                continue
+            asked[query] += 1
+            if not per["hit"][i]:
+                misses.setdefault(query, []).append(
+                    (
+                        per["similarity"][i], per["nearest"][i], per["nearest_class"][i],
+                        per["class"][i], record["root"],
+                    )
+                )  # fmt: skip
+    found = []
+    for query, own in misses.items():
+        similarity, nearest, nearest_class, class_name, root = max(own)
+        found.append(
+            Failure(
+                query, class_name, nearest, nearest_class, similarity, len(own), asked[query],
+                Path(root),
+            )
+        )  # fmt: skip
+    return sorted(found, key=lambda f: (-f.missed / f.runs, -f.similarity, f.query))
+
+
+def _worst_classes(records: Sequence[dict], table: Measured) -> Block:
+    hits: dict[str, list[int]] = {}
+    taken: dict[str, Counter[str]] = {}
+    for record in records:
+        per = record["per_query"]
+        rows = zip(per["class"], per["hit"], per["nearest_class"], per["num_relevant"], strict=True)
+        for class_name, hit, nearest_class, relevant in rows:
+            if relevant:
+                hits.setdefault(class_name, []).append(hit)
+                if not hit:
+                    taken.setdefault(class_name, Counter())[nearest_class] += 1
+    order = sorted(hits, key=lambda name: (sum(hits[name]) / len(hits[name]), name))[:WORST]
+    rows_out: list[list[str | float | None]] = []
+    for name in order:
+        wrong = ", ".join(
+            f"{other} ({n})" for other, n in taken.get(name, Counter()).most_common(3)
+        )
+        rows_out.append([name, sum(hits[name]) / len(hits[name]), len(hits[name]), wrong or "–"])
+    caption = (
+        f"The classes with the lowest R@1 over all trained runs ({len(records)} evaluations of "
+        f"{table.title}), and what their queries were taken for."
+    )
+    return Table(["class", "R@1", "queries x runs", "taken for"], rows_out, caption)
+
+
+def _worst_queries(records: Sequence[dict]) -> list[Block]:
+    found = find_failures(records)
+    if not found:
+        return [Text("Every query of every run found an image of its class first.")]
+    pictures = []
+    for failure in found[:WORST]:
+        text = (
+            f"{failure.class_name} taken for {failure.nearest_class}, cosine "
+            f"{failure.similarity:.2f}, in {failure.missed} of {failure.runs} runs. "
+            f"`{failure.query}` and `{failure.nearest}`"
+        )
+        try:
+            data = side_by_side(failure.root / failure.query, failure.root / failure.nearest)
+        except UserError:
+            rows: list[list[str | float | None]] = [
+                [f.query, f.class_name, f.nearest_class, f.missed] for f in found[:WORST]
+            ]
+            note = f"The photographs are not at {failure.root} any more, so files are named only."
+            return [
+                Note(note),
+                Table(["query", "class", "taken for", "runs that missed it"], rows),
+            ]
+        alt = f"A {failure.class_name} query, left, and the {failure.nearest_class} found, right."
+        pictures.append(Picture(data, alt, text))
+    about = (
+        f"{len(found)} queries were missed by at least one run. The surest of those that most runs "
+        "missed: left the query, right the image that was found for it."
+    )
+    return [Text(about), Pictures(*pictures, width=260)]
+
+
+def side_by_side(first: Path, second: Path) -> bytes:
+    """Two photographs as one JPEG.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    from PIL import Image, ImageOps
+
+    sheet = Image.new("RGB", (2 * _SIDE + _GAP, _SIDE), "white")
+    for number, path in enumerate((first, second)):
+        try:
+            with Image.open(path) as image:
+                tile = ImageOps.fit(image.convert("RGB"), (_SIDE, _SIDE))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read as an image: {error}.") from error
+        sheet.paste(tile, (number * (_SIDE + _GAP), 0))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "JPEG", quality=88)
+    return buffer.getvalue()
+
+
+def explanations(setting: Setting) -> list[Block]:
+    """RUN/explanations/: how well the heat maps say what the model looks at, and pictures."""
+    blocks: list[Block] = []
+    for variant in setting.variants:
+        for entry in variant.entries:
+            folder = entry.folder.path / "explanations"
+            files = sorted(folder.rglob("*.png"))
+            judged = folder / "faithfulness.json"
+            about = f"{variant.label}, seed {entry.seed}"
+            if judged.exists():
+                blocks += _faithfulness(about, read_json(judged))
+            for file in files[:EXPLANATIONS]:
+                text = f"{about}: {_words(file.stem)}."
+                blocks.append(Picture(file, f"Explanation, {text}", text))
+            if len(files) > EXPLANATIONS:
+                blocks.append(Text(f"{len(files) - EXPLANATIONS} more are in `{folder}`."))
+    return blocks or [missing("No run has been explained", "flowerray explain RUN")]
+
+
+def _faithfulness(about: str, content: dict) -> list[Block]:
+    """Scores of the chosen map and its rivals, and what its sanity checks said."""
+    scores = content["scores"]
+    metrics = [m for m in MAP_METRICS if all(m in row for row in scores.values())]
+    rows: list[list[str | float | None]] = [
+        [
+            "chosen map" if name == "chosen" else name,
+            *(cell(Interval(content["images"], **row[m])) for m in metrics),
+        ]
+        for name, row in scores.items()
+    ]
+    chosen = content["chosen"]
+    where = " at ".join(filter(None, (chosen["method"], chosen["layer"])))
+    on = f", chosen on {chosen['images']} {chosen['on']} images" if chosen["on"] else ""
+    caption = f"{about}: {where}{on}, on {content['images']} {content['split']} images; 95 % CI."
+    blocks: list[Block] = [Table(["", *(MAP_METRICS[m] for m in metrics)], rows, caption)]
+    checks = content["sanity"]["chosen"]
+    failed = [f"{_words(name)} ({c['rule']})" for name, c in checks.items() if not c["passed"]]
+    if failed:
+        text = f"{about}: the map fails the sanity checks {', '.join(failed)}."
+        return [Note(text, "warn"), *blocks]
+    return [*blocks, Text(f"The map passes its sanity checks: {', '.join(map(_words, checks))}.")]
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("-", " ")
+
+
+def _sheets(entry: Entry) -> list[Path]:
+    return sorted(entry.folder.plots.glob("retrieval_*.png"))

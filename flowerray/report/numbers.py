@@ -1,0 +1,168 @@
+"""The numbers behind the report's tables: means over seeds with intervals, and paired tests.
+
+Letters: S seeds, Q queries.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowerray.evaluate.statistics import (
+    Interval,
+    PairedTest,
+    bootstrap_interval,
+    holm,
+    mcnemar,
+    paired_bootstrap,
+    t_interval,
+)
+from flowerray.report.gather import Setting, Variant
+
+RESAMPLES = 2000
+"""Of the paired bootstrap: its bounds are then good to the third decimal."""
+PER_QUERY = {"recall_at_1": "hit", "map_at_r": "average_precision"}
+FROZEN = "frozen features"
+
+Record = dict[str, Any]
+"""An evaluation, as RUN/evaluation/<split>.json holds it."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Evaluations with the same queries and the same gallery."""
+
+    split: str
+    num_queries: int
+    num_gallery: int
+    records: dict[str, list[Record]]
+    """Variant (or frozen backbone) -> one a seed, by seed."""
+
+    @property
+    def title(self) -> str:
+        """What was searched for in what."""
+        return f"{self.num_queries:,} {self.split} queries, {self.num_gallery:,} gallery images"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two rows of a table, query by query."""
+
+    first: str
+    second: str
+    recall: PairedTest
+    """Of the difference in R@1, first - second."""
+    average_precision: PairedTest | None
+    """The same of MAP@R, where it is known for each query."""
+    p_holm: float = 1.0
+    """The p-value of R@1, corrected for all comparisons of the table."""
+
+
+def measured(setting: Setting) -> list[Measured]:
+    """The setting's evaluations by queries and gallery."""
+    found: dict[tuple[str, int, int], dict[str, list[Record]]] = {}
+
+    def add(label: str, record: Record) -> None:
+        m = record["metrics"]
+        key = (record["split"], int(m["num_queries"]), int(m["num_gallery"]))
+        found.setdefault(key, {}).setdefault(label, []).append(record)
+
+    several = len(setting.frozen) > 1
+    for floor, record in setting.frozen.items():
+        add(f"{FROZEN} ({floor})" if several else FROZEN, record)
+    for variant in setting.variants:
+        for entry in variant.entries:
+            for record in entry.evaluations.values():
+                add(variant.label, record)
+    kept = {key: rows for key, rows in found.items() if any(FROZEN not in name for name in rows)}
+    return [Measured(*key, rows) for key, rows in kept.items()]
+
+
+def summary(records: Sequence[Record], metric: str) -> Interval | None:
+    """A metric's mean over seeds with Student's interval; of one seed, with the bootstrap over its
+    queries where they are known. Bounds stay within 0..1. None where no evaluation has it.
+    """
+    values = [r["metrics"][metric] for r in records if metric in r["metrics"]]
+    if not values:
+        return None
+    found = t_interval(values)
+    if len(values) == 1 and metric in PER_QUERY and "per_query" in records[0]:
+        found = bootstrap_interval(scores(records, metric)[0], resamples=RESAMPLES)
+    return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
+
+
+def scores(records: Sequence[Record], metric: str) -> NDArray[np.float64]:
+    """(S, Q) score of each query that has something to find."""
+    counted = np.array(records[0]["per_query"]["num_relevant"]) > 0
+    return np.array([r["per_query"][PER_QUERY[metric]] for r in records], float)[:, counted]
+
+
+def comparisons(setting: Setting, table: Measured) -> list[Comparison]:
+    """Every trained row against its frozen features, every robust one against the standard ones of
+    its method, and the standard ones among each other.
+    """
+    rows = {name: [r for r in found if "per_query" in r] for name, found in table.records.items()}
+    rows = {name: found for name, found in rows.items() if found}
+    found = []
+    for first, second in _pairs(setting.variants, rows):
+        if (compared := compare(first, rows[first], second, rows[second])) is not None:
+            found.append(compared)
+    return corrected(found)
+
+
+def compare(
+    first: str, first_records: Sequence[Record], second: str, second_records: Sequence[Record]
+) -> Comparison | None:
+    """Two rows; None where they were not asked the same queries.
+
+    Seeds are paired in order, as many as both have; one record (frozen features) is paired with
+    every seed of the other.
+    """
+    queries = {tuple(r["queries"]) for r in (*first_records, *second_records)}
+    if len(queries) > 1:
+        return None
+    if len(second_records) > 1:
+        count = min(len(first_records), len(second_records))
+        first_records, second_records = first_records[:count], second_records[:count]
+    hits, precision = (
+        [scores(records, metric) for records in (first_records, second_records)]
+        for metric in PER_QUERY
+    )
+    if hits[0].shape[1] < 2:
+        return None
+    difference = paired_bootstrap(*precision, resamples=RESAMPLES)
+    return Comparison(first, second, hit_difference(*hits), difference)
+
+
+def hit_difference(first_SQ: NDArray, second_SQ: NDArray) -> PairedTest:
+    """McNemar's exact test for one run against one, else the paired bootstrap."""
+    if len(first_SQ) == len(second_SQ) == 1:
+        return mcnemar(first_SQ[0], second_SQ[0])
+    return paired_bootstrap(first_SQ, second_SQ, resamples=RESAMPLES)
+
+
+def corrected(found: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons with p-values that hold for all of them together."""
+    if not found:
+        return []
+    adjusted = holm([c.recall.p_value for c in found])
+    return [replace(c, p_holm=float(p)) for c, p in zip(found, adjusted, strict=True)]
+
+
+def _pairs(
+    variants: Sequence[Variant], rows: Mapping[str, Sequence[Record]]
+) -> list[tuple[str, str]]:
+    known = [v for v in variants if v.label in rows]
+    pairs = []
+    for variant in known:
+        floor = variant.entries[0].floor
+        floors = [name for name in (FROZEN, f"{FROZEN} ({floor})") if name in rows]
+        pairs += [(variant.label, name) for name in floors]
+    standard = [v for v in known if not v.robust]
+    for variant in known:
+        if variant.robust:
+            pairs += [(variant.label, s.label) for s in standard if s.method == variant.method]
+    pairs += [(a.label, b.label) for i, a in enumerate(standard) for b in standard[i + 1 :]]
+    return pairs

@@ -1,0 +1,295 @@
+"""The report's sections that are made of tables and curves: clean results, training, cost, data,
+and how to make it all again. Each returns blocks; one that lacks its data says what brings it.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+from flowerray.evaluate.statistics import Interval
+from flowerray.report import charts
+from flowerray.report.gather import Entry, Setting, Variant
+from flowerray.report.numbers import FROZEN, Comparison, Measured, comparisons, measured, summary
+from flowerray.report.page import Block, Bold, Commands, Details, Note, Picture, Table, Text
+
+METRICS = {
+    "recall_at_1": "R@1",
+    "recall_at_5": "R@5",
+    "map_at_r": "MAP@R",
+    "recall_at_1_per_class_mean": "R@1, mean of classes",
+    "pair_auc": "pair AUC",
+    "pair_accuracy": "pair accuracy",
+}
+CURVES = {
+    "val/map_at_r": "val MAP@R",
+    "val/recall_at_1": "val R@1",
+    "val/adversarial_recall_at_1": "val R@1 under attack",
+    "epoch/loss": "training loss",
+}
+DATA_FACTS = {
+    "dataset/kind": "kind",
+    "dataset/images": "images",
+    "dataset/classes": "classes",
+    "dataset/train": "train images",
+    "dataset/val": "val images",
+    "dataset/test": "test images",
+    "dataset/fingerprint": "fingerprint of files, labels and splits",
+}
+
+
+def summary_of(setting: Setting) -> list[Block]:
+    """What was run and what came out, in a few sentences."""
+    seeds = sorted({len(variant.entries) for variant in setting.variants})
+    times = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    said = [
+        f"{len(setting.entries)} runs: {len(setting.variants)} variants with {times} "
+        f"seed{'' if seeds[-1] == 1 else 's'} each."
+    ]
+    for table in measured(setting):
+        found = {name: summary(records, "recall_at_1") for name, records in table.records.items()}
+        trained = {n: i for n, i in found.items() if i is not None and not n.startswith(FROZEN)}
+        best = max(trained, key=lambda name: trained[name].mean)
+        said.append(f"Highest R@1 on {table.title}: {best}, {cell(trained[best])}.")
+        frozen = [i for n, i in found.items() if i is not None and n.startswith(FROZEN)]
+        if frozen:
+            said[-1] += f" Frozen features: {', '.join(str(cell(i)) for i in frozen)}."
+    robust = [variant.label for variant in setting.variants if variant.robust]
+    if robust:
+        said.append(f"Trained against attacks: {', '.join(robust)}.")
+    return [Text("\n\n".join(said))]
+
+
+def clean(setting: Setting) -> list[Block]:
+    """Retrieval and verification on clean photographs, with paired tests."""
+    tables = measured(setting)
+    if not tables:
+        return [missing("No run has been evaluated", "flowerray evaluate RUN --split test")]
+    blocks: list[Block] = []
+    for table in tables:
+        blocks += _clean_table(table)
+        rows = comparisons(setting, table)
+        if rows:
+            blocks.append(_paired(rows))
+        elif any("per_query" not in r for found in table.records.values() for r in found):
+            blocks.append(
+                Text(
+                    "Paired tests need the scores of each query, which these evaluations did not "
+                    "keep: `flowerray evaluate RUN --split test` writes them."
+                )
+            )
+    return blocks
+
+
+def _clean_table(table: Measured) -> list[Block]:
+    metrics = {
+        key: label
+        for key, label in METRICS.items()
+        if any(key in r["metrics"] for found in table.records.values() for r in found)
+    }
+    found = {
+        name: {key: summary(records, key) for key in metrics}
+        for name, records in table.records.items()
+    }
+    best = {key: highest([row[key] for row in found.values()]) for key in metrics}
+    rows: list[list[str | float | None]] = []
+    for name, row in found.items():
+        cells = [cell(row[key], best[key]) for key in metrics]
+        seeds = "–" if name.startswith(FROZEN) else str(len(table.records[name]))
+        rows.append([name, seeds, *cells])
+    caption = (
+        f"{table.title}. Mean and 95 % interval: Student's t over seeds; with one seed the "
+        "bootstrap over queries, where their scores were kept. The best mean of a column is bold."
+    )
+    picture = charts.forest(
+        {
+            metrics[key]: {name: i for name, row in found.items() if (i := row[key]) is not None}
+            for key in ("recall_at_1", "map_at_r")
+            if key in metrics
+        },
+        [name for name in found if name.startswith(FROZEN)],
+    )
+    alt = "R@1 and MAP@R of each variant with intervals, as in the table above."
+    return [
+        Table(["", "seeds", *metrics.values()], rows, caption),
+        Picture(picture, alt, f"Means and 95 % intervals, {table.split} split."),
+    ]
+
+
+def _paired(rows: Sequence[Comparison]) -> Table:
+    return Table(
+        ["A", "B", "R@1, A - B", "MAP@R, A - B", "p", "p, Holm"],
+        [
+            [
+                c.first, c.second, signed(c.recall), signed(c.average_precision),
+                p_text(c.recall.p_value), p_text(c.p_holm),
+            ]
+            for c in rows
+        ],
+        "Paired comparisons on the same queries. p, of no difference in R@1: McNemar's exact test "
+        "for one run against one, else the bootstrap over seeds and queries, as for the 95 % "
+        "intervals; the last column corrects for all rows (Holm). A few seeds understate how much "
+        "trainings differ.",
+    )  # fmt: skip
+
+
+def training(setting: Setting) -> list[Block]:
+    """Validation and loss by epoch, all runs overlaid."""
+    panels: dict[str, dict[str, list[charts.Curve]]] = {}
+    for metric, title in CURVES.items():
+        for variant in setting.variants:
+            seeds: list[charts.Curve] = [
+                series for entry in variant.entries if (series := entry.series(metric))
+            ]
+            if seeds:
+                panels.setdefault(title, {})[variant.label] = seeds
+    if not panels:
+        return [missing("No run has finished an epoch", "flowerray train METHOD --resume RUN")]
+    caption = (
+        "By epoch. Faint lines are single seeds, the marked line is their mean. Losses of "
+        "different methods are on different scales: compare a method with itself only."
+    )
+    return [Picture(charts.curves(panels, "epoch"), "Training curves by epoch.", caption)]
+
+
+def cost(setting: Setting, parameters: Mapping[Entry, int]) -> list[Block]:
+    """Time, throughput and size of each variant; and the runs themselves.
+
+    Args:
+        parameters: of the exported embedder, where there is one.
+    """
+    rows: list[list[str | float | None]] = []
+    for variant in setting.variants:
+        rows.append(
+            [
+                variant.label,
+                _middle(variant, lambda e: len(e.series("epoch/seconds")) or None),
+                _middle(variant, lambda e: e.records[-1]["step"] if e.records else None),
+                _middle(variant, lambda e: sum(v for _, v in e.series("epoch/seconds")) or None),
+                _middle(variant, lambda e: _throughput(e)),
+                _middle(variant, lambda e: n / 1e6 if (n := parameters.get(e)) else None, ".2f"),
+            ]
+        )
+    header = ["", "epochs", "steps", "training, s", "images/s", "parameters, M"]
+    caption = (
+        "Medians over seeds; training time without start-up, images/s while training. Times "
+        "compare only where the runs had the same machine to themselves."
+    )
+    runs = Table(
+        ["run", "variant", "seed", "status", "best val MAP@R", "folder"],
+        [
+            [
+                e.name, variant.label, str(e.seed), e.status or "unknown",
+                max((v for _, v in e.series("val/map_at_r")), default=None), str(e.folder.path),
+            ]
+            for variant in setting.variants
+            for e in variant.entries
+        ],
+    )  # fmt: skip
+    blocks: list[Block] = [Table(header, rows, caption)]
+    unfinished = [e.name for e in setting.entries if not e.finished]
+    if unfinished:
+        blocks.append(
+            Note(
+                f"Not finished: {', '.join(unfinished)}. Their rows say what there was when they "
+                "stopped; `flowerray train METHOD --resume RUN` continues one.",
+                "warn",
+            )
+        )
+    return [*blocks, Details(f"The {len(setting.entries)} runs", runs)]
+
+
+def data_card(setting: Setting) -> list[Block]:
+    """What is known of the data, without opening it."""
+    entry = setting.entries[0]
+    rows: list[list[str | float | None]] = []
+    for key, label in DATA_FACTS.items():
+        if key in entry.tags:
+            rows.append([label, entry.tags[key]])
+    known = {*DATA_FACTS, "dataset/protocol"}
+    for key, value in entry.tags.items():
+        if key.startswith("dataset/") and key not in known:
+            rows.append([key.removeprefix("dataset/").replace("_", " "), value])
+    options = entry.options
+    hidden = "data.synthetic." if options.get("data.root") else "data.root"
+    for key, value in options.items():
+        if key.startswith("data.") and not key.startswith(hidden):
+            rows.append([key.removeprefix("data.").replace("_", " "), str(value)])
+    blocks: list[Block] = [Table(["fact", "value"], rows)]
+    if not any(key.startswith("dataset/") for key in entry.tags):
+        blocks.append(
+            missing("The data's counts were not noted with these runs", "flowerray explore DIR")
+        )
+    return blocks
+
+
+def reproduce(setting: Setting, commands: Mapping[Entry, str]) -> list[Block]:
+    """The command of every run, and the versions that it ran with.
+
+    Args:
+        commands: of the runs that this version understands.
+    """
+    lines = [commands[e] for e in setting.entries if e in commands]
+    blocks: list[Block] = []
+    if lines:
+        blocks.append(Commands("\n".join(lines)))
+    unknown = [e.name for e in setting.entries if e not in commands]
+    if unknown:
+        blocks.append(Note(f"Written by another version, so without a command: {unknown}.", "warn"))
+    versions: dict[str, dict[str, list[str]]] = {}
+    for entry in setting.entries:
+        for key, value in entry.tags.items():
+            if key.startswith("version.") or key == "git_commit":
+                name = key.removeprefix("version.").replace("git_commit", "commit")
+                versions.setdefault(name, {}).setdefault(value, []).append(entry.name)
+    if not versions:
+        return [*blocks, Text("The versions were not noted with these runs.")]
+    rows: list[list[str | float | None]] = [
+        [
+            name,
+            next(iter(found))
+            if len(found) == 1
+            else "; ".join(f"{value} ({len(names)} runs)" for value, names in found.items()),
+        ]
+        for name, found in versions.items()
+    ]
+    return [*blocks, Table(["package", "version"], rows, "What the runs noted when they started.")]
+
+
+def missing(what: str, command: str) -> Text:
+    """One sentence: what is not there, and the command that brings it."""
+    return Text(f"{what}: `{command}` fills this section.")
+
+
+def cell(found: Interval | None, best: float | None = None) -> str | None:
+    """A mean with its interval, bold where it is the best."""
+    if found is None:
+        return None
+    text = f"{found.mean:.3f}" if found.low != found.low else f"{found:.3f}"
+    return Bold(text) if found.mean == best else text
+
+
+def highest(found: Sequence[Interval | None]) -> float | None:
+    """The best of several means; None where there is nothing to choose from."""
+    means = [i.mean for i in found if i is not None]
+    return max(means) if len(means) > 1 else None
+
+
+def signed(found: Interval | None) -> str | None:
+    """A difference with its interval."""
+    if found is None:
+        return None
+    return format(Interval(found.n, found.mean, found.low, found.high), "+.3f")
+
+
+def p_text(value: float) -> str:
+    """A p-value."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _middle(variant: Variant, of: Callable[[Entry], float | None], spec: str = ",.0f") -> str:
+    values = [value for entry in variant.entries if (value := of(entry)) is not None]
+    return format(statistics.median(values), spec) if values else "–"
+
+
+def _throughput(entry: Entry) -> float | None:
+    found = [value for _, value in entry.series("train/images_per_second")]
+    return statistics.median(found) if found else None

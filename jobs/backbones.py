@@ -1,0 +1,7 @@
+"""Measures backbones: `ray job submit --working-dir . -- python jobs/backbones.py [options]`."""
+
+import sys
+
+from flowerray.cli import main
+
+main(["backbones", *sys.argv[1:]])

@@ -1,0 +1,271 @@
+"""Our gradient descent: bounds, parity with torchattacks, the best point, no trace."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowerray.attacks.logits import MaxSimLogits
+from flowerray.attacks.objectives import cross_entropy, margin, match, shift
+from flowerray.attacks.pgd import Aim, PGDConfig, noise, pgd, project, quiet
+from flowerray.errors import UserError
+from tests.attacks.scene import Linear, Scene, marked, scene, tiny, traces
+
+
+@pytest.fixture
+def linear() -> Scene:
+    return scene(Linear(), side=8, queries=32)
+
+
+def aim_of(made: Scene) -> Aim:
+    return margin(made.embedder, made.gallery_GD, made.gallery_labels_G, made.labels_Q)
+
+
+def length(delta_BCHW: Tensor, norm: str) -> Tensor:
+    return delta_BCHW.flatten(1).double().norm(p=torch.inf if norm == "linf" else 2, dim=1)
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("epsilon", [0.5, 8.0, 300.0])
+def test_stays_within_epsilon_and_the_box(
+    linear: Scene, norm: Any, epsilon: float, keep_best: bool
+) -> None:
+    images = linear.images_QCHW.clone()
+    images[0], images[1] = 0.0, 1.0  # corners of the box
+    config = PGDConfig(norm=norm, epsilon=epsilon, steps=7, keep_best=keep_best)
+    attacked = pgd(aim_of(linear), images, config).images_BCHW
+    delta_Q = length(attacked - images, norm)
+    assert delta_Q.max() <= epsilon / 255 + 1e-6
+    assert delta_Q[2:].min() > 0.5 * min(epsilon / 255, 0.3)  # it does move
+    assert attacked.min() >= 0 and attacked.max() <= 1
+    assert attacked.dtype == torch.float32 and not attacked.requires_grad
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_epsilon_0_is_the_input_bit_for_bit(linear: Scene, norm: Any) -> None:
+    attacked = pgd(aim_of(linear), linear.images_QCHW, PGDConfig(norm=norm, epsilon=0, restarts=2))
+    assert torch.equal(attacked.images_BCHW, linear.images_QCHW)
+    assert attacked.images_BCHW is not linear.images_QCHW
+    assert attacked.value_B.max() < 0  # every query is right
+
+
+@pytest.mark.parametrize(("norm", "theirs"), [("linf", "PGD"), ("l2", "PGDL2"), ("linf", "FGSM")])
+def test_equals_torchattacks(norm: Any, theirs: str) -> None:
+    import torchattacks
+
+    made = scene(tiny().eval(), side=32)
+    logits = MaxSimLogits(made.embedder, made.gallery_GD, made.gallery_labels_G)
+    steps = 1 if theirs == "FGSM" else 5
+    config = PGDConfig(
+        norm=norm,
+        epsilon=8,
+        steps=steps,
+        alpha_ratio=1 if theirs == "FGSM" else 2.5,
+        random_start=False,
+        keep_best=False,
+    )
+    options = {} if theirs == "FGSM" else {"alpha": config.alpha, "steps": 5, "random_start": False}
+    attack = getattr(torchattacks, theirs)(logits, eps=config.radius, **options)
+    expected = attack(made.images_QCHW, made.labels_Q)
+
+    def mean(images: Tensor) -> Tensor:  # the reduction of torchattacks
+        return F.cross_entropy(logits(images), made.labels_Q)
+
+    assert torch.equal(pgd(mean, made.images_QCHW, config).images_BCHW, expected)
+    other = PGDConfig(**{**config.model_dump(), "alpha_ratio": 0.9 * config.alpha_ratio})
+    assert not torch.equal(pgd(mean, made.images_QCHW, other).images_BCHW, expected)
+    # The sum over images instead of their mean: the same but for signs of vanishing gradients.
+    ours = pgd(cross_entropy(logits, made.labels_Q), made.images_QCHW, config).images_BCHW
+    assert ((ours - expected).abs() < 1e-6).float().mean() > 0.999
+
+
+def test_keeps_the_best_point_of_all_steps_and_restarts(linear: Scene) -> None:
+    aim, seen = aim_of(linear), []
+
+    def recording(images: Tensor) -> Tensor:
+        value_B = aim(images)
+        seen.append(value_B.detach())
+        return value_B
+
+    # Steps of twice epsilon jump to and fro, so that the last point is seldom the best.
+    config = PGDConfig(epsilon=8, steps=6, alpha_ratio=12, restarts=3)
+    with quiet(linear.embedder):
+        images, value_B = pgd(recording, linear.images_QCHW, config)
+        assert len(seen) == 3 * (6 + 1)
+        best_B = torch.stack(seen).amax(0)
+        assert torch.equal(value_B, best_B)
+        torch.testing.assert_close(aim(images).detach(), best_B)
+        assert (torch.stack(seen)[6::7].amax(0) < best_B).any()  # not just the last points
+
+
+def test_more_steps_and_restarts_are_not_weaker(linear: Scene) -> None:
+    def value(**changes: Any) -> Tensor:
+        return pgd(aim_of(linear), linear.images_QCHW, PGDConfig(epsilon=4, **changes)).value_B
+
+    means = [float(value(steps=steps).mean()) for steps in (1, 5, 20)]
+    assert means[0] < means[1] <= means[2] + 1e-6
+    assert (value(steps=5, restarts=3) >= value(steps=5)).all()  # the first start is the same
+    assert (value(steps=5, restarts=3) > value(steps=5)).any()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_does_not_depend_on_batches(norm: Any) -> None:
+    made = scene(tiny(), side=32)
+    count = len(made.images_QCHW)
+    config = PGDConfig(norm=norm, epsilon=4, steps=3, restarts=2)
+
+    def one(row: int, position: int) -> Tensor:
+        aim = aim_of(made).take(torch.tensor([row]))
+        return pgd(aim, made.images_QCHW[row : row + 1], config, seed=(3, 1), positions=[position])[
+            1
+        ]
+
+    together_B = pgd(aim_of(made), made.images_QCHW, config, seed=(3, 1)).value_B
+    apart_B = torch.cat([one(row, row) for row in range(count)])
+    wrong_B = torch.cat([one(row, 0) for row in range(count)])  # planted: all draw the same start
+    assert (apart_B - together_B).abs().max() < 1e-4 < (wrong_B - together_B).abs().max()
+
+
+def test_noise_is_a_function_of_seed_and_position() -> None:
+    for norm in ("linf", "l2"):
+        rows = noise((1, 2), range(5), (3, 16, 16), norm)
+        again = noise((1, 2), [4, 1], (3, 16, 16), norm)
+        assert torch.equal(again, rows[[4, 1]])
+        other = noise((1, 3), range(5), (3, 16, 16), norm)
+        assert rows.dtype == torch.float32 and not (rows == other).all((1, 2, 3)).any()
+        assert length(rows, norm).max() < 1
+    uniform = noise((0,), range(8), (3, 32, 32), "linf")
+    assert abs(float(uniform.mean())) < 0.02
+    assert float(uniform.var()) == pytest.approx(1 / 3, rel=0.02)
+
+
+def test_a_batch_objective_gives_its_own_gradient(linear: Scene) -> None:
+    labels = linear.labels_Q
+
+    def spread(images: Tensor) -> Tensor:  # a scalar that couples the images
+        emb = linear.embedder(images)
+        return torch.cdist(emb, emb)[labels[:, None] == labels].mean()
+
+    config = PGDConfig(epsilon=8, steps=4, keep_best=False)
+    with quiet(linear.embedder):
+        images, value = pgd(spread, linear.images_QCHW, config)
+        assert value.shape == () and spread(images) > spread(linear.images_QCHW) + 0.1
+        with pytest.raises(AssertionError, match="a value for each image"):
+            pgd(spread, linear.images_QCHW, PGDConfig(epsilon=8, steps=4))
+
+
+def test_stops_at_success_and_leaves_the_others_alone(linear: Scene) -> None:
+    config = PGDConfig(epsilon=3, steps=10, restarts=2)
+    aim, forwards = aim_of(linear), []
+
+    def counting(*args: Tensor) -> Tensor:
+        forwards.append(len(args[0]))
+        return aim.value(*args)
+
+    counted = Aim(counting, aim.rows, aim.modules)
+    stopped = pgd(counted, linear.images_QCHW, config, stop_above=0.0)
+    spent = sum(forwards)
+    forwards.clear()
+    full = pgd(counted, linear.images_QCHW, config)
+    assert sum(forwards) == 2 * 11 * len(linear.images_QCHW) and spent < sum(forwards)
+    fell_B = full.value_B > 0
+    assert 0 < fell_B.sum() < len(fell_B)
+    assert torch.equal(stopped.value_B > 0, fell_B)
+    assert torch.equal(stopped.images_BCHW[~fell_B], full.images_BCHW[~fell_B])
+    assert (stopped.value_B[fell_B] < full.value_B[fell_B]).any()
+
+
+@pytest.mark.parametrize("shifted", [lambda x: (x - 0.45) / 0.225, lambda x: x * 255, torch.log])
+def test_refuses_pixels_outside_the_box(linear: Scene, shifted: Callable[[Tensor], Tensor]) -> None:
+    images = shifted(linear.images_QCHW)
+    with pytest.raises(UserError, match=r"pixels in \[0,1\].* from .* to .* normalisation"):
+        pgd(aim_of(linear), images, PGDConfig())
+
+
+def test_refuses_shift_without_a_random_start(linear: Scene) -> None:
+    with quiet(linear.embedder):
+        images = linear.images_QCHW.clone().requires_grad_()
+        clean_BD = linear.embedder(images)
+        aim = shift(linear.embedder, clean_BD)
+        grad = torch.autograd.grad(aim(images).sum(), images)[0]
+    assert (grad == 0).all()  # why
+    with pytest.raises(UserError, match="random_start"):
+        pgd(aim, linear.images_QCHW, PGDConfig(random_start=False))
+    assert pgd(aim, linear.images_QCHW, PGDConfig(epsilon=8)).value_B.min() > 0.01
+
+
+def test_a_model_that_gives_nan_is_not_robust(linear: Scene) -> None:
+    with torch.no_grad():
+        next(linear.embedder.parameters())[0] = torch.nan
+    aim = match(linear.embedder, linear.gallery_GD[: len(linear.images_QCHW)])
+    images = linear.images_QCHW[: len(aim.rows[0])]
+    with pytest.raises(UserError, match="not finite"):
+        pgd(aim, images, PGDConfig(steps=2))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_leaves_no_trace(fails: bool) -> None:
+    made = scene(tiny(), side=32)
+    embedder = marked(made.embedder)
+    aim, calls = aim_of(made), []
+
+    def value(*args: Tensor) -> Tensor:
+        assert not any(part.training for part in embedder.modules())
+        calls.append(torch.rand(1))  # an objective may use the global RNG
+        if fails and len(calls) == 2:
+            raise RuntimeError("planted")
+        return aim.value(*args)
+
+    before = traces(embedder)
+    planted = Aim(value, aim.rows, (embedder,))
+    if fails:
+        with pytest.raises(RuntimeError, match="planted"):
+            pgd(planted, made.images_QCHW, PGDConfig(steps=3))
+    else:
+        pgd(planted, made.images_QCHW, PGDConfig(steps=3))
+    assert len(calls) > 1 and traces(embedder) == before
+
+
+def test_the_check_for_traces_sees_what_torchattacks_leaves() -> None:
+    import torchattacks
+
+    made = scene(Linear(), side=8)
+    embedder = marked(made.embedder)
+    logits = MaxSimLogits(embedder, made.gallery_GD, made.gallery_labels_G)
+    next(part for part in embedder.modules() if isinstance(part, nn.Dropout)).eval()
+    before = traces(embedder)
+    torchattacks.APGD(logits, steps=2)(made.images_QCHW, made.labels_Q)
+    after = traces(embedder)
+    assert after["modes"]["dropout"] and not before["modes"]["dropout"]
+    assert after["rng"] != before["rng"]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_works_where_gradients_are_off(linear: Scene, mode: Any) -> None:
+    expected = pgd(aim_of(linear), linear.images_QCHW, PGDConfig(steps=3))
+    with mode():
+        made = linear._replace(
+            images_QCHW=linear.images_QCHW + 0,
+            labels_Q=linear.labels_Q + 0,
+            gallery_GD=linear.gallery_GD + 0,
+            gallery_labels_G=linear.gallery_labels_G + 0,
+        )
+        attacked = pgd(aim_of(made), made.images_QCHW, PGDConfig(steps=3))
+        assert not torch.is_grad_enabled()
+    assert torch.equal(attacked.images_BCHW, expected.images_BCHW)
+    assert not attacked.images_BCHW.is_inference()
+
+
+def test_projection_by_hand() -> None:
+    images = torch.full((1, 1, 1, 2), 0.5, dtype=torch.float64)
+    points = images + torch.tensor([0.3, -0.4])
+    inside = project(points, images, 0.25, "l2") - images
+    torch.testing.assert_close(inside.flatten(), torch.tensor([0.15, -0.2]).double())
+    cut = project(points, images, 0.35, "linf") - images
+    torch.testing.assert_close(cut.flatten(), torch.tensor([0.3, -0.35]).double())
+    assert torch.equal(project(images, images, 0.25, "l2"), images)  # no length, no NaN
+    assert project(images + 3, images, 9.0, "linf").max() == 1

@@ -1,0 +1,245 @@
+"""Searches through Ray: a whole study, a killed driver, a lost node, a submitted job."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flowerray import tracking
+from flowerray.checkpoint import load_export
+from flowerray.cli import dispatch
+from flowerray.cluster.session import ray_session
+from flowerray.cluster.study import Study
+from flowerray.cluster.tune import make_scheduler
+from flowerray.rundir import RunDir
+from tests.cluster.studies import make_study, run_trial, tune_words
+from tests.cluster.test_fit import ROOT, free_ports, head, steps_done, wait_for
+
+__all__ = ["head"]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
+LONG = 40
+"""Epochs of a trial that is interrupted; 240 steps."""
+
+
+@pytest.fixture
+def studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of studies, whose MLflow database `models:/` is looked up in."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    return tmp_path
+
+
+def children(study: Path) -> dict[str, Any]:
+    """The MLflow runs of a study's trials, by name."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracking.tracking_uri(study))
+    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
+    assert experiment is not None
+    parent = tracking.run_id(study)
+    runs = client.search_runs(
+        [experiment.experiment_id],
+        f"tags.`mlflow.parentRunId` = '{parent}' and tags.kind = 'trial'",
+    )
+    return {run.info.run_name: run for run in runs}
+
+
+def history_is_whole(study: Study, trials: int) -> list[Any]:
+    """Optuna's trials that ended; none is left open, each has its RUN folder."""
+    optuna_study = study.open_optuna()
+    ended = study.ended(optuna_study)
+    assert len(ended) == trials
+    assert {t.state.name for t in optuna_study.trials} <= {"COMPLETE", "PRUNED", "FAIL"}
+    names = [study.trial_dir(t).path.name for t in ended]
+    assert len(set(names)) == trials
+    assert {p.name for p in (study.folder / "trials").iterdir()} == set(names)
+    return ended
+
+
+def assert_whole_trial(run_dir: Path, epochs: int) -> None:
+    """Each epoch of six steps is there once, in order."""
+    validated = [(r["epoch"], r["step"]) for r in RunDir(run_dir).records()
+                 if "val/map_at_r" in r["metrics"]]  # fmt: skip
+    assert validated == [(e, 6 * e) for e in range(1, epochs + 1)]
+
+
+def test_a_study_ends_with_a_champion_that_can_be_evaluated(
+    studies: Path, small_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = studies / "study"
+    with ray_session(min_cpus=2):
+        words = tune_words(small_set, out=out, trials=4, confirm_seeds=2, method__margin=0.3)
+        assert dispatch(["tune", "triplet", *words]) == 0
+    said = capsys.readouterr()
+    assert "View detailed results" not in said.out + said.err
+    lines = [line for line in said.out.splitlines() if not line.startswith(("champion", "next"))]
+    assert max(map(len, lines)) <= 80 and "4 trials" in said.out
+    assert all(line.startswith(("trial", "starting", "1 of", "2 of", "3 of", "4 of", "review"))
+               for line in said.err.splitlines() if line), said.err  # fmt: skip
+
+    study = Study.read(out)
+    assert "method.margin" not in study.knobs and "train.lr" not in study.knobs
+    ended = history_is_whole(study, 4)
+    runs = children(out)
+    assert set(runs) == {f"trial-000{i}" for i in range(4)}
+    for trial in ended:
+        run = runs[f"trial-{study.trial_dir(trial).path.name}"]
+        assert run.info.status == ("FINISHED" if trial.state.name == "COMPLETE" else "KILLED")
+        assert run.data.metrics["val/map_at_r"] > 0 and "trial/start_seconds" in run.data.metrics
+        assert run.data.params["method.miner"] == trial.params["method.miner"]
+        assert not (study.trial_dir(trial).path / "checkpoints").exists()
+    result = json.loads((out / "result.json").read_text())
+    best = [name for name, run in runs.items() if run.data.tags.get("flowerray.best") == "true"]
+    assert best == [f"trial-{result['best_trial']}"]
+    assert {p.name for p in (out / "plots").iterdir()} >= {"history.png", "slice.png"}
+
+    assert result["registered"]["version"] == "1"
+    assert dispatch(["evaluate", "models:/flowerray-triplet@champion", "--json"]) == 0
+    champion = json.loads(capsys.readouterr().out)
+    assert dispatch(["evaluate", result["champion"], "--json"]) == 0
+    same = json.loads(capsys.readouterr().out)
+    assert champion["map_at_r"] == same["map_at_r"] and champion["num_queries"] == 24
+
+
+def start(out: Path, small_set: Path, env: dict[str, str], **options: Any) -> Any:
+    """A driver in a process of its own."""
+    words = tune_words(small_set, out=out, confirm_seeds=0, pruner="none", **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", "from flowerray.cli import main; main()", "tune", "triplet", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env},
+    )  # fmt: skip
+
+
+def test_a_killed_driver_loses_nothing(studies: Path, small_set: Path) -> None:
+    """SIGKILL while the second trial trains; --resume goes on from its checkpoint."""
+    out = studies / "study"
+    options = {"trials": 2, "train__epochs": LONG, "max_concurrent": 1}
+    process = start(out, small_set, {}, **options)
+    try:
+        second = out / "trials" / "0001"
+        wait_for(lambda: process.poll() is not None or steps_done(second) >= 15, 540)
+        assert process.poll() is None, process.communicate()
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+        _, left = psutil.wait_procs(family, timeout=20)
+        for one in left:
+            one.kill()
+    finally:
+        process.kill()
+    before = {p: p.stat().st_mtime_ns for p in (out / "trials" / "0000").glob("*.pth")}
+    assert before
+    first_line = (second / "metrics.jsonl").read_text().splitlines()[0]
+    reached = json.loads((second / "checkpoints/last/run.json").read_text())
+    assert reached["train"]["epochs"] == LONG
+
+    assert dispatch(["tune", "triplet", "--resume", str(out), "--max-concurrent", "1"]) == 0
+    study = Study.read(out)
+    ended = history_is_whole(study, 2)
+    assert [t.state.name for t in study.open_optuna().trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert {p: p.stat().st_mtime_ns for p in before} == before, "a finished trial stays"
+    assert (second / "metrics.jsonl").read_text().splitlines()[0] == first_line
+    assert_whole_trial(second, LONG)
+    assert load_export(next(second.glob("*.pth")))["run"]["train"]["epochs"] == LONG
+    assert len(ended) == len(children(out)) == 2
+    assert all(run.info.status == "FINISHED" for run in children(out).values())
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head without CPUs, on ports of its own."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    agent, dashboard = free_ports(2)
+    found = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 0,
+            "include_dashboard": True,
+            "dashboard_port": dashboard,
+            "dashboard_agent_listen_port": agent,
+            "object_store_memory": 100 * 2**20,
+        },
+    )
+    yield found
+    found.shutdown()
+
+
+def test_a_lost_node_loses_nothing(cluster: Any, studies: Path, small_set: Path) -> None:
+    """The trial's node dies in mid-trial; the trial goes on elsewhere, from its checkpoint."""
+    out = studies / "study"
+
+    def add() -> Any:
+        (port,) = free_ports(1)
+        return cluster.add_node(
+            num_cpus=1, dashboard_agent_listen_port=port, object_store_memory=100 * 2**20
+        )
+
+    first = add()
+    options = {"trials": 1, "train__epochs": LONG, "max_concurrent": 1}
+    process = start(out, small_set, {"RAY_ADDRESS": cluster.address}, **options)
+    try:
+        trial = out / "trials" / "0000"
+        wait_for(lambda: process.poll() is not None or steps_done(trial) >= 15, 540)
+        assert process.poll() is None, process.communicate()
+        add()
+        cluster.remove_node(first, allow_graceful=False)
+        stdout, stderr = process.communicate(timeout=540)
+    finally:
+        process.kill()
+    assert process.returncode == 0, stderr
+    assert "1 trials (1 complete" in stdout
+    history_is_whole(Study.read(out), 1)
+    assert_whole_trial(trial, LONG)
+    assert len(RunDir(trial).series("trial/start_seconds")) == 1, "it went on, not anew"
+
+
+def test_a_submitted_job_tunes(head: str, small_set: Path, flowerray_home: Path) -> None:
+    """`ray job submit` of four short trials; the study lies in FLOWERRAY_HOME."""
+    shutil.rmtree(flowerray_home / "runs", ignore_errors=True)
+    words = tune_words(small_set, trials=4, confirm_seeds=1, max_concurrent=2)
+    variables = {"FLOWERRAY_HOME": str(flowerray_home)}
+    command = [
+        str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", head,
+        "--working-dir", str(ROOT), "--runtime-env-json", json.dumps({"env_vars": variables}),
+        "--", "python", "jobs/tune_triplet.py", *words,
+    ]  # fmt: skip
+    done = subprocess.CompletedProcess[str]([], 1)
+
+    def taken() -> bool:
+        nonlocal done
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+        return "No available agent" not in done.stderr  # the head listens before it takes jobs
+
+    wait_for(taken, 500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout
+    (out,) = (flowerray_home / "runs").glob("tune-triplet-*")
+    history_is_whole(Study.read(out), 4)
+    assert len(children(out)) == 4
+    assert json.loads((out / "result.json").read_text())["registered"]["version"] == "1"
+
+
+def test_asha_knows_the_trials_of_an_earlier_sitting(tmp_path: Path) -> None:
+    """No cluster: after two good trials a third, bad at the rung, is stopped at once."""
+    from types import SimpleNamespace
+
+    study = make_study(tmp_path / "study", tmp_path, epochs=9)
+    optuna_study = study.open_optuna()
+    for _ in range(2):
+        run_trial(study, optuna_study, [0.2, 0.5, 0.6])
+    for ended, decision in ((study.ended(optuna_study), "STOP"), ([], "CONTINUE")):
+        scheduler = make_scheduler(study, ended)
+        trial = SimpleNamespace(trial_id="new")
+        scheduler.on_trial_add(None, trial)
+        standing = {"epoch": 1, "val/map_at_r": 0.1}
+        assert scheduler.on_trial_result(None, trial, standing) == "CONTINUE"
+        assert scheduler.on_trial_result(None, trial, {**standing, "epoch": 2}) == decision

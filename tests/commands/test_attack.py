@@ -1,0 +1,210 @@
+"""`flowerray attack`: what it keeps in a RUN, what it prints, and the model beside it."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowerray.cli import dispatch
+from flowerray.commands import attack as command
+from flowerray.commands.attack import attack_model, prepare, standard_of
+from flowerray.commands.attack_record import metrics
+from flowerray.commands.models import Model, open_model
+from flowerray.data.source import open_dataset
+from flowerray.errors import UserError
+from flowerray.evaluate.attack_config import AttackConfig
+from flowerray.report.attack_table import attack_table
+from flowerray.rundir import RunDir
+
+CPU = torch.device("cpu")
+QUICK = AttackConfig(
+    attacks=("fgsm", "margin"), eps=(0, 4, 32), steps=3, restarts=1, max_queries=12, max_pairs=9
+)
+
+
+@pytest.fixture
+def run(small_run: Path) -> Iterator[RunDir]:
+    """A copy of the small RUN, beside it: they share one MLflow database."""
+    folder = RunDir(small_run.with_name("attacked"))
+    shutil.copytree(small_run, folder.path)
+    yield folder
+    shutil.rmtree(folder.path)
+
+
+@pytest.fixture
+def model(run: RunDir) -> Model:
+    return open_model(str(run.path), CPU)
+
+
+def test_what_is_kept(model: Model, run: RunDir, small_run: Path) -> None:
+    before = {name: value.clone() for name, value in model.embedder.state_dict().items()}
+    modes = [module.training for module in model.embedder.modules()]
+    content = attack_model(model, QUICK, beside=str(small_run), quiet=True)
+    (kept,) = json.loads((run.path / "robustness.json").read_text())["results"]
+    assert kept == json.loads(json.dumps(content))
+    assert kept["num_queries"] == 12 and kept["num_gallery"] == 60 and kept["gallery"] == "train"
+    assert len(kept["queries"]) == 12 == len(kept["worst_case"]["4"]["right"])
+    assert set(kept["worst_case"]) == {"0", "4", "32"} and kept["rows"] == "cumulative"
+    assert kept["worst_case"]["32"]["pair_accuracy"] <= kept["clean"]["pair_accuracy"]
+    assert kept["worst_case"]["0"]["recall_at_1"] == kept["clean"]["recall_at_1"]
+    # The same weights beside it, on the same queries, fall the same way.
+    assert kept["beside"]["worst_case"] == kept["worst_case"]
+    assert kept["beside"]["gallery_hash"] == kept["gallery_hash"]
+    for word in ("queries", "gallery", "white box", "linf", "fp32", "[0,1]"):
+        assert word in kept["threat_model"]
+    for picture in ("robustness.png", "worst_queries.png"):
+        assert Image.open(run.plots / picture).width > 400
+    (record,) = [
+        r for r in run.records() if "test/attacked_linf/recall_at_1/eps_32" in r["metrics"]
+    ]
+    worst = kept["worst_case"]["32"]
+    assert record["metrics"]["test/attacked_linf/recall_at_1/eps_32"] == worst["recall_at_1"]
+    assert record["metrics"] == metrics(content)
+    for name, value in model.embedder.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert modes == [module.training for module in model.embedder.modules()]
+    assert all(p.requires_grad and p.grad is None for p in model.embedder.parameters())
+
+
+def test_another_attack_is_added_and_the_same_replaced(model: Model, run: RunDir) -> None:
+    small = QUICK.model_copy(update={"attacks": ("fgsm",), "max_pairs": 0})
+    for norm, eps in (("linf", 4.0), ("linf", 8.0), ("l2", 255.0)):
+        config = small.model_copy(update={"norm": norm, "eps": (0.0, eps)})
+        attack_model(model, config, quiet=True)
+    results = json.loads((run.path / "robustness.json").read_text())["results"]
+    assert [(r["norm"], list(r["worst_case"])) for r in results] == [
+        ("linf", ["0", "8"]),
+        ("l2", ["0", "255"]),
+    ]
+    assert "pair_accuracy" not in results[0]["clean"]
+
+
+def test_self_gallery_leaves_the_attacked_queries_out(model: Model) -> None:
+    config = QUICK.model_copy(update={"gallery": "self", "max_queries": 1000, "max_pairs": 0})
+    dataset = open_dataset(model.run.data)
+    chosen_Q = command.attacked_queries(dataset, config)
+    assert len(chosen_Q) == 12  # half of 6 classes of 4
+    subject = prepare(model, dataset, chosen_Q, config, quiet=True)
+    assert not set(subject.measurement.query_paths) & set(subject.measurement.gallery_paths)
+    assert len(subject.arena.gallery_labels_G) == 12
+    content = attack_model(model, config, quiet=True)
+    assert content["gallery"] == "self" and content["num_gallery"] == 12
+
+
+def test_notebooks_preset(model: Model) -> None:
+    from flowerray.evaluate.attack_config import PRESETS
+
+    config = PRESETS["notebooks"]
+    assert config.attacks == ("fgsm", "pgd", "cw", "deepfool") and config.eps == (0, 4, 8)
+    budget = config.budget()
+    assert budget.alpha_ratio / budget.steps == 1 / 4  # PGD steps of eps / 4
+    assert budget.cw_weight == 1 and budget.minimum_steps == 50
+    config = config.model_copy(update={"max_queries": 3, "attacks": ("fgsm", "pgd")})
+    content = attack_model(model, config, quiet=True)
+    assert content["rows"] == "independent"
+    for scores in content["attacks"].values():
+        assert all(0 <= score["pair_accuracy"] <= 1 for score in scores.values())
+    assert "pair accuracy under each attack alone" in attack_table(content)
+
+
+def test_an_attacked_gallery_and_the_score(model: Model, run: RunDir) -> None:
+    config = QUICK.model_copy(update={"perturb": "gallery", "eps": (0.0, 32.0), "max_queries": 6})
+    content = attack_model(model, config, ers=True, audit_queries=4, quiet=True)
+    assert content["perturb"] == "gallery" and "queries are clean" in content["threat_model"]
+    assert content["ers"]["num_queries"] == 4 and len(content["ers"]["terms"]) == 10
+    assert content["ers"]["clean_recall_at_1"] == content["clean"]["recall_at_1"]
+    text = attack_table(content)
+    assert "ERS" in text and f"{100 * content['clean']['recall_at_1']:.1f} %" in text
+
+
+def table_lines(content: dict[str, Any]) -> list[str]:
+    lines = attack_table(content).splitlines()
+    assert max(map(len, lines)) <= 80
+    return lines
+
+
+def test_a_failed_audit_and_a_collapse_are_shouted(model: Model) -> None:
+    config = QUICK.model_copy(update={"max_pairs": 0, "eps": tuple(map(float, range(7)))})
+    content = attack_model(model, config, quiet=True)
+    lines = table_lines(content)
+    assert any("Not audited" in line for line in lines)
+    assert not any("No standard model" in line for line in lines)
+    hardened = table_lines({**content, "hardening": "pgd"})
+    assert any("No standard model" in line for line in hardened)
+    check = {"name": "monotone in eps", "passed": False, "value": 0.3, "text": "rises " * 20}
+    content["audit"] = {
+        "passed": False, "failed": [check["name"]], "eps": 4.0, "queries": 8, "checks": [check],
+    }  # fmt: skip
+    content["collapse"] = {**content["collapse"], "collapsed": True}
+    content["beside"] = {**content, "beside": None, "audit": None}
+    text = "\n".join(table_lines(content))
+    assert "AUDIT FAILED, do not believe" in text and "COLLAPSED" in text and "FAIL" in text
+    assert metrics(content)["test/attacked_linf/audit_failed"] == 1
+
+
+def test_the_standard_model_of_a_hardened_one(model: Model, small_run: Path) -> None:
+    assert standard_of(model) is None
+    harden = type(model.run.harden)(kind="pgd")
+    hardened = model.run.model_copy(update={"harden": harden, "init": small_run})
+    assert standard_of(replace(model, run=hardened)) == str(small_run)
+    gone = hardened.model_copy(update={"init": small_run / "gone"})
+    assert standard_of(replace(model, run=gone)) is None
+
+
+def test_the_command(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "attack", str(run.path), "--attacks", "fgsm,margin", "--eps", "0,8", "--steps", "2",
+        "--restarts", "1", "--max-queries", "6", "--max-pairs", "0", "--json",
+    ]  # fmt: skip
+    assert dispatch(words) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert list(shown["worst_case"]) == ["0", "8"]
+    assert shown["config"]["attacks"] == ["fgsm", "margin"]
+    assert dispatch(words[:-1]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80 and "R@1" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name a RUN"),
+        (["RUN", "--attacks", "fgsm,nonsense"], "no attack nonsense"),
+        (["RUN", "--split", "val", "--gallery", "nowhere"], "not a folder"),
+        (["RUN", "--beside", "nowhere"], "nowhere"),
+        (["RUN", "--preset", "nonsense"], "preset"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    run: RunDir, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = ["--max-queries", "3", "--max-pairs", "0", "--eps", "0"] if words else []
+    words = [str(run.path) if word == "RUN" else word for word in words]
+    try:
+        status = dispatch(["attack", *words, *quick])
+    except SystemExit as stop:  # tyro's own box
+        status = int(stop.code or 0)
+    captured = capsys.readouterr()
+    assert status == 2 and message in captured.err + captured.out
+    assert "Traceback" not in captured.err
+
+
+def test_a_split_that_is_not_there(model: Model) -> None:
+    dataset = open_dataset(model.run.data)
+    splits = {"test": dataset.splits["test"]}
+    config = QUICK.model_copy(update={"split": "val"})
+    with pytest.raises(UserError, match="no val split"):
+        command.attacked_queries(replace(dataset, splits=splits), config)
+    lonely = replace(dataset, splits={"test": dataset.splits["test"][:1]})
+    with pytest.raises(UserError, match="two test images"):
+        command.attacked_queries(lonely, QUICK.model_copy(update={"gallery": "self"}))
+    assert np.array_equal(
+        command.attacked_queries(dataset, QUICK), command.attacked_queries(dataset, QUICK)
+    )

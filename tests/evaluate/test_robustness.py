@@ -1,0 +1,244 @@
+"""What an attack's measurement counts, and that planted faults do not pass for robustness."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flowerray.attacks import bank
+from flowerray.errors import UserError
+from flowerray.evaluate.arena import embed_images
+from flowerray.evaluate.attack_config import AttackConfig
+from flowerray.evaluate.gallery_attack import attack_gallery
+from flowerray.evaluate.pair_attack import attack_pairs, pairs_of_queries, query_pair_accuracy
+from flowerray.evaluate.pairs import Pairs, make_pairs, pair_metrics
+from flowerray.evaluate.retrieval import retrieval_metrics
+from flowerray.evaluate.robustness import (
+    Score,
+    admissible,
+    attack,
+    bits,
+    choose_queries,
+    collapse,
+    perturb,
+)
+from tests.evaluate.arena import Colours, Constant, arena_of, pictures
+from tests.evaluate.fakes import store_of
+
+QUICK = AttackConfig(
+    attacks=("fgsm", "margin", "apgd-ce"), eps=(0, 8, 16, 64), steps=5, restarts=2, max_pairs=30
+)
+
+
+def test_queries_are_spread_over_the_classes() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(5), [3, 9, 9, 20, 40]))
+    chosen = choose_queries(labels, 20, seed=1)
+    assert np.array_equal(chosen, np.unique(chosen)) and len(chosen) == 20
+    assert sorted(np.bincount(labels[chosen])) == [3, 4, 4, 4, 5]
+    assert np.array_equal(chosen, choose_queries(labels, 20, seed=1))
+    assert not np.array_equal(chosen, choose_queries(labels, 20, seed=2))
+    half = choose_queries(labels, 1000, seed=0, share=0.5)
+    assert list(np.bincount(labels[half])) == [1, 4, 4, 10, 20]
+
+
+def test_collapse_by_hand() -> None:
+    emb = np.random.default_rng(0).normal(size=(20, 6))
+    unit = emb / np.linalg.norm(emb, axis=1, keepdims=True)
+    cosines = [unit[i] @ unit[j] for i in range(20) for j in range(20) if i != j]
+    assert collapse(emb, 20)["mean_cosine"] == pytest.approx(np.mean(cosines))
+    assert collapse(np.tile(np.eye(7), (3, 1)), 20)["effective_rank"] == pytest.approx(7)
+    found = collapse(np.ones((9, 4)), 20)
+    assert found["collapsed"] and found["mean_cosine"] == pytest.approx(1)
+    assert found["effective_rank"] == pytest.approx(1)
+    assert collapse(np.tile(np.eye(3), (5, 1)), 20)["collapsed"]  # rank 3 cannot hold 20 classes
+    assert not collapse(np.tile(np.eye(3), (5, 1)), 3)["collapsed"]
+
+
+def test_the_curve() -> None:
+    arena = arena_of()
+    done: list[int] = []
+    result = attack(arena, QUICK, progress=done.append)
+    reference = retrieval_metrics(
+        arena.emb_QD, arena.labels_Q, arena.gallery_GD, arena.gallery_labels_G
+    )
+    assert result.clean.recall_at_1 == reference["recall_at_1"] > 0.8
+    assert result.clean.average_precision_Q.mean() == pytest.approx(reference["map_at_r"])
+    curve = [score.recall_at_1 for score in result.worst.values()]
+    assert curve == sorted(curve, reverse=True) and curve[-1] < 0.1 < curve[0]
+    for eps in (8, 16, 64):
+        rows = [result.attacks[name][eps].recall_at_1 for name in QUICK.attacks]
+        assert rows == sorted(rows, reverse=True)  # each one gets what the one before left
+        assert result.alone[eps].recall_at_1 == rows[-1]
+    assert sum(done) == 3 * 3 * 24
+    # Survivors only: the second attack gets what the first left.
+    left = sum(int(result.attacks["fgsm"][eps].hit_Q.sum()) for eps in (8, 16, 64))
+    assert result.images["margin"] == left < result.images["fgsm"]
+    content = result.to_dict()
+    assert content["worst_case"]["8"]["right"] == bits(result.worst[8].hit_Q)
+    assert content["expected_robustness"]["recall_at_1"] == pytest.approx(np.mean(curve))
+    assert content["worst_case"]["8"]["retention"] == pytest.approx(curve[1] / curve[0])
+    low, high = content["worst_case"]["8"]["ci"]
+    assert low <= curve[1] <= high
+
+
+def test_what_fell_at_a_smaller_radius_stays_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attack that works at 8/255 only: the worst case keeps it, the audit's curve does not."""
+    real = bank.run
+
+    def run(*given: Any, epsilon: float, **options: Any) -> torch.Tensor:
+        return real(*given, epsilon=64 if epsilon == 64 else 0, **options)
+
+    monkeypatch.setattr(bank, "run", run)
+    monkeypatch.setattr("flowerray.evaluate.robustness.admissible", lambda c, *_: c.new_ones(
+        len(c), dtype=torch.bool))  # fmt: skip
+    result = attack(arena_of(), QUICK.model_copy(update={"eps": (0.0, 64.0, 200.0)}))
+    assert result.worst[200].recall_at_1 == result.worst[64].recall_at_1 < 0.1
+    assert result.alone[200].recall_at_1 == result.clean.recall_at_1
+
+
+def test_independent_rows_stand_alone_and_share_the_worst_case() -> None:
+    config = QUICK.model_copy(update={"independent": True, "attacks": ("margin", "fgsm")})
+    result = attack(arena_of(), config)
+    assert result.attacks["fgsm"][16].recall_at_1 >= result.attacks["margin"][16].recall_at_1
+    assert result.images == {"margin": 72, "fgsm": 72}
+    both = result.attacks["margin"][16].worst(result.attacks["fgsm"][16])
+    assert np.array_equal(result.alone[16].hit_Q, both.hit_Q)
+    cumulative = attack(arena_of(), config.model_copy(update={"independent": False}))
+    assert np.array_equal(cumulative.alone[16].hit_Q, both.hit_Q)
+
+
+def test_batches_do_not_change_the_outcome() -> None:
+    config = QUICK.model_copy(update={"attacks": ("fgsm", "pgd", "margin"), "eps": (0.0, 16.0)})
+    a = attack(arena_of(), config.model_copy(update={"batch_size": 1}))
+    b = attack(arena_of(), config.model_copy(update={"batch_size": 32}))
+    assert bits(a.worst[16].hit_Q) == bits(b.worst[16].hit_Q)
+
+
+def test_only_what_lies_within_the_budget_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = torch.full((5, 3, 4, 4), 0.5)
+    other = clean.clone()
+    other[0] += 4 / 255
+    other[1] += 4.1 / 255
+    other[2, 0, 0, 0] = 1.5
+    other[3, 0, 0, 0] = torch.nan
+    assert admissible(clean, other, "linf", 4).tolist() == [True, False, False, False, True]
+    assert admissible(clean, other, "l2", 4).tolist() == [False, False, False, False, True]
+
+    monkeypatch.setattr(bank, "run", lambda name, embedder, images, *_, **__: 1 - images)
+    result = attack(arena_of(), QUICK)
+    assert result.worst[16].recall_at_1 == result.clean.recall_at_1
+
+
+def test_pixels_that_are_no_pixels_are_refused() -> None:
+    """The planted fault: images that were normalised (or scaled) before they came."""
+    images, _ = pictures(6, 1)
+    arena = replace(arena_of(), store=store_of(images.astype(np.int64) * 2 - 200))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"\[0,1\]"):
+        perturb(arena, "fgsm", np.arange(4), 4.0, QUICK)
+
+
+def test_a_constant_encoder_is_called_collapsed() -> None:
+    assert attack(arena_of(Constant()), QUICK).collapse["collapsed"]
+    assert not attack(arena_of(Colours()), QUICK).collapse["collapsed"]
+
+
+def test_examples_are_queries_that_fell() -> None:
+    arena = arena_of()
+    result = attack(arena, QUICK)
+    examples = result.examples[64]
+    assert 0 < len(examples) <= 6 and len({e.query for e in examples}) == len(examples)
+    for example in examples:
+        label = arena.labels_Q[example.query]
+        assert arena.gallery_labels_G[example.before_K[0]] == label
+        assert arena.gallery_labels_G[example.after_K[0]] != label and example.margin > 0
+        change = (example.adversarial_CHW - example.clean_CHW).abs().max()
+        assert 0 < change <= 64 / 255 + 1e-6
+
+
+def test_scores() -> None:
+    a = Score(np.array([True, True, False]), np.array([0.5, 0.2, 0.1]))
+    b = Score(np.array([True, False, True]), np.array([0.4, 0.3, 0.1]))
+    worst = a.worst(b)
+    assert worst.hit_Q.tolist() == [True, False, False]
+    assert worst.average_precision_Q.tolist() == [0.4, 0.2, 0.1]
+    one = Score(np.array([True]), np.array([1.0])).to_dict()
+    assert one["ci"] == [None, None]  # JSON has no NaN
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attacks": ("fgsm", "nonsense")}, "no attack nonsense"),
+        ({"attacks": ()}, "none given"),
+        ({"eps": (-1,)}, "between 0 and 255"),
+        ({"eps": ()}, "between 0 and 255"),
+        ({"norm": "l1"}, "norm"),
+    ],
+)
+def test_bad_options(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        AttackConfig(**change)
+
+
+# --- pairs ----------------------------------------------------------------------------------------
+
+
+def pairs_here(number: int = 60) -> tuple[Any, Pairs, Pairs]:
+    """The arena, pairs of its whole split, and those with an attacked query."""
+    arena = arena_of(queries=12)
+    _, labels = pictures(6, 1)
+    everything = make_pairs(labels, 0, 60, np.eye(6)[labels] + 0.01 * np.arange(36)[:, None])
+    return arena, everything, pairs_of_queries(everything, arena.chosen_Q, number, 0)
+
+
+def test_the_attacked_side_is_a_query() -> None:
+    arena, everything, chosen = pairs_here()
+    known = {(*sorted(p), k) for p, k in zip(everything.index.tolist(), everything.kind,
+                                             strict=True)}  # fmt: skip
+    assert np.isin(chosen.index[:, 0], arena.chosen_Q).all()
+    assert not np.isin(chosen.index[:, 1], arena.chosen_Q).all()
+    for pair, kind in zip(chosen.index.tolist(), chosen.kind, strict=True):
+        assert (*sorted(pair), kind) in known  # still one of the pairs, with its own kind
+    assert np.array_equal(np.bincount(chosen.kind), [20, 20, 20])
+
+
+def test_pairs_under_attack() -> None:
+    arena, _, chosen = pairs_here()
+    config = QUICK.model_copy(update={"eps": (0.0, 8.0, 64.0)})
+    found = attack_pairs(arena, chosen, 0.9, config)
+    emb_ND = embed_images(arena, arena.images(np.arange(36)))
+    clean = pair_metrics(emb_ND, chosen, 0.9)
+    # The planted fault: pairs whose kinds are misaligned with their images.
+    misaligned = Pairs(chosen.index, np.roll(chosen.kind, 20))
+    wrong = attack_pairs(arena, misaligned, 0.9, config.model_copy(update={"eps": (0.0,)}))
+    for name in ("pair_accuracy", "pair_auc"):
+        assert found[0.0][name] == pytest.approx(clean[name])
+        assert found[0.0][name] >= found[8.0][name] >= found[64.0][name]
+        assert abs(wrong[0.0][name] - clean[name]) > 0.2
+    assert found[64.0]["pair_accuracy"] < 0.3 < 0.6 < found[0.0]["pair_accuracy"]
+    query_emb = emb_ND[arena.chosen_Q]
+    accuracy = query_pair_accuracy(arena, chosen, 0.9, 64)
+    assert accuracy(query_emb) == pytest.approx(clean["pair_accuracy"])
+    assert accuracy(-query_emb) < clean["pair_accuracy"]
+
+
+# --- the gallery ----------------------------------------------------------------------------------
+
+
+def test_an_attacked_gallery() -> None:
+    arena = arena_of()
+    gallery, _ = pictures(5, 2)
+    store = store_of(gallery)
+
+    def at(eps: float) -> Any:
+        return replace(arena, gallery_GD=attack_gallery(arena, store, eps, QUICK))
+
+    assert np.array_equal(at(0).gallery_GD, arena.gallery_GD)
+    alone = attack(arena, QUICK.model_copy(update={"perturb": "gallery"}), arena_at=at)
+    assert alone.worst[64].recall_at_1 < 0.5 < alone.worst[0].recall_at_1
+    assert alone.images == {"fgsm": 0, "margin": 0, "apgd-ce": 0}
+    both = attack(arena, QUICK.model_copy(update={"perturb": "both"}), arena_at=at)
+    query = attack(arena, QUICK)
+    assert both.worst[8].recall_at_1 <= min(alone.worst[8].recall_at_1, query.worst[0].recall_at_1)

@@ -1,0 +1,68 @@
+"""Tables and pictures of an exploration whose content is known."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flowerray.data.folder import read_folder
+from flowerray.explore.exploration import Exploration, explore
+from flowerray.explore.maps import MapConfig
+from flowerray.explore.results import highlighted, write_pictures, write_tables
+from flowerray.explore.survey import take_survey
+from tests.data.pictures import class_folders
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Exploration:
+    """Three classes of 5 with one file twice, in train and in test."""
+    root = class_folders(tmp_path_factory.mktemp("results") / "set", {"a, b": 5, "c": 5, "d": 5})
+    dataset = read_folder(root, 2, 1)
+    train, test = dataset.splits["train"][0], dataset.splits["test"][0]
+    dataset.paths[test].write_bytes(dataset.paths[train].read_bytes())
+    survey = take_survey(dataset, progress=False)
+    emb = np.random.default_rng(0).normal(size=(15, 6))
+    emb[test] = emb[train]
+    emb /= np.linalg.norm(emb, axis=1, keepdims=True)
+    return explore(survey, ["a fault"], emb, emb, "a model", MapConfig())
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_tables(found: Exploration, tmp_path: Path) -> None:
+    write_tables(found, tmp_path)
+    images = rows(tmp_path / "images.csv")
+    assert len(images) == 15 and {row["class"] for row in images} == {"a, b", "c", "d"}
+    assert sum(row["split"] == "train" for row in images) == 6
+    assert images[0]["image"] == "a, b/000.jpg" and images[0]["width"] == "16"
+    assert [row["images"] for row in rows(tmp_path / "classes.csv")] == ["5", "5", "5"]
+    first, *_ = rows(tmp_path / "duplicates.csv")
+    assert {first["first_split"], first["second_split"]} == {"train", "test"}
+    assert (first["score"], first["hash_distance"], first["mirrored"]) == ("1.0", "0", "0")
+
+
+def test_facts(found: Exploration) -> None:
+    facts = found.facts()
+    across = facts["duplicates"]["across_splits"]
+    assert 1 <= across <= facts["duplicates"]["pairs"]
+    (train_test,) = (o for o in facts["overlaps"] if (o["first"], o["second"]) == ("train", "test"))
+    assert (train_test["files"], train_test["contents"]) == (0, 1)
+    recall = facts["recall_at_1"]
+    assert recall["every"]["n"] == 6 and recall["clean"]["n"] == 6 - recall["removed"] < 6
+    assert facts["problems"] == ["a fault"] and facts["unreadable"] == []
+
+
+def test_pictures(found: Exploration, tmp_path: Path) -> None:
+    charts = write_pictures(found, tmp_path)
+    assert set(charts) == {"classes", "sizes", "colours"}
+    written = {path.stem for path in tmp_path.glob("*.png")}
+    assert written == {*charts, "maps", "map_pictures", "look_alikes", "variation", "duplicates"}
+    for path in tmp_path.glob("*.png"):
+        with Image.open(path) as image:
+            assert min(image.size) > 100 and len(image.convert("L").getcolors() or "") > 2, path
+    assert sorted(highlighted(found)) == [0, 1, 2]

@@ -1,0 +1,96 @@
+"""Means over seeds and paired tests, against hand-made references."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from flowerray.report.gather import group, read_entry
+from flowerray.report.numbers import FROZEN, comparisons, measured, scores, summary
+from tests.report.runs import QUERIES, draw, evaluation, make_run, read
+
+ROOT = Path("flowers")
+
+
+def test_several_seeds_have_students_interval_cut_to_0_and_1() -> None:
+    records = [evaluation(share, seed, ROOT) for seed, share in enumerate((0.9, 0.95, 1.0))]
+    found = summary(records, "recall_at_1")
+    assert found is not None and found.mean == pytest.approx(0.95) and found.n == 3
+    half = stats.t.ppf(0.975, 2) * 0.05 / np.sqrt(3)
+    assert found.low == pytest.approx(0.95 - half) and found.high == 1.0
+    assert summary(records, "pair_eer") is None
+
+
+def test_one_seed_has_an_interval_only_where_its_queries_are_known() -> None:
+    record = evaluation(0.5, 0, ROOT)
+    found = summary([record], "recall_at_1")
+    assert found is not None and found.n == QUERIES and 0.2 < found.low < 0.5 < found.high < 0.8
+    found = summary([record], "pair_auc")
+    assert found is not None and found.mean == 0.9 and np.isnan(found.low)
+    del record["per_query"]
+    found = summary([record], "recall_at_1")
+    assert found is not None and np.isnan(found.low)
+
+
+def test_queries_with_nothing_to_find_do_not_count() -> None:
+    record = evaluation(0.5, 0, ROOT)
+    record["per_query"]["num_relevant"][:3] = [0, 0, 0]
+    assert scores([record], "recall_at_1").shape == (1, QUERIES - 3)
+
+
+def test_robust_is_compared_with_standard_and_both_with_frozen(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / f"{name}{seed}", method, seed, robust=robust, hits=hits)
+        for name, method, robust, hits in (
+            ("t", "triplet", False, 0.9), ("r", "triplet", True, 0.5), ("s", "siamese", False, 0.8)
+        )
+        for seed in range(2)
+    ]  # fmt: skip
+    (setting,) = group([read_entry(path) for path in runs])
+    floor = setting.entries[0].floor
+    setting.frozen[floor] = evaluation(0.4, 5, ROOT)
+    (table,) = measured(setting)
+    assert table.title == f"{QUERIES} test queries, 10 gallery images"
+    assert list(table.records) == [FROZEN, "siamese", "triplet", "triplet robust (pgd)"]
+    found = {(c.first, c.second): c for c in comparisons(setting, table)}
+    assert list(found) == [
+        ("siamese", FROZEN), ("triplet", FROZEN), ("triplet robust (pgd)", FROZEN),
+        ("triplet robust (pgd)", "triplet"), ("siamese", "triplet"),
+    ]  # fmt: skip
+    pair = found["triplet robust (pgd)", "triplet"]
+    assert pair.recall.mean == pytest.approx(-0.4) and pair.recall.high < 0
+    assert pair.average_precision is not None
+    assert pair.average_precision.mean == pytest.approx(-0.2)
+    assert all(c.recall.p_value <= c.p_holm <= 1 for c in found.values())
+    assert any(c.recall.p_value < c.p_holm for c in found.values())
+
+
+def test_one_run_against_one_is_mcnemars_test(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "t", hits=0.8),
+        make_run(tmp_path / "s", "siamese", hits=0.4),
+    ]
+    (setting,) = group([read_entry(path) for path in runs])
+    (table,) = measured(setting)
+    (found,) = comparisons(setting, table)
+    assert (found.first, found.second) == ("siamese", "triplet")
+    # Of one seed, so the hits of one are among the hits of the other: 8 queries differ.
+    assert (draw(0.4, 0) <= draw(0.8, 0)).all()
+    assert found.recall.p_value == pytest.approx(2 * 0.5**8) and found.p_holm == pytest.approx(
+        2 * 0.5**8
+    )
+
+
+def test_other_queries_or_galleries_are_not_compared(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "t", hits=0.8), make_run(tmp_path / "s", "siamese", hits=0.4)]
+    file = runs[1] / "evaluation" / "test.json"
+    record = read(file)
+    text = file.read_text()
+    file.write_text(text.replace(record["queries"][0], "another"))
+    (setting,) = group([read_entry(path) for path in runs])
+    (table,) = measured(setting)
+    assert comparisons(setting, table) == []
+    file.write_text(text.replace('"num_gallery": 10', '"num_gallery": 11'))
+    (setting,) = group([read_entry(path) for path in runs])
+    assert len(measured(setting)) == 2

@@ -1,0 +1,186 @@
+"""What the report's sections say, from runs made by hand."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from flowerray.report import attacked, evidence, sections
+from flowerray.report.gather import Setting, group, read_entry
+from flowerray.report.page import Block, Commands, Details, Note, Page, Picture, Pictures, Table
+from tests.report.runs import evaluation, make_run, photographs
+from tests.report.test_page import check_page
+
+ALL = (
+    sections.summary_of, sections.clean, attacked.attacked, sections.training,
+    lambda s: sections.cost(s, {}), evidence.galleries, evidence.failures, evidence.explanations,
+    sections.data_card, lambda s: sections.reproduce(s, {}),
+)  # fmt: skip
+
+
+def setting(*paths: Path) -> Setting:
+    (found,) = group([read_entry(path) for path in paths])
+    return found
+
+
+def said(blocks: list[Block]) -> str:
+    return check_page(Page("t").section("s", *blocks).html()).text
+
+
+def tables(blocks: list[Block]) -> list[Table]:
+    return [block for block in blocks if isinstance(block, Table)]
+
+
+def test_a_bare_run_gets_a_whole_page_that_says_what_is_missing(tmp_path: Path) -> None:
+    found = setting(make_run(tmp_path / "a"))
+    page = Page("t")
+    for section in ALL:
+        page.section("s", *section(found))
+    text = check_page(page.html()).text
+    for command in ("evaluate RUN --split test", "attack RUN --audit", "explain RUN"):
+        assert f"flowerray {command} fills this section" in " ".join(text.split())
+    assert "Not finished: a" in text
+
+
+def test_a_run_without_any_record(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    (run / "metrics.jsonl").unlink()
+    (run / "mlflow.json").unlink()
+    found = setting(run)
+    text = said([block for section in ALL for block in section(found)])
+    assert "No run has finished an epoch" in text and "versions were not noted" in text
+
+
+def test_clean_results(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / f"{m}{s}", m, s, hits=hits)
+        for m, hits in (("triplet", 0.9), ("siamese", 0.6))
+        for s in range(2)
+    ]
+    found = setting(*runs)
+    found.frozen[found.entries[0].floor] = evaluation(0.5, 3, Path("flowers"))
+    blocks = sections.clean(found)
+    clean, paired = tables(blocks)
+    assert [row[0] for row in clean.rows] == ["frozen features", "siamese", "triplet"]
+    assert [getattr(row[2], "bold", False) for row in clean.rows] == [False, False, True]
+    assert str(clean.rows[2][2]).startswith("0.900 [")
+    assert len(paired.rows) == 3 and re.fullmatch(
+        r"\+0\.400 \[\+0\.\d+, \+0\.\d+\]", str(paired.rows[1][2])
+    )
+    assert any(isinstance(block, Picture) for block in blocks)
+    assert "Highest R@1 on 20 test queries, 10 gallery images: triplet, 0.900" in said(
+        sections.summary_of(found)
+    )
+
+
+def test_a_failed_audit_is_shouted(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "t", right=0.1),
+        make_run(tmp_path / "r", robust=True, right=0.8, audit=False),
+    ]
+    blocks = attacked.attacked(setting(*runs))
+    warning, rest = blocks[0], blocks[1:]
+    assert isinstance(warning, Note) and warning.level == "warn"
+    assert warning.text.startswith("AUDIT FAILED for triplet robust (pgd)")
+    assert "gradients" in warning.text
+    assert isinstance(rest[0], Note) and "Not audited: 1 of 2" in rest[0].text
+    worst = tables(blocks)[0]
+    assert list(worst.header) == ["", "seeds", "clean", "2/255", "expected"]
+    assert [row[0] for row in worst.rows] == ["triplet", "triplet robust (pgd) (AUDIT FAILED)"]
+    assert worst.rows[0][3] == "0.100 [0.100, 0.900]" and worst.rows[1][4] == "0.900"
+    paired = tables(blocks)[1]
+    assert [row[2] for row in paired.rows] == ["2/255"]
+    assert str(paired.rows[0][3]).startswith("+0.700 [")
+    curve = next(block for block in blocks if isinstance(block, Picture))
+    assert isinstance(curve.source, str) and "AUDIT FAILED" in curve.source
+    text = said(blocks)
+    assert "half are zero" in text and "Cumulative" in text and "pixels are changed" in text
+
+
+def test_a_passed_audit_is_not(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"{s}", seed=s, right=0.2 + 0.2 * s, audit=True) for s in (0, 1)]
+    blocks = attacked.attacked(setting(*runs))
+    assert not any(isinstance(block, Note) for block in blocks)
+    assert "FAILED" not in said(blocks)
+    (row,) = tables(blocks)[0].rows
+    assert row[1] == "2" and str(row[3]).startswith("0.300 [0.000, 1.000]")
+
+
+def test_attacks_of_another_kind_are_another_table(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "t", right=0.1), make_run(tmp_path / "s", "siamese", right=0.1)]
+    file = runs[1] / "robustness.json"
+    file.write_text(file.read_text().replace('"steps": 20', '"steps": 40'))
+    assert len(attacked.battles(setting(*runs))) == 2
+
+
+def test_failures_name_what_was_taken_for_what(tmp_path: Path) -> None:
+    root = photographs(tmp_path / "flowers")
+    runs = [make_run(tmp_path / f"{s}", seed=s, hits=0.8, root=root) for s in range(3)]
+    found = setting(*runs)
+    records = [entry.evaluations["test"] for entry in found.entries]
+    failures = evidence.find_failures(records)
+    missed = {f.query: f.missed for f in failures}
+    hand = {
+        query: sum(not r["per_query"]["hit"][i] for r in records)
+        for i, query in enumerate(records[0]["queries"])
+    }
+    assert missed == {query: n for query, n in hand.items() if n}
+    order = [(f.missed, f.similarity) for f in failures]
+    assert order == sorted(order, reverse=True) and all(f.runs == 3 for f in failures)
+    assert all({f.class_name, f.nearest_class} == {"rose", "tulip"} for f in failures)
+    blocks = evidence.failures(found)
+    (grid,) = [block for block in blocks if isinstance(block, Pictures)]
+    assert 0 < len(grid.pictures) <= evidence.WORST
+    (classes,) = tables(blocks)
+    assert {row[0] for row in classes.rows} == {"rose", "tulip"}
+    assert sum(float(row[1] or 0) for row in classes.rows) / 2 == pytest.approx(0.8)
+    said(blocks)
+
+
+def test_failures_without_their_photographs_are_listed(tmp_path: Path) -> None:
+    found = setting(make_run(tmp_path / "a", hits=0.5, root=tmp_path / "gone"))
+    blocks = evidence.failures(found)
+    assert any(isinstance(b, Note) and "gone" in b.text for b in blocks)
+    assert len(tables(blocks)[1].rows) == evidence.WORST
+
+
+def test_no_failure_at_all(tmp_path: Path) -> None:
+    found = setting(make_run(tmp_path / "a", hits=1.0))
+    assert "Every query of every run" in said(evidence.failures(found))
+
+
+def test_explanations(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    root = photographs(run / "explanations")
+    row = {"energy": {"mean": 0.5, "low": 0.4, "high": 0.6}}
+    content = {
+        "images": 9, "split": "test", "scores": {"chosen": row, "edges": row},
+        "chosen": {"method": "gradcam", "layer": "blocks.6", "on": "val", "images": 4},
+        "sanity": {"chosen": {"swap": {"value": 0.9, "passed": False, "rule": "below 0.5"}}},
+    }  # fmt: skip
+    (root / "faithfulness.json").write_text(json.dumps(content))
+    blocks = evidence.explanations(setting(run))
+    assert isinstance(blocks[0], Note) and "swap (below 0.5)" in blocks[0].text
+    (table,) = tables(blocks)
+    assert table.rows[0] == ["chosen map", "0.500 [0.400, 0.600]"]
+    pictures = [block for block in blocks if isinstance(block, Picture)]
+    assert len(pictures) == evidence.EXPLANATIONS and "14 more" in said(blocks)
+
+
+def test_cost_data_and_commands(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    (run / "best_model_triplet_loss.pth").touch()
+    found = setting(run)
+    (entry,) = found.entries
+    blocks = sections.cost(found, {entry: 3_530_000})
+    (table,) = tables(blocks)
+    assert list(table.rows[0]) == ["triplet", "2", "20", "12", "40", "3.53"]
+    assert isinstance(blocks[-1], Details)
+    card = {row[0]: row[1] for row in tables(sections.data_card(found))[0].rows}
+    assert card["classes"] == "2" and card["root"] == "flowers" and card["protocol"] == "official"
+    assert not any(key.startswith("synthetic") for key in map(str, card))
+    blocks = sections.reproduce(found, {entry: "flowerray train triplet"})
+    assert blocks[0] == Commands("flowerray train triplet")
+    assert any(row[0] == "torch" for row in tables(blocks)[0].rows)
+    assert isinstance(sections.reproduce(found, {})[0], Note)
