@@ -100,6 +100,19 @@ class HardenConfig(Config):
         return max(1, round(epochs / self.replays)) if self.kind == "free" else epochs
 
 
+space: dict[str, dict[str, Any]] = {
+    "harden.epsilon": {"choices": [2.0, 3.0, 4.0, 6.0, 8.0]},
+    "harden.steps": {"choices": [1, 2, 3, 5, 7]},
+    "harden.alpha_ratio": {"low": 1.0, "high": 2.5},
+    "harden.mix": {"low": 0.3, "high": 1.0},
+    "harden.beta": {"low": 1.0, "high": 10.0, "log": True},
+    "harden.ramp": {"low": 0.2, "high": 0.7},
+    "harden.awp": {"choices": [0.0, 0.005]},
+}
+"""What a search of hardened trainings varies; a kind's unused knobs are left out. The evaluation's
+epsilon is never among them."""
+
+
 class Hardening(nn.Module):
     """What the loop trains: the method on clean images, on moved ones, or on both in one pass."""
 

@@ -51,7 +51,8 @@ def run(small_run: Path) -> Iterator[Path]:
 def test_the_surface_is_frozen() -> None:
     """Scripts and jobs use these words: a new one is added here on purpose, none disappears."""
     assert list(cli.COMMANDS) == [
-        "demo", "train", "evaluate", "similar", "search", "data", "methods", "track",
+        "demo", "data", "explore", "backbones", "methods", "train", "tune", "compare", "evaluate",
+        "attack", "similar", "search", "explain", "report", "track",
     ]  # fmt: skip
     assert all(len(line) <= 80 for line in usage().splitlines())
 

@@ -490,7 +490,8 @@ def test_a_hardened_model_is_more_robust_than_its_standard_twin(
     epochs = [m for m in records if "epoch/seconds" in m]
     values = [m["val/adversarial_recall_at_1"] for m in epochs]
     assert all({"val/map_at_r", "val/recall_at_1", "alarm/collapse"} <= m.keys() for m in epochs)
-    best = torch.load(RunDir(robust).best / "state.pt", weights_only=True)["progress"]
+    state_file = RunDir(robust).best / "state.pt"
+    best = torch.load(state_file, weights_only=True)["progress"]
     assert best["best"] == max(values) and best["best_epoch"] == 1 + values.index(max(values))
 
     key = "val/adversarial_recall_at_1"

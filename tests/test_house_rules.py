@@ -21,8 +21,10 @@ def tracked() -> list[Path]:
 
 
 def readme_lines() -> list[str]:
-    """Lines of the README's bash blocks, without comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """Lines of the bash blocks in the README and its pages, without comments."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages)
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line]
 
@@ -42,12 +44,10 @@ def test_each_command_of_the_readme_exists(
 ) -> None:
     assert words[0] in cli.COMMANDS
     options = [word for word in words if word.startswith("--")]
-    if words[0] == "evaluate":
-        words = ["evaluate"]  # its RUN would be opened
+    second = words[1:2] if words[0] in ("train", "tune", "data") else []  # a RUN would be opened
     with pytest.raises(SystemExit) if options else pytest.MonkeyPatch.context():
         if options:
-            known = [w for w in words if not w.startswith("--")]
-            cli.dispatch([*known[:2], "--help"])
+            cli.dispatch([words[0], *second, "--help"])
     shown = capsys.readouterr().out
     missing = [option for option in options if not re.search(rf"{option}\b", shown)]
     assert not missing, f"`flowerray {' '.join(words)}` has no {missing}"

@@ -33,14 +33,16 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("training", "demo", "the main job on rendered flowers, in under five minutes"),
+    "data": Command("data", "data", "render, download or verify a data set"),
     "explore": Command("explore", "explore", "look at a data set: faults, look-alikes, copies"),
     "backbones": Command("backbones", "backbones", "which timm model to start from, by its cost"),
+    "methods": Command("review", "methods", "the methods and what can be tuned in them"),
     "train": Command(
         "training", "train", "train a method: flowerray train triplet --data.root DIR"
     ),
     "tune": Command("tune", "tune", "search a method's settings, on this machine or a cluster"),
-    "evaluate": Command("measuring", "evaluate", "measure a trained model, or a frozen backbone"),
     "compare": Command("compare", "compare", "the methods under one budget, over seeds, tested"),
+    "evaluate": Command("measuring", "evaluate", "measure a trained model, or a frozen backbone"),
     "attack": Command("attack", "attack", "adversarial R@1 of a model, and whether to believe it"),
     "similar": Command("measuring", "similar", "do two photographs show the same class?"),
     "search": Command(
@@ -48,8 +50,6 @@ COMMANDS: dict[str, Command] = {
     ),
     "explain": Command("explain", "explain", "why two photographs are alike, by maps and concepts"),
     "report": Command("report", "report", "one HTML page on a set of runs"),
-    "data": Command("data", "data", "render, download or verify a data set"),
-    "methods": Command("review", "methods", "the methods and what can be tuned in them"),
     "track": Command("review", "track", "send a run to MLflow that it did not get"),
 }
 

@@ -51,7 +51,8 @@ def tune(words: list[str]) -> int:
         search_dim: bool = False
         """Search the embedding size too."""
         hardened: Annotated[bool, tyro.conf.arg(name="harden")] = False
-        """Search adversarial training too, with --harden.kind pgd where no other is chosen."""
+        """Search adversarial training too, with --harden.kind pgd and --objective pareto where no
+        other is chosen."""
         as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
         """Print one JSON object and nothing else."""
 
@@ -70,6 +71,12 @@ def tune(words: list[str]) -> int:
         return {n: getattr(options, n) for n in part.model_fields if n in kinds}
 
     run, config = absolute(Run(**taken(Run))), StudyConfig(**taken(StudyConfig))
+    if (
+        old is None
+        and options.hardened
+        and not any(word.startswith("--objective") for word in words)
+    ):
+        config = config.model_copy(update={"objective": "pareto"})  # clean alone favours weak ones
     resources = TrialResources(**taken(TrialResources))
     if options.hardened and not run.harden.on:
         content = {**run.harden.model_dump(), "kind": "pgd"}
