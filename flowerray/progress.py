@@ -23,7 +23,7 @@ class Progress:
     step_in_epoch: int = 0
     step: int = 0
     best: float = -math.inf
-    best_epoch: int = -1
+    best_epoch: int = 0
     bad_epochs: int = 0
     seconds: float = 0.0
     epoch_curves: dict[str, float] = field(default_factory=dict)

@@ -165,6 +165,11 @@ def test_trainval_follows_its_official_run(small_run: Path, tmp_path: Path) -> N
     _, run = parse_run("train triplet", "triplet", ["--from", str(small_run)])
     assert run.data.protocol == "trainval" and run.train.patience == 0
     assert run.train.epochs == found["best_epoch"] and run.threshold == found["threshold"]
+    out = tmp_path / "trainval"
+    assert dispatch(["train", "triplet", "--from", str(small_run), "--out", str(out)]) == 0
+    assert json.loads((out / "thresholds.json").read_text()) == {
+        "threshold": found["threshold"], "fitted_on": "given", "best_epoch": found["best_epoch"],
+    }  # fmt: skip
     with pytest.raises(UserError, match="has to be an official run of center"):
         follow(RunDir(small_run), "center")
     (tmp_path / "run.json").write_text((small_run / "run.json").read_text())

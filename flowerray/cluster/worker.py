@@ -136,12 +136,12 @@ def finish(
     checkpoint.export(model, method, embedder_state, run.to_dict(), threshold, classes)
     best = result.best if val_store is not None else None
     summary = {
+        **result._asdict(),
         "model": str(model),
         "threshold": threshold,
         "best_epoch": result.best_epoch or result.epochs,
         "val_map_at_r": None if run.harden.on else best,
         "val_adversarial_recall_at_1": best if run.harden.on else None,
-        **result._asdict(),
     }
     write_json(
         folder.thresholds,

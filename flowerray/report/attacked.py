@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def _audits(battle: Battle) -> list[Block]:
             elif not audit["passed"]:
                 blocks.append(
                     Note(
-                        f"AUDIT FAILED for {label} ({record['run']}): "
+                        f"AUDIT FAILED for {label} ({Path(record['run']).name}): "
                         f"{', '.join(audit['failed'])}. Its robustness below is not to be "
                         "believed before that is explained.",
                         "warn",
@@ -107,7 +108,10 @@ def _audits(battle: Battle) -> list[Block]:
                 )
             if record.get("collapse", {}).get("collapsed"):
                 blocks.append(
-                    Note(f"The embedding of {label} ({record['run']}) has collapsed.", "warn")
+                    Note(
+                        f"The embedding of {label} ({Path(record['run']).name}) has collapsed.",
+                        "warn",
+                    )
                 )
     if unaudited:
         blocks.append(

@@ -22,7 +22,7 @@ from flowerray.evaluate.statistics import (
 from flowerray.report.gather import Setting, Variant
 
 RESAMPLES = 2000
-"""Of the paired bootstrap: its bounds are then good to the third decimal."""
+"""Of intervals that go without a p-value: their bounds are then good to the third decimal."""
 PER_QUERY = {"recall_at_1": "hit", "map_at_r": "average_precision"}
 FROZEN = "frozen features"
 
@@ -140,7 +140,7 @@ def hit_difference(first_SQ: NDArray, second_SQ: NDArray) -> PairedTest:
     """McNemar's exact test for one run against one, else the paired bootstrap."""
     if len(first_SQ) == len(second_SQ) == 1:
         return mcnemar(first_SQ[0], second_SQ[0])
-    return paired_bootstrap(first_SQ, second_SQ, resamples=RESAMPLES)
+    return paired_bootstrap(first_SQ, second_SQ)
 
 
 def corrected(found: Sequence[Comparison]) -> list[Comparison]:

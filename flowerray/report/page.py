@@ -22,7 +22,7 @@ WIDE = 700
 """Pixels; what is wider is not shrunk to a phone's width but scrolls in its own box."""
 HEAVY = 150_000
 """Bytes; heavier bitmaps are stored again as JPEG where that is smaller."""
-_NUMBER = re.compile(r"^[+−-]?[\d.]+|^<|^(nan|inf)$")
+_NUMBER = re.compile(r"^[+−-]?[\d,]*\.?\d+(?![\w.])|^<|^(nan|inf)$")
 _INTERVAL = re.compile(r"^([^\s\[]+) (\[[^\]]+\])")
 _CODE = re.compile(r"`([^`]+)`")
 _EMPTY = "–"

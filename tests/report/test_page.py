@@ -143,6 +143,8 @@ def test_numbers_stand_right_and_missing_ones_are_a_dash() -> None:
     assert len(reader.all("strong")) == 1
     assert {"class": "interval"} in reader.all("span")
     assert Table(["a"], []).numeric == [False]
+    words: list[list[str | float | None]] = [["1/255", "0.1.0", "10bee7", "< 0.001", "+0.5 [0, 1]"]]
+    assert Table([*"abcde"], words).numeric == [True, False, False, True, True]
 
 
 def test_chapters_nest_in_the_contents() -> None:
