@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowerray.config import Config
 from flowerray.errors import UserError
+from flowerray.evaluate.statistics import holm
 from flowerray.explain.layers import Layer, capture, similarity
 from flowerray.model import Embedder
 
@@ -99,7 +100,7 @@ def tcav(
         rows.append((name, scores, chance, accuracies, _welch(scores, chance)))
         if progress is not None:
             progress(1)
-    adjusted = holm([row[-1] for row in rows])
+    adjusted = holm([row[-1] for row in rows]).tolist()
     return [
         ConceptScore(
             name, float(np.mean(scores)), float(np.mean(chance)), float(np.mean(accuracies)), p,
@@ -107,16 +108,6 @@ def tcav(
         )
         for (name, scores, chance, accuracies, _), p in zip(rows, adjusted, strict=True)
     ]  # fmt: skip
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """Holm's (1979) adjusted p-values, in the order given."""
-    order = np.argsort(p_values, kind="stable")
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, p_values[index] * (len(p_values) - rank)))
-        adjusted[index] = largest
-    return adjusted
 
 
 def _pooled(

@@ -8,6 +8,7 @@ import torch
 
 from flowerray.errors import UserError
 from flowerray.explain import baselines
+from flowerray.explain.baselines import Saliency
 from flowerray.explain.cam import CAMS, Explainer, upsample
 from flowerray.explain.faithfulness import METRICS, FaithfulnessConfig
 from flowerray.explain.judge import (
@@ -79,7 +80,10 @@ def test_without_masks_faithfulness_chooses() -> None:
 
 def test_judging_scores_each_image_as_it_is() -> None:
     given = subjects()
-    methods = {"ours": Explainer("gradcam", "layer3"), "edges": baselines.edges}
+    methods: dict[str, Saliency] = {
+        "ours": Explainer("gradcam", "layer3"),
+        "edges": baselines.edges,
+    }
     found = judge(MODEL, given, methods, CONFIG)
     assert given.masks_NHW is not None
     batch = given.images_NCHW.float() / 255

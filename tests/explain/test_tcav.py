@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flowerray.errors import UserError
 from flowerray.explain.layers import Layer
-from flowerray.explain.tcav import ConceptScore, TcavConfig, _welch, holm, tcav
+from flowerray.explain.tcav import ConceptScore, TcavConfig, _welch, tcav
 from flowerray.model import Embedder
 
 
@@ -74,13 +74,6 @@ def test_welchs_test_is_scipys() -> None:
     expected = ttest_ind(one, two, equal_var=False).pvalue
     assert _welch(one, two) == pytest.approx(expected)
     assert _welch([0.5] * 3, [0.5] * 3) == 1 and _welch([1.0] * 3, [0.5] * 3) == 0
-
-
-def test_holm_by_hand() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.6, 0.7]) == [1.0, 1.0]
-    rng = np.random.default_rng(0)
-    assert min(holm(rng.random(50).tolist())) <= 1
 
 
 def test_too_few_images() -> None:
