@@ -1,18 +1,14 @@
-"""One training through Ray Train: 1 and 2 workers, a killed worker, a diverged loss, Ctrl-C, a job.
+"""One training through Ray Train: 1 and 2 workers, a killed worker, a diverged loss, Ctrl-C.
 
 `small_run` trained the same options in this process, without Ray.
 """
 
 import json
-import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -26,6 +22,7 @@ from flowerray.cluster.session import ray_session
 from flowerray.errors import UserError
 from flowerray.run import ResourcesConfig, Run
 from flowerray.rundir import RunDir
+from tests.cluster.heads import wait_for
 from tests.small import small, words
 
 pytestmark = pytest.mark.timeout(600)
@@ -57,14 +54,6 @@ def last_weights(run_dir: Path) -> dict[str, Tensor]:
 def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
-
-
-def wait_for(ready: Callable[[], bool], timeout_s: float) -> None:
-    """Polls; fails where it takes too long."""
-    end = time.monotonic() + timeout_s
-    while not ready():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
 
 
 def steps_done(run_dir: Path) -> int:
@@ -199,77 +188,3 @@ def test_ctrl_c_leaves_a_run_that_resumes_bit_equal(
     fit(small(small_set, epochs=LONG), out, resume=True, quiet=True)
     assert_whole_log(out, LONG)
     assert_equal(last_weights(out), last_weights(long_run))
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
-
-
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[str]:
-    """A head node with ports and a folder of its own; gives the dashboard's address."""
-    gcs, dashboard, client, agent = free_ports(4)
-    binary = str(Path(sys.executable).with_name("ray"))
-    folder = Path("/tmp") / f"flowerray-{os.getpid()}"  # Ray's sockets need a short path
-    process = subprocess.Popen(
-        [
-            binary, "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2",
-            f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
-            f"--dashboard-agent-listen-port={agent}",
-            f"--temp-dir={folder}",
-            f"--object-store-memory={128 * 2**20}",
-        ],
-        # Ray's own default would let its workers wait for everything else that runs.
-        env={
-            **os.environ,
-            "RAY_worker_niceness": "0",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        },
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-
-    def listens() -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", dashboard)) == 0
-
-    try:
-        wait_for(listens, 120)
-        yield f"http://127.0.0.1:{dashboard}"
-    finally:
-        started = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        _, left = psutil.wait_procs([psutil.Process(process.pid), *started], timeout=20)
-        for one in left:
-            one.kill()
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.mark.ray
-def test_a_submitted_job_trains(head: str, small_set: Path, flowerray_home: Path) -> None:
-    """`ray job submit`; its working directory is a copy, so the RUN lies in FLOWERRAY_HOME."""
-    before = set((flowerray_home / "runs").glob("*"))
-    command = [
-        str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", head,
-        "--working-dir", str(ROOT), "--runtime-env-json",
-        json.dumps({"env_vars": {"FLOWERRAY_HOME": str(flowerray_home)}}),
-        "--", "python", "jobs/train_triplet.py",
-        *words(small_set, resources__workers=1, resources__cpus_per_worker=1),
-    ]  # fmt: skip
-    for _ in range(3):  # the head listens before it takes jobs
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        if "No available agent" not in done.stderr:
-            break
-        time.sleep(1)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (run,) = set((flowerray_home / "runs").glob("triplet-*")) - before
-    assert (run / "best_model_triplet_loss.pth").exists()
-    assert_whole_log(run, 2)

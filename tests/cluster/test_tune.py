@@ -1,8 +1,7 @@
-"""Searches through Ray: a whole study, a killed driver, a lost node, a submitted job."""
+"""Searches through Ray: a whole study, a killed driver, a lost node."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +19,10 @@ from flowerray.cluster.session import ray_session
 from flowerray.cluster.study import Study
 from flowerray.cluster.tune import make_scheduler
 from flowerray.rundir import RunDir
+from tests.cluster.heads import free_ports, wait_for
 from tests.cluster.studies import make_study, run_trial, tune_words
-from tests.cluster.test_fit import ROOT, free_ports, head, steps_done, wait_for
+from tests.cluster.test_fit import steps_done
 
-__all__ = ["head"]
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 LONG = 40
 """Epochs of a trial that is interrupted; 240 steps."""
@@ -200,32 +199,6 @@ def test_a_lost_node_loses_nothing(cluster: Any, studies: Path, small_set: Path)
     history_is_whole(Study.read(out), 1)
     assert_whole_trial(trial, LONG)
     assert len(RunDir(trial).series("trial/start_seconds")) == 1, "it went on, not anew"
-
-
-def test_a_submitted_job_tunes(head: str, small_set: Path, flowerray_home: Path) -> None:
-    """`ray job submit` of four short trials; the study lies in FLOWERRAY_HOME."""
-    shutil.rmtree(flowerray_home / "runs", ignore_errors=True)
-    words = tune_words(small_set, trials=4, confirm_seeds=1, max_concurrent=2)
-    variables = {"FLOWERRAY_HOME": str(flowerray_home)}
-    command = [
-        str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", head,
-        "--working-dir", str(ROOT), "--runtime-env-json", json.dumps({"env_vars": variables}),
-        "--", "python", "jobs/tune_triplet.py", *words,
-    ]  # fmt: skip
-    done = subprocess.CompletedProcess[str]([], 1)
-
-    def taken() -> bool:
-        nonlocal done
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-        return "No available agent" not in done.stderr  # the head listens before it takes jobs
-
-    wait_for(taken, 500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "succeeded" in done.stdout
-    (out,) = (flowerray_home / "runs").glob("tune-triplet-*")
-    history_is_whole(Study.read(out), 4)
-    assert len(children(out)) == 4
-    assert json.loads((out / "result.json").read_text())["registered"]["version"] == "1"
 
 
 def test_asha_knows_the_trials_of_an_earlier_sitting(tmp_path: Path) -> None:
