@@ -42,6 +42,8 @@ def explain(words: list[str]) -> int:
     options = parse(Options, words, "explain", about)
     if len(options.photographs) not in (0, 2):
         raise UserError("name two photographs, or none for a whole split.")
+    if options.photographs and options.concept_folders is not None:
+        raise UserError("--concept-folders tests a whole split: leave the photographs out.")
     device = pick_device("auto")
     model = open_model(options.run, device)
     quiet = options.as_json

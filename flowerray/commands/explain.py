@@ -127,14 +127,15 @@ def _judge_model(
         layers = [layer for layer in layers if layer.name == pick_layer(model, config.layer)]
     galleries: dict[str, NDArray[np.float32]] = {}
     subjects = make_subjects(model, dataset, config.split, judged, quiet, galleries)
-    additive = config.layer is None
+    additive = True
     try:
         decompose.parts(embedder, subjects.batch(0, embedder.projection.weight.device)[0][:2])
     except UserError:
         if config.method in ("decomposition", "ablationcam"):
             raise
         additive = False
-    choices = options(layers, additive, config.method)
+    # The exact methods have no layer to choose, so that --layer leaves them to the comparison.
+    choices = options(layers, additive and config.layer is None, config.method)
     tuning = None
     if chosen_on is not None:
         tuning = make_subjects(model, dataset, "val", chosen_on, quiet, galleries)

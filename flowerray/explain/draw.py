@@ -146,7 +146,8 @@ def draw_sheet(
             axes[n, place].set_xlabel(captions[name][n], fontsize=8, color=GREY)
             if n == 0:
                 axes[0, place].set_title(name, fontsize=9, color=INK)
-    axes[0, 0].set_title("photograph, mask", fontsize=9, color=INK)
+    heading = "photograph" if masks_NSS is None else "photograph, mask"
+    axes[0, 0].set_title(heading, fontsize=9, color=INK)
     return _save(figure, out_png)
 
 

@@ -7,7 +7,8 @@ own; they take turns, with the same threads, batches of 12 x 4 images, optimizer
 (batch-hard triplet, margin 0.2), in float32 on the CPU:
 
     flowerray     `fit`: Ray Train with one worker, store, augmentation, checkpoints, live MLflow
-    compute       the same model and loss on one batch in memory: no data path, no augmentation
+    compute       the same model, loss and allocator on one batch in memory: no data path, no
+                  augmentation
     peer          pytorch-metric-learning, timm's plain model from the same weights with BatchNorm
                   frozen, DataLoader with 2 processes: JPEG decode (Pillow), torchvision
                   transforms (tests/benchmarks/peer.py)
@@ -47,6 +48,7 @@ from flowerray.data.batches import PKSampler
 from flowerray.data.dataset import Dataset
 from flowerray.data.source import DataConfig, open_dataset
 from flowerray.data.synthetic import SyntheticConfig
+from flowerray.memory import keep_freed_memory
 from flowerray.methods import triplet
 from flowerray.model import EmbedderConfig
 from flowerray.run import ResourcesConfig, Run
@@ -142,6 +144,7 @@ def read_records(records: list[dict[str, Any]], batch: int) -> tuple[list[Mark],
 
 def compute(job: Job, run: Run) -> dict[str, Any]:
     """flowerray's model, loss and optimizer on one batch that is there already."""
+    keep_freed_memory()  # as flowerray's training does
     dataset = open_dataset(run.data)
     sampler, targets_N = make_sampler(run, dataset), targets(dataset)
     indices_B = sampler.epoch(0)[0]

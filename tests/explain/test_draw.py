@@ -1,0 +1,86 @@
+"""Pictures: what is in them, and that they are written whole."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flowerray.evaluate.statistics import Interval
+from flowerray.explain import table
+from flowerray.explain.draw import (
+    ConceptStrip,
+    Match,
+    Pair,
+    best_matches,
+    draw_pair,
+    draw_scores,
+    draw_sheet,
+)
+
+RNG = np.random.default_rng(0)
+PHOTOGRAPHS = RNG.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+
+
+def test_best_matches_use_each_region_once_and_none_below_zero() -> None:
+    shares = np.full((4, 4), -1.0)
+    shares[1, 2], shares[1, 3], shares[3, 2], shares[0, 0] = 0.9, 0.8, 0.7, 0.1
+    found = best_matches(shares, (2, 2))
+    assert found == (Match((0, 1), (1, 0), 0.9), Match((0, 0), (0, 0), 0.1))
+    assert best_matches(-np.ones((4, 4)), (2, 2)) == ()
+
+
+@pytest.mark.parametrize("strips", [0, 2])
+@pytest.mark.parametrize("similarity", [0.2, 0.8])
+def test_a_pair(tmp_path: Path, strips: int, similarity: float) -> None:
+    maps = RNG.normal(size=(2, 4, 4)).astype(np.float32)
+    strip = ConceptStrip("concept 3", 0.1, (0.4, 0.0), np.abs(maps), PHOTOGRAPHS[:, :16, :16])
+    matches = best_matches(RNG.normal(size=(16, 16)), (4, 4)) if strips else ()
+    pair = Pair(
+        PHOTOGRAPHS, ("a/1.jpg", "b/2.jpg"), maps, "gradcam at layer4", similarity, 0.5, matches,
+        (4, 4), (strip,) * strips,
+    )  # fmt: skip
+    with Image.open(draw_pair(pair, tmp_path / "deep" / "pair.png")) as image:
+        assert image.width > 800 and (image.height > 600) == (strips > 0)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["pair.png"]
+
+
+def test_maps_without_anything_in_them_are_drawn(tmp_path: Path) -> None:
+    maps = {"flat": np.zeros((2, 4, 4), np.float32), "own size": np.ones((2, 32, 32), np.float32)}
+    captions = {name: ["energy 0.10", "energy 0.20"] for name in maps}
+    masks = np.stack([np.zeros((32, 32), bool), np.ones((32, 32), bool)])
+    for given in (masks, None):
+        out = tmp_path / "sheet.png"
+        draw_sheet("title", PHOTOGRAPHS, given, maps, captions, ["1.jpg", "2.jpg"], out)
+        with Image.open(out) as image:
+            assert image.width > 400
+
+
+def test_scores_with_and_without_an_interval(tmp_path: Path) -> None:
+    rows = {"energy": Interval(9, 0.5, 0.4, 0.6), "iou": Interval(1, 0.5, np.nan, np.nan)}
+    out = tmp_path / "scores.png"
+    draw_scores("title", {"ours": rows, "edges": rows}, {"energy": "energy", "iou": "IoU"}, out)
+    with Image.open(out) as image:
+        assert image.width > 800
+
+
+def test_tables_fit_80_columns() -> None:
+    cell = {"mean": -0.123, "low": -0.987, "high": 0.876}
+    metrics = ("energy", "pointing", "iou", "deletion", "insertion", "road_morf")
+    rows = {n: dict.fromkeys(metrics, cell) for n in ("chosen", "centre Gaussian")}
+    check = {"value": -0.0123, "passed": False, "rule": "below 0.5"}
+    result = {
+        "run": "runs/mine", "images": 300, "split": "test",
+        "chosen": {"method": "eigengradcam", "layer": "features.denseblock3", "norm": "held",
+                   "on": "val", "images": 100, "candidates": 62},
+        "scores": rows, "gain_over": {"centre Gaussian": rows["chosen"]},
+        "sanity": {"chosen": {"randomised": check, "complete": check},
+                   "edges": {"randomised": check}},
+    }  # fmt: skip
+    text = table.split(result | {"beside": result | {"gain_over_run": rows["chosen"]}})
+    assert max(map(len, text.splitlines())) <= 80
+    assert "-0.12 [-0.99, +0.88]" in text and "FAILED" in text
+    score = {"name": "a very long name of some concept", "score": 1.0, "random": 0.5,
+             "accuracy": 0.9, "p_value": 1.2e-9, "significant": True}  # fmt: skip
+    named = {"images": 300, "split": "test", "class": "daisy", "layer": "bn2", "concepts": [score]}
+    assert max(map(len, table.concepts(named).splitlines())) <= 80
