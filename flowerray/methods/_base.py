@@ -130,7 +130,8 @@ class Method(nn.Module, ABC):
         By default half the squared distance of the embeddings over the clean batch's variance. An
         embedding without class posteriors has no KL divergence; where it is taken for the mean of a
         normal distribution of that variance, the KL is this up to a constant factor. A plain
-        distance would not do: pulling all embeddings together lowers it (measured: they collapse).
+        distance would not do: pulling all embeddings together lowers it (in two short trainings the
+        spread fell to 0.19 and 0.08).
         """
         variance = (clean_BD - clean_BD.mean(0)).square().sum(1).mean()
         return 0.5 * (clean_BD - moved_BD).square().sum(1) / variance.clamp(min=1e-6)
