@@ -13,11 +13,11 @@ from flowerray.config import Config
 from flowerray.data.augment import AugmentConfig
 from flowerray.data.source import DataConfig
 from flowerray.data.synthetic import SyntheticConfig
+from flowerray.description import flatten
 from flowerray.errors import UserError
 from flowerray.harden import HardenConfig
 from flowerray.methods._base import MethodConfig
 from flowerray.model import EmbedderConfig
-from flowerray.tracking import flatten
 from flowerray.train import TrainConfig
 
 

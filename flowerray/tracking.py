@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shlex
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any, Literal
 import filelock
 
 from flowerray import tracking_server as server
+from flowerray.description import describe
 from flowerray.errors import UserError
 from flowerray.files import write_json
 from flowerray.rundir import RunDir
@@ -33,7 +33,6 @@ FILES = ("run.json", "thresholds.json", "pairs.json", "metrics.jsonl")
 FOLDERS = ("plots", "checkpoints/best", "evaluation", "explanations")
 PAGES = (".html", ".json", ".csv", ".png")
 """Endings of what is sent of a folder that is no RUN (an exploration, a study, a report)."""
-PACKAGES = ("flowerray", "torch", "timm", "ray", "optuna", "mlflow")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 UNFINISHED: dict[str, Any] = {
@@ -161,7 +160,7 @@ def start(
     """
     run_dir = run_dir.expanduser().absolute()
     note = dict(
-        **_description(run_dir, name, params, tags or {}),
+        **describe(run_dir, name, params, tags or {}),
         experiment=experiment,
         parent=str(parent.expanduser().absolute()) if parent else None,
         **UNFINISHED,
@@ -295,7 +294,7 @@ def _send(run_dir: Path) -> None:
     """Sends all that MLflow lacks. A step is noted once done, and harmless if done twice."""
     state = State.read(run_dir)
     if not state.name:  # never started here
-        note = _description(run_dir, run_dir.name, RunDir(run_dir).read(), {})
+        note = describe(run_dir, run_dir.name, RunDir(run_dir).read(), {})
         ended: Status = "FINISHED" if _exports(run_dir) else "KILLED"
         state.store(run_dir, **note, finished=state.finished or ended)
     with filelock.FileLock(run_dir / ".mlflow.lock", timeout=2 * server.LOCK_SECONDS):
@@ -390,40 +389,3 @@ def _points(line: str) -> list[server.Point]:
 
 def _hash(line: str) -> str:
     return hashlib.sha256(line.encode()).hexdigest()[:16]
-
-
-# ---- how a run is described
-
-
-def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"method": {"margin": 0.2}} as {"method.margin": 0.2}."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _description(
-    run_dir: Path, name: str, params: dict[str, Any], tags: dict[str, str]
-) -> dict[str, Any]:
-    own = {"flowerray.run": str(run_dir), "mlflow.source.name": "flowerray"}
-    own |= {f"version.{p}": found for p in PACKAGES if (found := server.installed(p))}
-    if commit := _commit():
-        own |= {"git_commit": commit, "mlflow.source.git.commit": commit}
-    return {"name": name, "params": flatten(params), "tags": own | tags}
-
-
-def _commit() -> str | None:
-    """Of the checkout that flowerray runs from, if it runs from one."""
-    checkout = Path(__file__).parent.parent
-    if not (checkout / ".git").exists():
-        return None
-    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.check_output(command, stderr=subprocess.DEVNULL, timeout=5, text=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.strip()

@@ -10,7 +10,6 @@ import tempfile
 import warnings
 from collections.abc import Iterable
 from contextlib import closing
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -19,6 +18,7 @@ from urllib.request import getproxies
 import filelock
 import psutil
 
+from flowerray.description import installed
 from flowerray.errors import UserError
 from flowerray.files import atomic_folder, home
 
@@ -319,14 +319,6 @@ def brief(error: Exception) -> str:
         return "the database is locked"
     first = (text.splitlines() or [""])[0].rstrip(".")
     return first[:160] or type(error).__name__
-
-
-def installed(package: str) -> str:
-    """A package's version, or "" where it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _name(name: str) -> str:

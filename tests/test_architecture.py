@@ -15,14 +15,14 @@ ROOT = PACKAGE.parent
 
 # The data flow: a part imports only parts that stand before it.
 ORDER = [
-    "errors", "config", "files", "memory",
+    "errors", "config", "files", "memory", "description",
     "data/images", "data/dataset", "data/splits", "data/download", "data/oxford", "data/folder",
     "data/species", "data/sprites", "data/scenery", "data/painter", "data/synthetic",
     "data/source", "data/store", "data/batches", "data/augment",
     "fold", "model", "attacks/pgd", "attacks/logits", "attacks/objectives", "attacks",
     "methods", "harden", "averages", "progress", "precision", "checkpoint", "rundir",
     "evaluate/embed", "evaluate/retrieval", "evaluate/pairs", "evaluate/statistics",
-    "evaluate/measure", "evaluate/sheet", "evaluate/backbones", "evaluate/arena",
+    "evaluate/pareto", "evaluate/measure", "evaluate/sheet", "evaluate/backbones", "evaluate/arena",
     "evaluate/attack_config", "evaluate/robustness",
     "evaluate/pair_attack", "evaluate/gallery_attack", "evaluate/ers", "evaluate/audit",
     "evaluate/guard",

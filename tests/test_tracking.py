@@ -575,11 +575,6 @@ def test_nothing_to_register_is_a_warning(runs: Path, caplog: pytest.LogCaptureF
     assert "no exported model" in caplog.text
 
 
-def test_flatten() -> None:
-    nested = {"a": {"b": {"c": 1}, "d": [1]}, "e": None}
-    assert tracking.flatten(nested) == {"a.b.c": 1, "a.d": [1], "e": None}
-
-
 def test_two_writers_of_the_state_keep_each_others_changes(tmp_path: Path) -> None:
     """`finish` notes the end while the live thread notes what it sent."""
     sender, ender = tracking.State.read(tmp_path), tracking.State.read(tmp_path)

@@ -16,6 +16,7 @@ from flowerray.cluster.space import value_of, with_params
 from flowerray.cluster.study import Study, outcome
 from flowerray.cluster.trial import history
 from flowerray.errors import UserError
+from flowerray.evaluate.pareto import front
 from flowerray.evaluate.statistics import Interval, t_interval
 from flowerray.files import write_json
 from flowerray.run import Run
@@ -104,16 +105,6 @@ def pick(points: Sequence[Sequence[float]]) -> int:
         least = NEAR_FRONT * max(points[i][1] for i in chosen)
         chosen = [i for i in chosen if points[i][1] >= least]
     return max(chosen, key=lambda i: points[i][0])
-
-
-def front(points: Sequence[Sequence[float]]) -> list[int]:
-    """The points that no other beats in one value without losing in another."""
-
-    def beats(a: Sequence[float], b: Sequence[float]) -> bool:
-        pairs = list(zip(a, b, strict=True))
-        return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
-
-    return [i for i, p in enumerate(points) if not any(beats(other, p) for other in points)]
 
 
 def count(ended: Sequence[Any]) -> dict[str, int]:

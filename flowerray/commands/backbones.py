@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from flowerray import tracking
-from flowerray.cluster.confirm import front
 from flowerray.cluster.survey import assess_all, time_alone
 from flowerray.data.source import DataConfig, open_dataset
 from flowerray.errors import UserError
@@ -20,6 +19,7 @@ from flowerray.evaluate.backbones import (
     recommend,
 )
 from flowerray.evaluate.measure import default_gallery
+from flowerray.evaluate.pareto import front
 from flowerray.files import atomic_file, write_json
 from flowerray.report.backbones import plot_backbones
 

@@ -28,6 +28,7 @@ from flowerray.data.augment import AugmentConfig
 from flowerray.data.batches import PKSampler
 from flowerray.data.dataset import Dataset
 from flowerray.data.source import DataConfig, open_dataset
+from flowerray.description import flatten
 from flowerray.errors import UserError
 from flowerray.evaluate.measure import EvaluateConfig
 from flowerray.files import write_json
@@ -41,7 +42,6 @@ from flowerray.report.comparison import (
 )
 from flowerray.run import Run, differences
 from flowerray.rundir import RunDir
-from flowerray.tracking import flatten
 from flowerray.train import TrainConfig
 
 ENOUGH_SEEDS = 5

@@ -14,13 +14,13 @@ import torch
 from flowerray import checkpoint, files, tracking
 from flowerray.commands.measuring import as_record, evaluate_frozen
 from flowerray.data.source import open_dataset
+from flowerray.description import flatten
 from flowerray.errors import UserError
 from flowerray.evaluate.measure import EvaluateConfig
 from flowerray.report import attacked, evidence, sections
 from flowerray.report.gather import Entry, Setting, find_runs, group, read_entry
 from flowerray.report.page import Note, Page
 from flowerray.run import PRESETS, Run
-from flowerray.tracking import flatten
 
 PAGE = "report.html"
 OWN = (PAGE, "metrics.jsonl", "mlflow.json", ".mlflow.json.lock", ".mlflow.lock")

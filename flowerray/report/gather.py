@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flowerray.description import flatten
 from flowerray.errors import UserError
 from flowerray.rundir import RunDir
-from flowerray.tracking import State, flatten
+from flowerray.tracking import State
 
 IGNORED = (
     "flowerray", "data.", "threshold", "train.seed", "resources.", "train.log_every",

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from flowerray import tracking
 from flowerray.cli import dispatch
 from flowerray.cli.tune import given
-from flowerray.cluster.confirm import as_dict, champion, count, front, gain, pick
+from flowerray.cluster.confirm import as_dict, champion, count, gain, pick
 from flowerray.cluster.study import Study, StudyConfig, images_trained
 from flowerray.cluster.trial import TrialReporter, guarded, history
 from flowerray.cluster.tune import TrialResources, room
@@ -272,11 +272,9 @@ def test_the_pareto_rule() -> None:
     those, though (0.9, 0.44) is cleaner still. (0.79, 0.46) is beaten.
     """
     points = [(0.9, 0.44), (0.79, 0.46), (0.8, 0.46), (0.6, 0.50), (0.5, 0.2)]
-    assert front(points) == [0, 2, 3]
     assert pick(points) == 2
     assert pick([(0.9, 0.449), (0.6, 0.50)]) == 1
     assert pick([(0.9, 0.451), (0.6, 0.50)]) == 0
-    assert front([(0.5, 0.5), (0.5, 0.5)]) == [0, 1]
 
 
 def test_no_complete_trial_names_the_first_failure(tmp_path: Path, small_set: Path) -> None:
