@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports ray, mlflow or torch.
 os.environ.update(
@@ -51,3 +52,28 @@ def small_run(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     out = tmp_path_factory.mktemp("runs") / "small"
     fit(small(small_set), out, quiet=True)
     return out
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A decoded store of 50 coloured noise images in 10 classes, as options of
+    tests/train_process.py.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from flowerray.data.images import resize_side
+    from flowerray.data.store import build_store
+
+    folder = tmp_path_factory.mktemp("noise")
+    rng = np.random.default_rng(0)
+    paths = []
+    for c in range(10):
+        colour = rng.integers(40, 215, 3)
+        for n in range(5):
+            pixels = colour + rng.normal(0, 40, (40 + 2 * n, 44, 3))
+            paths.append(folder / f"{c}-{n}.png")
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(paths[-1])
+    store = build_store(paths, resize_side(32), progress=False)
+    targets = np.repeat(np.arange(10), 5).tolist()
+    return {"store": str(store.folder), "targets": targets}

@@ -36,8 +36,14 @@ from flowerray.run import Run
 from flowerray.rundir import RunDir
 from tests.method_cases import build, images_of
 from tests.small import small, words
-from tests.test_train import job, largest_difference, make_run  # noqa: F401 (job is a fixture)
-from tests.train_process import exit_code, start, train_small
+from tests.train_process import (
+    exit_code,
+    largest_difference,
+    make_run,
+    start,
+    train_as_one_and_as_two,
+    train_small,
+)
 
 KINDS = ("pgd", "trades", "nfgsm", "free")
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
@@ -307,7 +313,7 @@ def test_awp_steps_by_the_gradient_at_the_perturbed_weights_alone() -> None:
 # --- the loop -------------------------------------------------------------------------------------
 
 
-def test_two_workers_end_with_the_weights_of_one(job: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+def test_two_workers_end_with_the_weights_of_one(job: dict[str, Any], tmp_path: Path) -> None:
     """Hardened runs of all methods in float64, augmentation on: 9 steps, 6 of them attacked."""
     by_method: dict[str, dict[str, Any]] = {
         "center": {"harden": {"kind": "free", "replays": 2}, "train": {"epochs": 6}},
@@ -318,15 +324,7 @@ def test_two_workers_end_with_the_weights_of_one(job: dict[str, Any], tmp_path: 
     for options in by_method.values():
         options["train"] = {**train, **options.get("train", {})}
     options = {**job, "methods": methods.names(), "double": True, "by_method": by_method}
-    processes = []
-    for world in (1, 2):
-        out = tmp_path / f"w{world}"
-        for method in methods.names():
-            make_run(Path(f"{out}-{method}"))
-        for rank in range(world):
-            more = {"out": str(out), "world": world, "rank": rank}
-            processes.append(start({**options, **more, "rendezvous": str(tmp_path / "rendezvous")}))
-    assert [exit_code(process) for process in processes] == [0, 0, 0]
+    train_as_one_and_as_two(options, tmp_path)
     for method in methods.names():
         one, two = (torch.load(tmp_path / f"w{w}-{method}.pt", weights_only=True) for w in (1, 2))
         assert largest_difference(one, two) <= 1e-5, method
@@ -336,7 +334,7 @@ def test_two_workers_end_with_the_weights_of_one(job: dict[str, Any], tmp_path: 
         )
 
 
-def test_a_killed_hardened_run_resumes_bit_equal(job: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+def test_a_killed_hardened_run_resumes_bit_equal(job: dict[str, Any], tmp_path: Path) -> None:
     """In mid-ramp; with LGA, whose destination comes from the step before."""
     options = {
         **job,
@@ -362,7 +360,7 @@ def test_a_killed_hardened_run_resumes_bit_equal(job: dict[str, Any], tmp_path: 
 
 
 def test_free_costs_as_much_as_a_clean_run(
-    job: dict[str, Any],  # noqa: F811
+    job: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -7,12 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from flowerray import methods
 from flowerray.averages import MovingAverage
-from flowerray.data.images import resize_side
-from flowerray.data.store import build_store
 from flowerray.errors import UserError
 from flowerray.progress import DivergedError, Progress, note_epoch
 from flowerray.rundir import RunDir
@@ -21,38 +18,14 @@ from flowerray.train import (
     TrainConfig,
     make_optimizer,
 )
-from tests.train_process import exit_code, start, train_small
-
-CLASSES, PER_CLASS = 10, 5
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A decoded store of 50 coloured noise images in 10 classes, as options of
-    tests/train_process.py.
-    """
-    folder = tmp_path_factory.mktemp("noise")
-    rng = np.random.default_rng(0)
-    paths = []
-    for c in range(CLASSES):
-        colour = rng.integers(40, 215, 3)
-        for n in range(PER_CLASS):
-            pixels = colour + rng.normal(0, 40, (40 + 2 * n, 44, 3))
-            paths.append(folder / f"{c}-{n}.png")
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(paths[-1])
-    store = build_store(paths, resize_side(32), progress=False)
-    targets = np.repeat(np.arange(CLASSES), PER_CLASS).tolist()
-    return {"store": str(store.folder), "targets": targets}
-
-
-def make_run(out: Path) -> None:
-    """A RUN folder as the driver makes it."""
-    RunDir(out).create({"test": True})
-
-
-def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
+from tests.train_process import (
+    exit_code,
+    largest_difference,
+    make_run,
+    start,
+    train_as_one_and_as_two,
+    train_small,
+)
 
 
 def test_two_workers_end_with_the_weights_of_one(job: dict[str, Any], tmp_path: Path) -> None:
@@ -66,15 +39,7 @@ def test_two_workers_end_with_the_weights_of_one(job: dict[str, Any], tmp_path: 
         "double": True,
         **job,
     }
-    processes = []
-    for world in (1, 2):
-        out = tmp_path / f"w{world}"
-        for method in methods.names():
-            make_run(Path(f"{out}-{method}"))
-        for rank in range(world):
-            more = {"out": str(out), "world": world, "rank": rank}
-            processes.append(start({**options, **more, "rendezvous": str(tmp_path / "rendezvous")}))
-    assert [exit_code(process) for process in processes] == [0, 0, 0]
+    train_as_one_and_as_two(options, tmp_path)
     for method in methods.names():
         one, two = (torch.load(tmp_path / f"w{w}-{method}.pt", weights_only=True) for w in (1, 2))
         before = train_small(

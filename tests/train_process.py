@@ -20,7 +20,7 @@ from flowerray.evaluate.measure import validation
 from flowerray.harden import HardenConfig
 from flowerray.methods._base import Method
 from flowerray.model import Embedder, EmbedderConfig
-from flowerray.rundir import FolderReporter
+from flowerray.rundir import FolderReporter, RunDir
 from flowerray.train import Data, TrainConfig, train
 
 
@@ -105,3 +105,26 @@ def work(job: dict[str, Any]) -> None:
             torch.save(trained.state_dict(), f"{job['out']}-{method}.pt")
     if job.get("world", 1) > 1:
         dist.destroy_process_group()
+
+
+def make_run(out: Path) -> None:
+    """A RUN folder as the driver makes it."""
+    RunDir(out).create({"test": True})
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
+
+
+def train_as_one_and_as_two(options: dict[str, Any], folder: Path) -> None:
+    """Trains every method on one worker and on two, into `folder`/w1-METHOD and w2-METHOD."""
+    processes = []
+    for world in (1, 2):
+        out = folder / f"w{world}"
+        for method in options["methods"]:
+            make_run(Path(f"{out}-{method}"))
+        for rank in range(world):
+            more = {"out": str(out), "world": world, "rank": rank}
+            processes.append(start({**options, **more, "rendezvous": str(folder / "rendezvous")}))
+    assert [exit_code(process) for process in processes] == [0, 0, 0]

@@ -1,8 +1,6 @@
 """`flowerray attack`: what it keeps in a RUN, what it prints, and the model beside it."""
 
 import json
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from flowerray.cli import dispatch
 from flowerray.commands import attack as command
 from flowerray.commands.attack import attack_model, prepare, standard_of
 from flowerray.commands.attack_record import metrics
-from flowerray.commands.models import Model, open_model
+from flowerray.commands.models import Model
 from flowerray.data.source import open_dataset
 from flowerray.errors import UserError
 from flowerray.evaluate.attack_config import AttackConfig
@@ -27,20 +25,6 @@ CPU = torch.device("cpu")
 QUICK = AttackConfig(
     attacks=("fgsm", "margin"), eps=(0, 4, 32), steps=3, restarts=1, max_queries=12, max_pairs=9
 )
-
-
-@pytest.fixture
-def run(small_run: Path) -> Iterator[RunDir]:
-    """A copy of the small RUN, beside it: they share one MLflow database."""
-    folder = RunDir(small_run.with_name("attacked"))
-    shutil.copytree(small_run, folder.path)
-    yield folder
-    shutil.rmtree(folder.path)
-
-
-@pytest.fixture
-def model(run: RunDir) -> Model:
-    return open_model(str(run.path), CPU)
 
 
 def test_what_is_kept(model: Model, run: RunDir, small_run: Path) -> None:

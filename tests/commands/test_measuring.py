@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +18,6 @@ from flowerray.evaluate.measure import EvaluateConfig
 from flowerray.rundir import RunDir
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def run(small_run: Path) -> Iterator[RunDir]:
-    """A copy of the small RUN, beside it: they share one MLflow database."""
-    folder = RunDir(small_run.with_name("copy"))
-    shutil.copytree(small_run, folder.path)
-    yield folder
-    shutil.rmtree(folder.path)
-
-
-@pytest.fixture
-def model(run: RunDir) -> Model:
-    return open_model(str(run.path), CPU)
 
 
 @pytest.fixture
