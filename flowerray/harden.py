@@ -48,6 +48,9 @@ class HardenConfig(Config):
     """Weight of TRADES' divergence beside the clean loss; trades only."""
     ramp: float = Field(0.3, ge=0, le=1)
     """Share of the training over which epsilon rises linearly from 0; at 0 no attack is made."""
+    destination: Literal["zero", "lga"] = "zero"
+    """How far an attack moves triplets and pairs: until positives are as far as negatives, or, with
+    the LGA schedule, short of that by the last loss; pgd and nfgsm only, no meaning for center."""
     awp: float = Field(0.0, ge=0, le=0.1)
     """gamma of adversarial weight perturbation, as a share of each layer's weight norm; 0 = off. It
     costs one more training step a step; not for free."""
@@ -72,6 +75,7 @@ class HardenConfig(Config):
             "alpha_ratio": ("pgd", "trades"),
             "mix": ("pgd", "nfgsm", "free"),
             "beta": ("trades",),
+            "destination": ("pgd", "nfgsm"),
             "awp": ("pgd", "trades", "nfgsm"),
             "replays": ("free",),
             "probe_queries": ("nfgsm", "free"),
@@ -231,11 +235,13 @@ class Hardening(nn.Module):
             return divergence
 
         labels_B = gather(labels_b)
+        lga = self.config.destination == "lga"
+        last_loss = self.last_loss if lga else torch.zeros_like(self.last_loss)
 
         def batch_loss(points_bCHW: Tensor) -> Tensor:
             moved_BD = method.embed(points_bCHW)
             with torch.autocast(moved_BD.device.type, enabled=False):
-                return method.attack_loss(moved_BD, labels_B, self.last_loss)
+                return method.attack_loss(moved_BD, labels_B, last_loss)
 
         return batch_loss
 

@@ -87,14 +87,14 @@ def test_each_image_stays_near_its_own_and_leaves_no_trace(name: str, kind: str)
 
 @pytest.mark.parametrize("name", methods.names())
 def test_the_attack_raises_the_loss_more_than_noise_does(name: str) -> None:
-    method = build(name)
+    # Against the nearest negatives an untrained siamese is as hard as it may get already.
+    method = build(name, **({"negatives": "all"} if name == "siamese" else {}))
     images = images_of(LABELS)
     hardening = harden(method, epsilon=16.0, steps=5)
-    hardening.last_loss = torch.tensor(0.0)  # the hardest destination of triplets
 
     @torch.no_grad()
     def loss(points: Tensor) -> float:
-        return float(method.attack_loss(method.embed(points), LABELS, hardening.last_loss))
+        return float(method.attack_loss(method.embed(points), LABELS, torch.tensor(0.0)))
 
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
     noisy = (images + 16 / 255 * noise.sign()).clamp(0, 1)
@@ -176,6 +176,40 @@ def test_a_triplets_images_move_only_up_to_the_destination() -> None:
     collapsed = emb[:1].repeat(8, 1).requires_grad_()  # hardness 0: as hard as it may get
     method.attack_loss(collapsed, LABELS, torch.tensor(0.0)).backward()
     assert collapsed.grad is not None and torch.all(collapsed.grad == 0)
+
+
+@pytest.mark.parametrize("head", ["contrastive", "bce"])
+def test_a_siamese_anchors_pairs_move_only_until_they_meet(head: str) -> None:
+    """As triplets do, with each anchor's mean distances; the end is the loss of one point."""
+    method = build("siamese", head=head, negatives="all")
+    emb = method.embed(images_of(LABELS)).detach()
+    dist = distances(emb) if head == "contrastive" else -method.logits(emb).detach()  # type: ignore[operator]
+    band = 0.8 if head == "contrastive" else 2 * math.log(2)
+    rows = range(len(LABELS))
+    for last, destination in ((math.inf, -band), (0.07, -0.07), (0.0, 0.0)):
+        lacks = []
+        for i in rows:
+            same = [float(dist[i, j]) for j in rows if LABELS[i] == LABELS[j] and i != j]
+            other = [float(dist[i, j]) for j in rows if LABELS[i] != LABELS[j]]
+            hardness = sum(same) / len(same) - sum(other) / len(other)
+            lacks.append(max(0.0, destination - hardness) ** 2)
+        found = float(method.attack_loss(emb, LABELS, torch.tensor(last)))
+        assert found == pytest.approx(-sum(lacks) / len(lacks), abs=1e-9)
+    assert sum(lacks) > 0
+    collapsed = emb[:1].repeat(8, 1).requires_grad_()
+    method.attack_loss(collapsed, LABELS, torch.tensor(0.0)).backward()
+    assert collapsed.grad is not None and torch.all(collapsed.grad == 0)
+
+
+def test_the_attack_knows_the_last_loss_only_under_lga() -> None:
+    method, images = build("triplet", miner="all"), images_of(LABELS)
+    emb = method.embed(images)
+    for destination, last in (("zero", 0.0), ("lga", 0.05)):
+        hardening = harden(method, destination=destination)
+        hardening.last_loss = torch.tensor(0.05)
+        value = hardening._objective(images, LABELS)(images)
+        torch.testing.assert_close(value, method.attack_loss(emb, LABELS, torch.tensor(last)))
+    assert float(value) != float(method.attack_loss(emb, LABELS, torch.tensor(0.0)))
 
 
 def test_the_last_loss_is_a_mean_over_all_tuples_of_moved_images() -> None:
@@ -338,7 +372,7 @@ def test_a_killed_hardened_run_resumes_bit_equal(job: dict[str, Any], tmp_path: 
     """In mid-ramp; with LGA, whose destination comes from the step before."""
     options = {
         **job,
-        "harden": {"kind": "pgd", "epsilon": 8.0, "ramp": 0.8},
+        "harden": {"kind": "pgd", "epsilon": 8.0, "ramp": 0.8, "destination": "lga"},
         "train": {
             "epochs": 3, "classes_per_batch": 4, "images_per_class": 2, "lr": 1e-3,
             "checkpoint_every_steps": 2,

@@ -119,8 +119,9 @@ class Method(nn.Module, ABC):
         Args:
             emb_BD: the global batch as the attack has moved it so far.
             labels_B: its classes.
-            last_loss: scalar, the last training step's loss on adversarial images as a mean over
-                all tuples, also those without any; infinite before the first step.
+            last_loss: scalar. With `harden.destination` zero it is 0; with lga the last training
+                step's loss on adversarial images as a mean over all tuples, also those without any,
+                and infinite before the first step.
         """
         return self.loss(emb_BD, labels_B).total
 

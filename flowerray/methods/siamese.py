@@ -105,6 +105,28 @@ class Siamese(Method):
             active = mean_where((term_BB > threshold).to(emb_BD.dtype), positive_BB | negative_BB)
         return Loss(total, common_curves(emb_BD, labels_B, dist_BB, active))
 
+    def attack_loss(self, emb_BD: Tensor, labels_B: Tensor, last_loss: Tensor) -> Tensor:
+        """Minus the squared lack of hardness below a destination, over anchors: at most 0.
+
+        The rule of the triplet's `attack_loss`, with an anchor's mean distance to its positives and
+        to the negatives that count. An attack that raises the contrastive loss without end makes
+        the embedding collapse (its spread fell from 0.77 to 0.02 in 80 steps).
+        """
+        config = self.config
+        dist_BB = distances(emb_BD)
+        positive_BB, negative_BB = pair_masks(labels_B)
+        negative_BB = self.choose(dist_BB.detach(), positive_BB, negative_BB)
+        if config.head == "contrastive":
+            band = max(0.0, config.negative_margin - config.positive_margin)
+        else:
+            dist_BB, band = -self.logits(emb_BD), 2 * math.log(2)
+        d_ap, d_an = (
+            dist_BB.where(mask_BB, 0.0).sum(1) / mask_BB.sum(1).clamp(min=1)
+            for mask_BB in (positive_BB, negative_BB)
+        )
+        lack_B = (-last_loss.clamp(max=band) - (d_ap - d_an)).relu()
+        return -mean_where(lack_B.square(), positive_BB.any(1) & negative_BB.any(1))
+
     def logits(self, emb_BD: Tensor) -> Tensor:
         """The BCE head's logit of "same class" for all pairs, BB."""
         return self.offset - distances(emb_BD * self.log_weight_D.exp(), p=1.0)

@@ -88,9 +88,13 @@ class Triplet(Method):
 
         Zhou & Patel, "Enhancing Adversarial Robustness for Deep Metric Learning", CVPR 2022:
         an attack that maximises the loss without end makes this training collapse, so images move
-        only until their triplets are as hard as the destination. Their LGA schedule:
-        destination = -gamma min(last loss, gamma) / gamma, with the margin as gamma: from -gamma
-        (hardly a loss) towards 0 (positive as far as negative) as training succeeds.
+        only until their triplets are as hard as the destination, here 0: the positive as far as the
+        negative. There the loss is that of an embedding which maps all images to one point.
+
+        With `last_loss` above 0 it is their LGA schedule, destination = -gamma min(last loss,
+        gamma) / gamma with the margin as gamma: from -gamma (hardly a loss) towards 0 as training
+        succeeds. With miners that choose hard triplets the loss stays at the margin, and so the
+        attack at its weakest.
         """
         d_ap, d_an, valid = self.mine(distances(emb_BD), labels_B, emb_BD.shape[1])
         lack = (-last_loss.clamp(max=self.config.margin) - (d_ap - d_an)).relu()
