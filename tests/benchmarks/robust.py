@@ -1,0 +1,142 @@
+"""The robust version of each method beside its standard twin, over seeds, under the same attacks.
+
+    uv run python -m tests.benchmarks.robust --out DIR [--root DATA] [--seeds 0 1 2] [--audit]
+
+For each seed: the three standard models; a robust `center` from its standard twin, in 12 epochs;
+and robust `triplet` and `siamese` from the robust center, in 4 epochs each. Then every robust model
+is attacked beside its twin, on the test split. Each training and attack is a RUN below `--out`;
+what is there already is not made again, so the command may be stopped and repeated. Writes
+DIR/robust.json and prints the table.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flowerray.evaluate.statistics import paired_bootstrap, t_interval
+
+METHODS = ("center", "siamese", "triplet")
+HARDEN = ["--harden.kind", "pgd", "--harden.epsilon", "4", "--train.lr", "2e-4"]
+FIRST = [*HARDEN, "--train.epochs", "12"]
+NEXT = [*HARDEN, "--train.epochs", "4", "--harden.ramp", "0"]
+ATTACK = [
+    "--attacks", "margin,apgd-ce,apgd-dlr", "--eps", "0,2,4,8", "--max-queries", "512",
+    "--steps", "20", "--restarts", "3", "--max-pairs", "0",
+]  # fmt: skip
+
+
+def main() -> None:
+    """Makes what is missing, prints the table, writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--root", type=Path, help="data set; by default the synthetic one")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--audit", action="store_true", help="of each robust model; slow")
+    options, extra = parser.parse_known_args()
+    out = options.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    common = [*extra, "--resources.workers", "0"]
+    if options.root is not None:
+        common += ["--data.root", str(options.root)]
+    audit = ["--audit"] if options.audit else []
+    pairs: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for seed in options.seeds:
+        words = [*common, "--train.seed", str(seed)]
+        robust_center = out / f"robust-center-seed{seed}"
+        for method in METHODS:
+            twin, robust = out / f"{method}-seed{seed}", out / f"robust-{method}-seed{seed}"
+            train(method, twin, words)
+            if method == "center":
+                train(method, robust, [*words, "--init", str(twin), *FIRST])
+            else:
+                train(method, robust, [*words, "--init", str(robust_center), *NEXT])
+            if not (robust / "robustness.json").exists():
+                call(robust, ["attack", str(robust), "--beside", str(twin), *ATTACK, *audit])
+            content = json.loads((robust / "robustness.json").read_text())["results"][0]
+            pairs.setdefault(method, []).append((content, content["beside"]))
+    report = {method: summary(found) for method, found in pairs.items()}
+    print(table(report))
+    content = {
+        "command": sys.argv,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "seeds": options.seeds,
+        "results": report,
+    }
+    (out / "robust.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def train(method: str, folder: Path, words: list[str]) -> None:
+    """One training, by the command line that a user would type, unless it is there."""
+    if not (folder / "thresholds.json").exists():
+        where = ["--resume" if folder.exists() else "--out", str(folder)]
+        call(folder, ["train", method, *words, *where])
+
+
+def call(folder: Path, words: list[str]) -> None:
+    """The command line, with its output in a file beside the RUN."""
+    with folder.with_suffix(".log").open("a") as log:
+        subprocess.run(
+            [sys.executable, "-c", "from flowerray.cli import main; main()", *words],
+            check=True, stdout=log, stderr=log,
+        )  # fmt: skip
+
+
+def summary(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """By radius the worst-case R@1 of both models over seeds, and their paired difference."""
+    found: dict[str, Any] = {"audits_failed": [audit_of(robust) for robust, _ in pairs]}
+    for eps in pairs[0][0]["worst_case"]:
+        row = {}
+        hits = []
+        for name, side in (("robust", 0), ("standard", 1)):
+            right_SQ = np.stack([right(pair[side], eps) for pair in pairs])
+            values = right_SQ.mean(1).tolist()
+            row[name] = {"values": values, "mean": float(np.mean(values))}
+            if len(values) > 1:
+                ci = t_interval(values)
+                row[name] |= {"low": ci.low, "high": ci.high}
+            hits.append(right_SQ)
+        gain = paired_bootstrap(*hits)
+        row["difference"] = {"mean": gain.mean, "low": gain.low, "high": gain.high}
+        found[eps] = row
+    return found
+
+
+def right(content: dict[str, Any], eps: str) -> Any:
+    """Whether each query withstands all attacks at a radius, Q."""
+    return np.array([c == "1" for c in content["worst_case"][eps]["right"]], dtype=float)
+
+
+def audit_of(content: dict[str, Any]) -> list[str] | None:
+    """The checks that failed; None where none was asked for."""
+    return content["audit"]["failed"] if content["audit"] else None
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report in 80 columns."""
+    lines = [f"{'method':<9}{'eps':>4}  {'robust R@1':<22}{'standard R@1':<22}difference"]
+    for method, rows in report.items():
+        for eps, row in rows.items():
+            if eps == "audits_failed":
+                continue
+            cells = [f"{method:<9}{eps:>4}  "]
+            for name in ("robust", "standard", "difference"):
+                value = row[name]
+                text = f"{value['mean']:.3f}"
+                if "low" in value:
+                    text += f" [{value['low']:.3f}, {value['high']:.3f}]"
+                cells.append(f"{text:<22}")
+            lines.append("".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
