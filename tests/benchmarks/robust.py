@@ -122,19 +122,19 @@ def audit_of(content: dict[str, Any]) -> list[str] | None:
 
 def table(report: dict[str, Any]) -> str:
     """The report in 80 columns."""
-    lines = [f"{'method':<9}{'eps':>4}  {'robust R@1':<22}{'standard R@1':<22}difference"]
+    lines = [f"{'method':<9}{'eps':>4}  {'robust R@1':<21} {'standard R@1':<21} difference"]
     for method, rows in report.items():
         for eps, row in rows.items():
             if eps == "audits_failed":
                 continue
-            cells = [f"{method:<9}{eps:>4}  "]
+            cells = [f"{method:<9}{eps:>4} "]
             for name in ("robust", "standard", "difference"):
                 value = row[name]
                 text = f"{value['mean']:.3f}"
                 if "low" in value:
                     text += f" [{value['low']:.3f}, {value['high']:.3f}]"
-                cells.append(f"{text:<22}")
-            lines.append("".join(cells).rstrip())
+                cells.append(f"{text:<21}")
+            lines.append(" ".join(cells).rstrip())
     return "\n".join(lines)
 
 
