@@ -176,4 +176,3 @@ def end_of_logging(run_dir: Path) -> None:
     from flowerray import tracking
 
     print(f"review    {tracking.ui_line(run_dir)}", file=sys.stderr)
-    print('          ("Model training", upper left, shows the runs)', file=sys.stderr)
