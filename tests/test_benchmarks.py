@@ -10,7 +10,7 @@ from tests.benchmarks import robust
 def attacked(**right: str) -> dict[str, Any]:
     """The part of a record of robustness.json that is read; `e2="0110"`: who withstood 2/255."""
     worst = {name[1:]: {"right": hits} for name, hits in right.items()}
-    return {"worst_case": worst, "audit": {"failed": []}}
+    return {"worst_case": worst, "audit": None}
 
 
 def test_robust_models_are_paired_with_their_twins_query_by_query() -> None:
@@ -18,14 +18,18 @@ def test_robust_models_are_paired_with_their_twins_query_by_query() -> None:
         (attacked(e0="1110", e2="1100"), attacked(e0="1111", e2="0000")),
         (attacked(e0="1101", e2="1000"), attacked(e0="1110", e2="0001")),
     ]
-    found = robust.summary(pairs)
+    pairs[0][0]["audit"] = {"failed": ["floor"]}
+    summary = robust.summary(pairs)
+    found = summary["by_eps"]
     assert found["0"]["robust"]["values"] == [0.75, 0.75]
     assert found["0"]["difference"]["mean"] == pytest.approx(-0.125)
     assert found["2"]["robust"]["values"] == [0.5, 0.25]
     assert found["2"]["difference"]["mean"] == pytest.approx(0.25)
     assert found["2"]["difference"]["low"] < 0.25 < found["2"]["difference"]["high"]
     assert found["2"]["robust"]["low"] < 0.375 < found["2"]["robust"]["high"]
-    assert found["audits_failed"] == [[], []]
-    lines = robust.table({"triplet": found}).splitlines()
-    assert len(lines) == 3 and max(map(len, lines)) <= 82  # intervals far outside 0..1
-    assert lines[2].startswith("triplet     2  0.375 [") and lines[2].count("[") == 3
+    assert summary["audits_failed"] == [["floor"], None]
+    lines = robust.table({"triplet": summary}).splitlines()
+    assert len(lines) == 5 and max(map(len, lines)) <= 80
+    assert lines[2].startswith("triplet   2  0.375 [") and lines[2].count("[") == 3
+    assert lines[3] == "triplet, 1. seed: AUDIT FAILED floor"
+    assert lines[4] == "triplet, 2. seed: not audited"

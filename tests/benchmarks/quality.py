@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +29,7 @@ from flowerray.evaluate.measure import EvaluateConfig, Measurement
 from flowerray.evaluate.statistics import bootstrap_interval, paired_bootstrap, t_interval
 from flowerray.run import Run
 from flowerray.rundir import RunDir
+from tests.benchmarks.command import flowerray
 
 DEFAULT = ["triplet", "siamese", "center", "center:method.center-weight=0"]
 METRICS = ("recall_at_1", "map_at_r", "recall_at_1_per_class_mean", "pair_auc", "pair_accuracy")
@@ -84,13 +84,8 @@ def train(options: argparse.Namespace, extra: list[str], setting: str, seed: int
     words += ["--resume" if folder.exists() else "--out", str(folder)]
     words = " ".join(words).split()
     log = options.out.absolute() / f"{name}-seed{seed}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // options.parallel))
-    with log.open("a") as file:
-        subprocess.run(
-            [sys.executable, "-c", "from flowerray.cli import main; main()", *words],
-            check=True, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": threads},
-        )  # fmt: skip
+    flowerray(words, log, {**os.environ, "OMP_NUM_THREADS": threads})
     return Path(folder)
 
 

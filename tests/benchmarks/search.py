@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from flowerray.cluster.study import Study, outcome
 from flowerray.evaluate.statistics import Interval, t_interval
 from flowerray.run import Run
 from flowerray.rundir import RunDir
+from tests.benchmarks.command import flowerray
 
 SETTING = ["--embedder.image-size", "96", "--train.epochs", "12"]
 """About 12,000 images a full trial on 1,020 training images."""
@@ -92,13 +92,7 @@ def search(
     else:
         words = ["--resume", str(folder)]
     words += ["--trials", str(trials), "--max-concurrent", str(options.concurrent)]
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / f"{folder.name}.log").open("a") as log:
-        subprocess.run(
-            [sys.executable, "-c", "from flowerray.cli import main; main()",
-             "tune", options.method, *words],
-            check=True, stdout=log, stderr=log,
-        )  # fmt: skip
+    flowerray(["tune", options.method, *words], options.out / f"{folder.name}.log")
     return Study.read(folder)
 
 

@@ -33,6 +33,6 @@ def test_both_searches_are_compared_at_equal_images_and_a_repeat_makes_nothing_a
         assert 0 < seed[side]["median_ray_share"] < 1
     assert "gain of TPE + ASHA" in capsys.readouterr().out
 
-    monkeypatch.setattr(search.subprocess, "run", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(search, "flowerray", lambda *a, **k: pytest.fail("trained again"))
     search.main()
     assert json.loads((tmp_path / "out" / "search.json").read_text())["seeds"] == [seed]
