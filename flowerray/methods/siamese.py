@@ -109,8 +109,8 @@ class Siamese(Method):
         """Minus the squared lack of hardness below a destination, over anchors: at most 0.
 
         The rule of the triplet's `attack_loss`, with an anchor's mean distance to its positives and
-        to the negatives that count. An attack that raises the contrastive loss without end makes
-        the embedding collapse (its spread fell from 0.77 to 0.02 in 80 steps).
+        to the negatives that count. With positives moved 0.1 farther than negatives the embedding
+        collapsed (its spread fell from 0.77 to 0.02 in two epochs of 26 steps, one seed).
         """
         config = self.config
         dist_BB = distances(emb_BD)
