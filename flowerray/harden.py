@@ -138,8 +138,16 @@ class Hardening(nn.Module):
             seed: of the random starts.
             num_steps: steps of the whole training, over which epsilon rises.
             rank: which slice of the global batch the images are.
+
+        Raises:
+            UserError: a destination for a method whose attack has none.
         """
         super().__init__()
+        if config.destination == "lga" and type(method).attack_loss is Method.attack_loss:
+            raise UserError(
+                f"harden.destination lga has no use with method "
+                f"{type(method).__module__.rpartition('.')[2]}: leave it out."
+            )
         self.config, self.method, self.autocast = config, method, autocast
         self.seed, self.num_steps, self.rank = seed, num_steps, rank
         parameter = next(method.parameters())
