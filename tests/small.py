@@ -5,6 +5,7 @@ from typing import Any
 
 from flowerray import methods
 from flowerray.data.source import DataConfig
+from flowerray.harden import HardenConfig
 from flowerray.model import EmbedderConfig
 from flowerray.run import ResourcesConfig, Run
 from flowerray.train import TrainConfig
@@ -46,3 +47,8 @@ def small(root: Path, method: str = "triplet", **train: Any) -> Run:
         train=TrainConfig(**{**parts["train"], **train}),
         resources=ResourcesConfig(**parts["resources"]),
     )
+
+
+def with_hardening(run: Run, init: Path | None = None, **fields: Any) -> Run:
+    """The run hardened, from the weights of another RUN where one is given."""
+    return run.model_copy(update={"harden": HardenConfig(**fields), "init": init})

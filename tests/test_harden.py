@@ -4,46 +4,18 @@ Letters: B images, C channels, H W pixels, D embedding dimensions.
 """
 
 import math
-import signal
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-import flowerray
 from flowerray import methods
-from flowerray.cli.options import parse_run
-from flowerray.cluster.fit import fit
-from flowerray.cluster.worker import split_store
-from flowerray.data.dataset import Dataset
-from flowerray.data.source import open_dataset
-from flowerray.data.store import Store
 from flowerray.errors import UserError
-from flowerray.evaluate import guard as guarding
-from flowerray.evaluate.embed import embed
-from flowerray.evaluate.guard import alarms, guard
-from flowerray.evaluate.retrieval import retrieval_metrics
 from flowerray.harden import HardenConfig, Hardening, nfgsm, perturbed_weights
 from flowerray.methods._base import Method, distances
-from flowerray.model import Embedder
-from flowerray.run import Run
-from flowerray.rundir import RunDir
 from tests.method_cases import build, images_of
-from tests.small import small, words
-from tests.train_process import (
-    exit_code,
-    largest_difference,
-    make_run,
-    start,
-    train_as_one_and_as_two,
-    train_small,
-)
 
 KINDS = ("pgd", "trades", "nfgsm", "free")
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
@@ -212,6 +184,11 @@ def test_the_attack_knows_the_last_loss_only_under_lga() -> None:
     assert float(value) != float(method.attack_loss(emb, LABELS, torch.tensor(0.0)))
 
 
+def test_a_destination_is_refused_where_the_attack_has_none() -> None:
+    with pytest.raises(UserError, match=r"^harden\.destination lga has no use with method center"):
+        harden(build("center"), destination="lga")
+
+
 def test_the_last_loss_is_a_mean_over_all_tuples_of_moved_images() -> None:
     method = build("triplet", miner="all")
     hardening = harden(method)
@@ -342,258 +319,3 @@ def test_awp_steps_by_the_gradient_at_the_perturbed_weights_alone() -> None:
     with pytest.raises(RuntimeError), perturbed_weights(method, 0.05):
         raise RuntimeError
     assert all(torch.equal(p, value) for p, value in zip(method.parameters(), inside, strict=True))
-
-
-# --- the loop -------------------------------------------------------------------------------------
-
-
-def test_two_workers_end_with_the_weights_of_one(job: dict[str, Any], tmp_path: Path) -> None:
-    """Hardened runs of all methods in float64, augmentation on: 9 steps, 6 of them attacked."""
-    by_method: dict[str, dict[str, Any]] = {
-        "center": {"harden": {"kind": "free", "replays": 2}, "train": {"epochs": 6}},
-        "siamese": {"harden": {"kind": "pgd", "mix": 0.5, "awp": 0.01}},
-        "triplet": {"harden": {"kind": "pgd", "epsilon": 8.0}},
-    }
-    train = {"epochs": 3, "classes_per_batch": 8, "images_per_class": 4, "lr": 1e-3}
-    for options in by_method.values():
-        options["train"] = {**train, **options.get("train", {})}
-    options = {**job, "methods": methods.names(), "double": True, "by_method": by_method}
-    train_as_one_and_as_two(options, tmp_path)
-    for method in methods.names():
-        one, two = (torch.load(tmp_path / f"w{w}-{method}.pt", weights_only=True) for w in (1, 2))
-        assert largest_difference(one, two) <= 1e-5, method
-        assert RunDir(tmp_path / f"w2-{method}").series("train/epsilon")[-1] == (
-            9,
-            8.0 if method == "triplet" else 4.0,
-        )
-
-
-def test_a_killed_hardened_run_resumes_bit_equal(job: dict[str, Any], tmp_path: Path) -> None:
-    """In mid-ramp; with LGA, whose destination comes from the step before."""
-    options = {
-        **job,
-        "harden": {"kind": "pgd", "epsilon": 8.0, "ramp": 0.8, "destination": "lga"},
-        "train": {
-            "epochs": 3, "classes_per_batch": 4, "images_per_class": 2, "lr": 1e-3,
-            "checkpoint_every_steps": 2,
-        },
-    }  # fmt: skip
-    make_run(tmp_path / "whole")
-    make_run(tmp_path / "killed-triplet")
-    expected = train_small({**options, "method": "triplet", "out": str(tmp_path / "whole")})
-    process = start(
-        {**options, "methods": ["triplet"], "out": str(tmp_path / "killed"), "die_at": 10}
-    )
-    assert exit_code(process) == -signal.SIGKILL
-    killed = RunDir(tmp_path / "killed-triplet")
-    state = torch.load(killed.last / "state.pt", weights_only=True)
-    assert state["progress"]["step"] == 8 and 0 < state["last_loss"] < 0.2
-    resumed = train_small({**options, "method": "triplet", "out": str(killed.path)})
-    ours, theirs = resumed.state_dict(), expected.state_dict()
-    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
-
-
-def test_free_costs_as_much_as_a_clean_run(
-    job: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls: list[int] = []
-    forward = Embedder.forward
-
-    def counted(self: Embedder, images: Tensor) -> Tensor:
-        calls.append(len(images))
-        return forward(self, images)
-
-    monkeypatch.setattr(Embedder, "forward", counted)
-    counts = {}
-    for name, fields in (("clean", {}), ("free", {"kind": "free", "replays": 2, "ramp": 0.0})):
-        make_run(tmp_path / name)
-        train = {"epochs": 2, "classes_per_batch": 4, "images_per_class": 2}
-        more = {"out": str(tmp_path / name), "train": train, "harden": fields}
-        calls.clear()
-        train_small({**job, "method": "siamese", **more})
-        counts[name] = len(calls)
-    assert counts["free"] == counts["clean"] > 0
-    assert HardenConfig(kind="free", replays=4).passes(15) == 4
-    assert HardenConfig(kind="pgd").passes(15) == 15
-
-
-# --- what it is watched by ------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def flowers(small_set: Path) -> tuple[Dataset, Store, Store]:
-    """The rendered set, and its train and val store at 32 px."""
-    dataset = open_dataset(small(small_set).data, progress=False)
-    return dataset, split_store(dataset, "train", 32), split_store(dataset, "val", 32)
-
-
-def guarded(
-    embedder: Embedder, flowers: tuple[Dataset, Store, Store], own: bool = False, **fields: Any
-) -> dict[str, float]:
-    """`guard` on val."""
-    dataset, train_store, val_store = flowers
-    gallery = embed(embedder, train_store), dataset.split_labels("train")
-    config = HardenConfig(kind="pgd", **fields)
-    emb = embed(embedder, val_store)
-    labels = dataset.split_labels("val")
-    return guard(config, embedder, val_store, emb, labels, None if own else gallery)
-
-
-def test_adversarial_recall_starts_at_the_clean_one_and_falls(
-    small_run: Path, flowers: tuple[Dataset, Store, Store]
-) -> None:
-    dataset, train_store, val_store = flowers
-    embedder = flowerray.load(small_run)
-    modes = [m.training for m in embedder.modules()]
-    clean = retrieval_metrics(
-        embed(embedder, val_store), dataset.split_labels("val"),
-        embed(embedder, train_store), dataset.split_labels("train"),
-    )["recall_at_1"]  # fmt: skip
-    key = "val/adversarial_recall_at_1"
-    assert guarded(embedder, flowers, val_epsilon=1e-6)[key] == pytest.approx(clean)
-    strong = guarded(embedder, flowers, val_epsilon=64.0)
-    assert strong[key] < 0.2 < clean
-    assert guarded(embedder, flowers, val_epsilon=64.0) == strong
-    assert [m.training for m in embedder.modules()] == modes
-    # Searched in itself, the attacked images are not among what they search.
-    assert guarded(embedder, flowers, own=True, val_epsilon=64.0)[key] < 0.2
-
-
-def test_the_collapse_alarm_fires_on_a_constant_encoder(
-    small_run: Path, flowers: tuple[Dataset, Store, Store]
-) -> None:
-    embedder = flowerray.load(small_run)
-    healthy = {"mean_cosine": 0.3, "effective_rank": 20.0}
-    assert alarms({f"val/{k}": v for k, v in healthy.items()} | {"alarm/collapse": 0.0}) == []
-    # Whatever comes in, nearly one point comes out.
-    embedder.register_forward_hook(lambda _, inputs, emb_BD: F.normalize(1 + 1e-3 * emb_BD))
-    found = guarded(embedder, flowers, val_queries=6)
-    assert found["alarm/collapse"] == 1.0 and found["val/mean_cosine"] > 0.95
-    assert found["val/effective_rank"] < 1.1
-    assert "has collapsed (mean cosine 1.00" in alarms(found)[0]
-
-
-def test_the_overfitting_alarm_compares_one_step_with_ten(
-    small_run: Path, flowers: tuple[Dataset, Store, Store], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Planted: a model whose one-step robustness is not real."""
-    embedder = flowerray.load(small_run)
-    dataset, train_store, val_store = flowers
-    emb, labels = embed(embedder, val_store), dataset.split_labels("val")
-    gallery = embed(embedder, train_store), dataset.split_labels("train")
-    config = HardenConfig(kind="nfgsm", val_queries=12, probe_queries=6)
-    honest = guard(config, embedder, val_store, emb, labels, gallery)
-    assert honest["val/probe"] <= honest["val/probe_single_step"] + 0.2
-    assert honest["alarm/overfitting"] == 0.0
-
-    def recall(self: Any, chosen: NDArray[np.int64], epsilon: float, steps: int) -> float:
-        return 0.05 if steps else 0.9
-
-    monkeypatch.setattr(guarding._Target, "recall", recall)
-    found = guard(config, embedder, val_store, emb, labels, gallery)
-    assert found["alarm/overfitting"] == 1.0
-    assert "R@1 0.90 under one step, 0.05 under 10" in alarms(found | {"alarm/collapse": 0.0})[0]
-
-
-# --- the run --------------------------------------------------------------------------------------
-
-
-def with_hardening(run: Run, init: Path | None = None, **fields: Any) -> Run:
-    return run.model_copy(update={"harden": HardenConfig(**fields), "init": init})
-
-
-def test_a_hardened_model_is_more_robust_than_its_standard_twin(
-    small_set: Path,
-    flowers: tuple[Dataset, Store, Store],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Started from it (--init), under the same attack at 1 and 2/255; exported as robust_model."""
-    standard, robust = tmp_path / "standard", tmp_path / "robust"
-    fit(small(small_set, "center", epochs=10), standard, quiet=True)
-    run = small(small_set, "center", epochs=8)
-    options = {"kind": "trades", "epsilon": 8.0, "val_steps": 3}
-    fit(with_hardening(run, standard, **options), robust, quiet=True)
-    assert (robust / "robust_model_center_loss.pth").exists()
-    assert not list(robust.glob("best_model_*"))
-    records = [r["metrics"] for r in RunDir(robust).records()]
-    epochs = [m for m in records if "epoch/seconds" in m]
-    values = [m["val/adversarial_recall_at_1"] for m in epochs]
-    assert all({"val/map_at_r", "val/recall_at_1", "alarm/collapse"} <= m.keys() for m in epochs)
-    state_file = RunDir(robust).best / "state.pt"
-    best = torch.load(state_file, weights_only=True)["progress"]
-    assert best["best"] == max(values) and best["best_epoch"] == 1 + values.index(max(values))
-
-    key = "val/adversarial_recall_at_1"
-    before, after = (
-        [guarded(flowerray.load(run), flowers, val_epsilon=eps)[key] for eps in (1.0, 2.0)]
-        for run in (standard, robust)
-    )
-    assert sum(after) / 2 >= sum(before) / 2 + 0.03, (before, after)
-
-
-def test_init_takes_weights_and_the_losss_own_parameters(small_set: Path, tmp_path: Path) -> None:
-    """With a learning rate of almost 0 the end is the start."""
-    first = tmp_path / "first"
-    fit(small(small_set, "center", epochs=1), first, quiet=True)
-    old = torch.load(first / "best_model_center_loss.pth", weights_only=True)
-    for method, export, same in (
-        ("center", "center_loss", True),
-        ("siamese", "siamese_network", False),
-    ):
-        out = tmp_path / method
-        run = small(small_set, method, epochs=1, lr=1e-30, weight_decay=0.0)
-        fit(run.model_copy(update={"init": first}), out, quiet=True)
-        new = torch.load(out / f"best_model_{export}.pth", weights_only=True)
-        for name, value in old["embedder"].items():
-            torch.testing.assert_close(new["embedder"][name], value)
-        if same:
-            torch.testing.assert_close(new["method"]["weight_CD"], old["method"]["weight_CD"])
-
-
-def test_init_that_does_not_fit_is_refused(
-    small_set: Path, small_run: Path, tmp_path: Path
-) -> None:
-    run = small(small_set).model_copy(update={"init": small_run})
-    wide = run.model_copy(update={"embedder": run.embedder.model_copy(update={"dim": 32})})
-    with pytest.raises(UserError, match=r"has embedder\.dim 16, and this run 32: give"):
-        fit(wide, tmp_path / "a", quiet=True)
-    missing = run.model_copy(update={"init": tmp_path / "nothing"})
-    with pytest.raises(UserError, match="no such RUN folder"):
-        fit(missing, tmp_path / "b", quiet=True)
-    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
-
-
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"epsilon": 8.0}, r"^harden\.epsilon has no use with harden\.kind none: .*choose"),
-        (
-            {"kind": "pgd", "beta": 3.0},
-            r"^harden\.beta has no use .* choose harden\.kind trades\.$",
-        ),
-        ({"kind": "trades", "mix": 0.5}, r"^harden\.mix has no use with harden\.kind trades"),
-        ({"kind": "free", "awp": 0.01}, r"^harden\.awp has no use with harden\.kind free"),
-        ({"kind": "fgsm"}, "^kind = 'fgsm': "),
-        ({"kind": "pgd", "epsilon": 0.0}, r"^epsilon = 0\.0: input should be greater than 0\.$"),
-    ],
-)
-def test_options_that_do_not_fit_are_one_sentence(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        HardenConfig(**fields)
-
-
-def test_the_command_line_and_old_runs(
-    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The later option wins, so that a job's default can be changed; --init becomes absolute."""
-    monkeypatch.chdir(tmp_path)
-    more = ["--harden.kind", "pgd", "--harden.kind", "trades", "--init", "a/run"]
-    _, run = parse_run("train center", "center", [*words(small_set), *more])
-    assert run.harden.kind == "trades" and run.init == tmp_path / "a" / "run"
-    assert Run.from_dict(run.to_dict()) == run
-    old = small(small_set).to_dict()
-    del old["harden"], old["init"]
-    assert Run.from_dict(old) == small(small_set) and not Run.from_dict(old).harden.on
