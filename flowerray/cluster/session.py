@@ -16,6 +16,7 @@ ENVIRONMENT = {
     # new environment.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_worker_niceness": "0",  # by default workers yield to all else, also to Ray's daemons
+    "RAY_num_workers_soft_limit": "0",  # by default one idle process a core stays, and polls
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # a job that sets FLOWERRAY_HOME may meet ours, its own
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # by default each report waits for a poll every 2 s
@@ -40,13 +41,15 @@ def own_signals() -> Iterator[None]:
 
 
 @contextmanager
-def ray_session(min_cpus: int) -> Iterator[Any]:
+def ray_session(min_cpus: int, frees_workers: bool = False) -> Iterator[Any]:
     """A Ray that is up: the cluster at `RAY_ADDRESS` (a job finds it set), else one started on this
     machine.
 
     Args:
         min_cpus: CPU slots that a cluster started here must have; more than there are cores is
             allowed, since threads are set apart from slots.
+        frees_workers: a Ray Train inside may end before this Ray does; it frees its workers through
+            the dashboard. Otherwise none is started here: its dozen processes cost 2 % of a core.
 
     Raises:
         UserError: the cluster cannot be reached.
@@ -64,7 +67,7 @@ def ray_session(min_cpus: int) -> Iterator[Any]:
             else {
                 "address": "local",
                 "num_cpus": max(min_cpus, os.cpu_count() or 1),
-                "include_dashboard": True,  # Train frees a stopped trial's workers through it
+                "include_dashboard": frees_workers,
                 "object_store_memory": 256 * 2**20,
             }
         )

@@ -167,7 +167,7 @@ def search(study: Study, resources: TrialResources, quiet: bool) -> None:
     workers = resources.workers_per_trial
     with (
         LiveStudy(study.folder) as live,
-        ray_session(min_cpus=math.ceil(resources.cpus_per_trial)) as ray,
+        ray_session(math.ceil(resources.cpus_per_trial), frees_workers=workers > 1) as ray,
     ):
         from ray import tune as ray_tune
 
