@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from flowerray.errors import UserError
+
 
 def home() -> Path:
     """`$FLOWERRAY_HOME`, by default `~/.cache/flowerray`: synthetic sets, decoded stores, runs of
@@ -34,6 +38,26 @@ def atomic_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_driver(folder: Path) -> Iterator[None]:
+    """Holds a folder for this process, also against other machines where the file system locks.
+
+    Raises:
+        UserError: another process is at work on it.
+    """
+    lock = FileLock(folder / ".driver.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"another process is at work on {folder}: stop it first, a Ray job with `ray job stop`."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -277,8 +277,12 @@ def experiment_runs(name: str) -> list[str]:
         UserError: there is none, or it holds no training.
     """
     for uri in _known_addresses():
-        client = connect(uri)
-        if (experiment := client.get_experiment_by_name(name)) is None:
+        try:
+            client = connect(uri)
+            experiment = client.get_experiment_by_name(name)
+        except Exception as error:
+            raise UserError(f"MLflow at {uri} cannot be used ({brief(error)}).") from error
+        if experiment is None:
             continue
         found, token = [], None
         while True:

@@ -170,7 +170,7 @@ def train(
     progress = Progress()
     if (folder := reporter.restore()) is not None:
         progress = load(folder, hardening, optimizer, average, device)
-        reporter.rewind(progress.step)
+    reporter.rewind(progress.step)  # also to 0: one that died before its first checkpoint
 
     def save(folder: Path) -> None:
         state = {

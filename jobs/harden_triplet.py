@@ -6,4 +6,5 @@ import sys
 
 from flowerray.cli import main
 
-main(["train", "triplet", "--harden.kind", "pgd", *sys.argv[1:]])
+kind = [] if "--resume" in sys.argv else ["--harden.kind", "pgd"]  # a RUN has its own
+main(["train", "triplet", *kind, *sys.argv[1:]])

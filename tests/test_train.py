@@ -1,5 +1,6 @@
 """The loop: world-size invariance, exact resume after SIGKILL, early stop, divergence."""
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,19 @@ def test_a_killed_run_resumes_bit_equal(job: dict[str, Any], tmp_path: Path, met
         assert mine["step"] == other["step"]
         same = {k: v for k, v in other["metrics"].items() if is_exact(k)}
         assert {k: v for k, v in mine["metrics"].items() if is_exact(k)} == same
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_its_log_anew(
+    job: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    make_run(out)
+    old = {"step": 1, "epoch": 1, "time": 0.0, "metrics": {"train/loss": 9.0}}
+    RunDir(out).metrics.write_text(json.dumps(old) + "\n")
+    options = {"epochs": 1, "classes_per_batch": 4, "images_per_class": 2}
+    train_small({**job, "train": options, "method": "triplet", "out": str(out)})
+    steps = [step for step, _ in RunDir(out).series("train/loss")]
+    assert steps == sorted(set(steps)) and old not in RunDir(out).records()
 
 
 def is_exact(name: str) -> bool:

@@ -64,6 +64,7 @@ def tune(words: list[str]) -> int:
     kind = create_model("Options", __base__=Own, **kinds)  # type: ignore[call-overload]
     values = {n: getattr(config, n) for n in StudyConfig.model_fields}
     values |= {n: getattr(start, n) for n in parts}
+    values |= old.resources if old else {}
     about = f"Searches what {method} leaves open; a knob given here is not searched."
     options = parse(kind, words, f"tune {method}", about, default=kind(**values))
 
@@ -96,6 +97,7 @@ def tune(words: list[str]) -> int:
         ):
             if said and knob not in known:
                 raise UserError(f"{study.folder} was begun without {flag}: start another study.")
+        study.resources = resources.model_dump()
         study.resume_with(run, config)
     result = search(study, resources, quiet=options.as_json)
     print(tables.as_json(result) if options.as_json else study_table(result))

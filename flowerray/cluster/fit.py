@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,11 @@ def fit_on_ray(run: Run, folder: RunDir) -> dict[str, Any]:
         use_gpu = run.resources.device == "cuda" or (
             run.resources.device == "auto" and resources.get("GPU", 0) >= workers
         )
-        cpus = run.resources.cpus_per_worker or max(1, int(resources.get("CPU", 1)) // workers)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cpus = run.resources.cpus_per_worker
+        blind = run.resources.device == "auto" and not resources.get("CPU")
+        if not cpus or blind:  # with no node up nothing says which device it will have
+            cpus = cpus_of_a_worker(nodes, workers, use_gpu)
         trainer = TorchTrainer(
             ray_worker,  # type: ignore[arg-type]
             train_loop_config={"run": run.to_dict(), "folder": str(folder.path), "threads": cpus},
@@ -166,6 +171,32 @@ def fit_on_ray(run: Run, folder: RunDir) -> dict[str, Any]:
         raise UserError(summary[USER_ERROR])
     assert isinstance(summary, dict)
     return summary
+
+
+def cpus_of_a_worker(nodes: Sequence[Mapping[str, float]], workers: int, use_gpu: bool) -> int:
+    """The most CPU cores that each of equal workers can have; none spans two nodes.
+
+    Args:
+        nodes: resources of those that are up.
+        use_gpu: each worker takes a GPU too.
+
+    Raises:
+        UserError: the workers do not fit.
+    """
+
+    def held(node: Mapping[str, float], cpus: int) -> int:
+        by_cpus = int(node.get("CPU", 0)) // cpus
+        return min(by_cpus, int(node.get("GPU", 0))) if use_gpu else by_cpus
+
+    most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+    for cpus in range(most, 0, -1):
+        if sum(held(node, cpus) for node in nodes) >= workers:
+            return cpus
+    what = f"{workers} worker(s)" + (" with a GPU each" if use_gpu else "")
+    raise UserError(
+        f"the cluster has no room for {what} now; where it grows by itself, say what a worker "
+        "needs: --resources.device cuda (or cpu) --resources.cpus-per-worker N."
+    )
 
 
 def ray_worker(config: dict[str, Any]) -> dict[str, Any]:

@@ -73,9 +73,18 @@ class Study:
         self.tags: dict[str, str] = {}
         """Of the data set, for the trials' MLflow runs."""
         self.quiet = False
+        self.resources: dict[str, Any] = {}
+        """What a trial gets, for a command that resumes without saying it."""
 
     @classmethod
-    def create(cls, folder: Path, base: Run, config: StudyConfig, knobs: Knobs) -> "Study":
+    def create(
+        cls,
+        folder: Path,
+        base: Run,
+        config: StudyConfig,
+        knobs: Knobs,
+        resources: dict[str, Any] | None = None,
+    ) -> "Study":
         """Makes the folder.
 
         Raises:
@@ -87,6 +96,7 @@ class Study:
                 f"--resume {folder}."
             )
         study = cls(folder, f"{folder.name}-{uuid.uuid4().hex[:8]}", base, config, knobs)
+        study.resources = resources or {}
         try:
             folder.mkdir(parents=True)
             study.write()
@@ -110,7 +120,9 @@ class Study:
         except ValueError:
             raise UserError(f"{folder / 'study.json'} is not valid JSON.") from None
         run, config = Run.from_dict(content["run"]), StudyConfig(**content["study"])
-        return cls(folder, content["name"], run, config, content["space"])
+        study = cls(folder, content["name"], run, config, content["space"])
+        study.resources = content.get("resources", {})
+        return study
 
     def write(self) -> None:
         """Writes study.json."""
@@ -120,6 +132,7 @@ class Study:
             "study": self.config.model_dump(mode="json"),
             "space": self.knobs,
             "run": self.base.to_dict(),
+            "resources": self.resources,
         }
         write_json(self.folder / "study.json", content)
 

@@ -130,7 +130,13 @@ def time_alone(
         return time_here(list(names), config.model_dump(), device, None, quiet)
     with ray_session(min_cpus=1) as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus = max(node.get("CPU", 0) for node in nodes if not gpus or node.get("GPU"))
+        fit = [node.get("CPU", 0) for node in nodes if not gpus or node.get("GPU")]
+        cpus = max(fit, default=0)
+        if not cpus:
+            raise UserError(
+                f"the cluster has no node with {'a GPU' if gpus else 'CPUs'} now: start one first, "
+                "since a model is timed alone on a whole node."
+            )
         if not quiet:
             print(f"timing {len(names)} models on a node of {cpus:g} CPUs", file=sys.stderr)
         task = ray.remote(time_here).options(num_cpus=cpus, num_gpus=1 if gpus else 0)

@@ -23,8 +23,10 @@ from flowerray.cluster.trial import trial, trial_of_workers
 from flowerray.config import Config
 from flowerray.data.source import open_dataset
 from flowerray.errors import UserError
+from flowerray.files import only_driver
 from flowerray.report.study import plot_study
 from flowerray.run import ResourcesConfig, Run
+from flowerray.rundir import RunDir
 
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the RUN folders hold the results
@@ -92,7 +94,8 @@ def new_study(
     """The study of a new folder.
 
     Raises:
-        UserError: the folder is there already; nothing to search; options that exclude each other.
+        UserError: the folder is there already; nothing to search; options that exclude each other;
+            bad data, backbone, weights or batch. No folder is made then.
     """
     if config.objective == "pareto" and not run.harden.on:
         raise UserError(
@@ -114,10 +117,20 @@ def new_study(
         dim=choices.dim,
         more=choices.more,
     )
-    return Study.create(out, run, config, knobs)
+    resources.check()
+    tags, _ = prepare(run.model_copy(update={"resources": resources.of_a_run}))
+    study = Study.create(out, run, config, knobs, resources.model_dump())
+    study.tags = tags
+    return study
 
 
 def tune(study: Study, resources: TrialResources, quiet: bool = False) -> dict[str, Any]:
+    """`run_study`, by the only driver of the study's folder."""
+    with only_driver(study.folder):
+        return run_study(study, resources, quiet)
+
+
+def run_study(study: Study, resources: TrialResources, quiet: bool) -> dict[str, Any]:
     """Searches, or goes on searching, and confirms; returns what result.json holds.
 
     Args:
@@ -131,7 +144,8 @@ def tune(study: Study, resources: TrialResources, quiet: bool = False) -> dict[s
     """
     resources.check()
     study.base = study.base.model_copy(update={"resources": resources.of_a_run})
-    study.tags, _ = prepare(study.base, quiet)
+    if not study.tags:  # a resumed one
+        study.tags, _ = prepare(study.base, quiet)
     params = {"study": study.config.model_dump(), "space": study.knobs, **study.base.to_dict()}
     tracking.start(study.folder, study.folder.name, params, {**study.tags, "kind": "study"})
     status: tracking.Status = "KILLED"
@@ -140,9 +154,10 @@ def tune(study: Study, resources: TrialResources, quiet: bool = False) -> dict[s
         search(study, resources, quiet)
         finish_left(study, study.ended(study.open_optuna()))
         draw(study)
-        # One worker trains as several do, on at most one GPU.
+        # One worker trains as several do, with what one of them gets.
         gpus = min(1.0, resources.gpus_per_trial)
-        result = confirm(study, resources.cpus_per_trial, gpus, quiet)
+        cpus = resources.cpus_per_trial / resources.workers_per_trial
+        result = confirm(study, cpus, gpus, quiet)
         status, reason = "FINISHED", None
     except Exception as error:
         status, reason = "FAILED", (str(error) or type(error).__name__).splitlines()[0]
@@ -294,7 +309,15 @@ def make_scheduler(study: Study, ended: list[Any]) -> Any:
     if study.config.pruner == "none":
         return FIFOScheduler()
     objective = study.config.objectives[0]
-    scheduler = ASHAScheduler(
+
+    class Scheduler(ASHAScheduler):
+        def on_trial_add(self, controller: Any, trial: Any) -> None:
+            """Takes in what a trial that was cut off had reached before it goes on."""
+            super().on_trial_add(controller, trial)
+            for standing in study.history(RunDir(Path(trial.config["folder"]))):
+                self.on_trial_result(controller, trial, standing)
+
+    scheduler = Scheduler(
         time_attr="epoch",
         metric=objective,
         mode="max",
@@ -303,8 +326,7 @@ def make_scheduler(study: Study, ended: list[Any]) -> Any:
         reduction_factor=REDUCTION,
     )
     for known in ended:
-        one = SimpleNamespace(trial_id=f"ended-{known.number}")
-        scheduler.on_trial_add(None, one)  # type: ignore[arg-type]
-        for standing in study.history(study.trial_dir(known)):
-            scheduler.on_trial_result(None, one, standing)  # type: ignore[arg-type]
+        folder = str(study.trial_dir(known).path)
+        one = SimpleNamespace(trial_id=f"ended-{known.number}", config={"folder": folder})
+        scheduler.on_trial_add(None, one)
     return scheduler

@@ -156,7 +156,12 @@ def open_folder(out: Path, options: dict[str, Any]) -> None:
                 f"--out {out} holds models measured with other options ({', '.join(changed)} "
                 "differ): choose another."
             )
-    write_json(note, options)
+    try:
+        write_json(note, options)
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror}): choose another --out."
+        ) from error
 
 
 def timed(

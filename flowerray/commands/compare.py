@@ -31,7 +31,7 @@ from flowerray.data.source import DataConfig, open_dataset
 from flowerray.description import flatten
 from flowerray.errors import UserError
 from flowerray.evaluate.measure import EvaluateConfig
-from flowerray.files import write_json
+from flowerray.files import only_driver, write_json
 from flowerray.model import EmbedderConfig
 from flowerray.report.comparison import (
     METRICS,
@@ -119,6 +119,19 @@ def compare(
     """
     entries, trials, notes = plan(config, quiet)
     open_folder(config, out, resume)
+    with only_driver(out):
+        return run_comparison(config, out, entries, trials, notes, quiet)
+
+
+def run_comparison(
+    config: CompareConfig,
+    out: Path,
+    entries: Sequence[Entry],
+    trials: int,
+    notes: list[str],
+    quiet: bool,
+) -> dict[str, Any]:
+    """Trains what is missing, measures and writes; see `compare`."""
     params = config.model_dump(mode="json")
     tracking.start(out, out.name, params)
     tracking.sync(out)  # before its trainings, which are shown under it
@@ -155,17 +168,22 @@ def compare(
 def open_folder(config: CompareConfig, out: Path, resume: bool) -> None:
     """Makes the folder, or checks that it holds the same comparison."""
     options = out / "options.json"
-    stored = config.model_dump(mode="json", exclude=set(ELSEWHERE))
+    stored = config.model_dump(mode="json")
     if not resume:
         if out.exists():
             raise UserError(
                 f"{out} exists already: choose another --out, or continue it with --resume {out}."
             )
-        write_json(options, stored)
+        try:
+            write_json(options, stored)
+        except OSError as error:
+            raise UserError(
+                f"{out} cannot be written ({error.strerror}): choose another --out."
+            ) from error
         return
-    old = read_options(out).model_dump(mode="json", exclude=set(ELSEWHERE))
-    a, b = flatten(old), flatten(stored)
-    changed = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    a, b = flatten(read_options(out).model_dump(mode="json")), flatten(stored)
+    names = (a.keys() | b.keys()) - set(ELSEWHERE)
+    changed = sorted(name for name in names if a.get(name) != b.get(name))
     if changed:
         raise UserError(
             f"{out} cannot be resumed with other options: {', '.join(changed)} differ from its "

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flowerray.checkpoint import load_export
-from flowerray.cluster.fit import fit
+from flowerray.cluster.fit import cpus_of_a_worker, fit
 from flowerray.cluster.session import ray_session
 from flowerray.errors import UserError
 from flowerray.run import ResourcesConfig, Run
@@ -188,3 +188,15 @@ def test_ctrl_c_leaves_a_run_that_resumes_bit_equal(
     fit(small(small_set, epochs=LONG), out, resume=True, quiet=True)
     assert_whole_log(out, LONG)
     assert_equal(last_weights(out), last_weights(long_run))
+
+
+def test_no_worker_spans_two_nodes() -> None:
+    two = [{"CPU": 8.0}, {"CPU": 8.0}]
+    assert [cpus_of_a_worker(two, n, use_gpu=False) for n in (1, 2, 3, 16)] == [8, 8, 4, 1]
+    gpus = [{"CPU": 4.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 6.0, "GPU": 1.0}]
+    assert [cpus_of_a_worker(gpus, n, use_gpu=True) for n in (1, 2)] == [8, 6]
+    for nodes, workers in ((two, 17), ([], 1), ([{"GPU": 1.0}], 1)):
+        with pytest.raises(UserError, match="no room for .*--resources.cpus-per-worker N"):
+            cpus_of_a_worker(nodes, workers, use_gpu=False)
+    with pytest.raises(UserError, match="with a GPU each"):
+        cpus_of_a_worker(gpus, 3, use_gpu=True)

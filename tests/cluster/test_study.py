@@ -16,6 +16,7 @@ from flowerray.cluster.study import Study, StudyConfig, images_trained
 from flowerray.cluster.trial import TrialReporter, guarded, history
 from flowerray.cluster.tune import TrialResources, room
 from flowerray.errors import UserError
+from flowerray.files import only_driver
 from flowerray.run import Run
 from flowerray.rundir import RunDir
 from tests.cluster.studies import KNOBS, make_study, pretend, run_trial, tune_words
@@ -314,3 +315,46 @@ def test_how_many_trials_a_cluster_holds() -> None:
         TrialResources(workers_per_trial=2, gpus_per_trial=1).check()
     with pytest.raises(UserError, match="whole number"):
         TrialResources(gpus_per_trial=1.5).check()
+
+
+def test_a_refused_search_leaves_no_folder(
+    tmp_path: Path, small_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong, said in (
+        (["--embedder.backbone", "no_such_net"], "no_such_net"),
+        (["--gpus-per-trial", "1.5"], "whole number"),
+        (["--train.classes-per-batch", "100"], "100"),
+    ):
+        words = tune_words(small_set, out=tmp_path / "study")
+        assert dispatch(["tune", "triplet", *words, *wrong]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "study").exists()
+
+
+def test_a_resumed_study_keeps_its_resources_and_one_driver(
+    tmp_path: Path,
+    small_set: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[TrialResources] = []
+
+    def stop(study: Study, resources: TrialResources, quiet: bool) -> None:
+        taken.append(resources)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flowerray.cluster.tune.run_study", stop)
+    said = ["--cpus-per-trial", "4", "--max-concurrent", "8", "--time-limit", "90"]
+    words = tune_words(small_set, out=tmp_path / "study")
+    assert dispatch(["tune", "triplet", *words, *said]) == 130
+    resume = ["tune", "triplet", "--resume", str(tmp_path / "study")]
+    assert dispatch(resume) == 130
+    assert dispatch([*resume, "--cpus-per-trial", "2"]) == 130
+    assert dispatch(resume) == 130
+    whole = TrialResources(cpus_per_trial=4, max_concurrent=8, time_limit=90)
+    less = whole.model_copy(update={"cpus_per_trial": 2})
+    assert taken == [whole, whole, less, less]
+    capsys.readouterr()
+    with only_driver(tmp_path / "study"):
+        assert dispatch(resume) == 2
+    assert "another process is at work" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -20,7 +21,7 @@ from flowerray.cluster.study import Study
 from flowerray.cluster.tune import make_scheduler
 from flowerray.rundir import RunDir
 from tests.cluster.heads import free_ports, wait_for
-from tests.cluster.studies import make_study, run_trial, tune_words
+from tests.cluster.studies import make_study, pretend, run_trial, tune_words
 from tests.cluster.test_fit import steps_done
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -203,16 +204,29 @@ def test_a_lost_node_loses_nothing(cluster: Any, studies: Path, small_set: Path)
 
 def test_asha_knows_the_trials_of_an_earlier_sitting(tmp_path: Path) -> None:
     """No cluster: after two good trials a third, bad at the rung, is stopped at once."""
-    from types import SimpleNamespace
-
     study = make_study(tmp_path / "study", tmp_path, epochs=9)
     optuna_study = study.open_optuna()
     for _ in range(2):
         run_trial(study, optuna_study, [0.2, 0.5, 0.6])
     for ended, decision in ((study.ended(optuna_study), "STOP"), ([], "CONTINUE")):
         scheduler = make_scheduler(study, ended)
-        trial = SimpleNamespace(trial_id="new")
+        (tmp_path / "new").mkdir(exist_ok=True)
+        trial = SimpleNamespace(trial_id="new", config={"folder": str(tmp_path / "new")})
         scheduler.on_trial_add(None, trial)
         standing = {"epoch": 1, "val/map_at_r": 0.1}
         assert scheduler.on_trial_result(None, trial, standing) == "CONTINUE"
         assert scheduler.on_trial_result(None, trial, {**standing, "epoch": 2}) == decision
+
+
+def test_asha_knows_what_a_trial_reached_that_was_cut_off(tmp_path: Path) -> None:
+    """No cluster: it enters the rung with its value there, not with the first after the resume."""
+    study = make_study(tmp_path / "study", tmp_path, epochs=9)
+    optuna_study = study.open_optuna()
+    folder = study.open_trial(optuna_study.ask(study.distributions))
+    pretend(folder, [0.1, 0.2, 0.4, 0.45], done=False)
+    scheduler = make_scheduler(study, [])
+    trial = SimpleNamespace(trial_id="cut-off", config={"folder": str(folder.path)})
+    scheduler.on_trial_add(None, trial)
+    scheduler.on_trial_result(None, trial, {"epoch": 5, "val/map_at_r": 0.5})
+    rungs = dict(scheduler._brackets[0]._rungs)
+    assert rungs[2] == {"cut-off": 0.2}

@@ -13,11 +13,12 @@ import pytest
 from flowerray.cli import dispatch
 from flowerray.cluster import many
 from flowerray.commands import compare as command
-from flowerray.commands.compare import CompareConfig, compare, plan
+from flowerray.commands.compare import CompareConfig, compare, plan, read_options
 from flowerray.data.augment import AugmentConfig
 from flowerray.data.source import DataConfig
 from flowerray.errors import UserError
 from flowerray.evaluate.statistics import bootstrap_interval, paired_bootstrap, t_interval
+from flowerray.files import only_driver
 from flowerray.model import EmbedderConfig
 from flowerray.report import comparison
 from flowerray.report.comparison import comparison_table
@@ -286,7 +287,11 @@ def test_an_interrupted_comparison_is_resumed(
     assert "other options: images differ" in capsys.readouterr().err
 
     monkeypatch.setattr(many, "fit", None)  # nothing is trained again
-    resumed = ["compare", "--resume", str(out), "--cpus", str(os.cpu_count()), "--json"]
+    assert read_options(out).cpus == os.cpu_count(), "a resuming command need not say it again"
+    resumed = ["compare", "--resume", str(out), "--json"]
+    with only_driver(out):
+        assert dispatch(resumed) == 2
+    assert "another process is at work" in capsys.readouterr().err
     assert dispatch(resumed) == 0
     shown = capsys.readouterr()
     content = json.loads(shown.out)
@@ -318,3 +323,14 @@ def test_a_folder_without_a_comparison_cannot_be_resumed(
 ) -> None:
     assert dispatch(["compare", "--resume", str(tmp_path)]) == 2
     assert "holds no comparison to resume" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(
+    small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "out")
+    words = ["compare", "--data.root", str(small_set), "--train.classes-per-batch", "2"]
+    assert dispatch([*words, "--out", out]) == 2
+    said = capsys.readouterr().err
+    assert f"{out} cannot be written" in said and "Traceback" not in said
