@@ -1,6 +1,4 @@
-"""Trains a robust center model: `ray job submit --working-dir . -- python jobs/harden_center.py
-[options]`.
-"""
+"""Hardens center: `ray job submit --working-dir . -- python jobs/harden_center.py [options]`."""
 
 import sys
 

@@ -1,6 +1,4 @@
-"""Trains a robust siamese model: `ray job submit --working-dir . -- python jobs/harden_siamese.py
-[options]`.
-"""
+"""Hardens siamese: `ray job submit --working-dir . -- python jobs/harden_siamese.py [options]`."""
 
 import sys
 

@@ -1,6 +1,4 @@
-"""Trains a robust triplet model: `ray job submit --working-dir . -- python jobs/harden_triplet.py
-[options]`.
-"""
+"""Hardens triplet: `ray job submit --working-dir . -- python jobs/harden_triplet.py [options]`."""
 
 import sys
 

@@ -301,6 +301,8 @@ def _at_radius(
             precision_Q[batch] = np.minimum(precision_Q[batch], ranked["average_precision"])
             emb_QD[batch] = emb_MD
             examples += _fallen(arena, name, batch, images, nearest_QK, ranked, start)
+            first_only = {e.query: e for e in reversed(examples)}
+            examples = sorted(first_only.values(), key=lambda e: -e.margin)[:EXAMPLES]
             if progress is not None:
                 progress(len(batch))
         if progress is not None:
@@ -312,8 +314,6 @@ def _at_radius(
             result.attack_pairs.setdefault(name, {})[eps] = pair_accuracy(emb_QD)
         result.seconds[name] += time.perf_counter() - began
         result.images[name] += len(rows)
-        first_only = {e.query: e for e in reversed(examples)}
-        examples = sorted(first_only.values(), key=lambda e: -e.margin)[:EXAMPLES]
     result.examples[eps] = examples
     return alone
 

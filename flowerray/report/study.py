@@ -309,7 +309,7 @@ def study_table(result: Mapping[str, Any]) -> str:
     if registered["version"] is not None:
         address = f"models:/{registered['name']}@{registered['alias']}"
         lines.append(f"model     {address}  (version {registered['version']})")
-    lines.append(f"next      flowerray evaluate {result['champion']} --split test")
+    lines.append(f"next      flowerray evaluate {result['champion']}")
     return "\n".join(lines)
 
 

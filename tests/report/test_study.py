@@ -125,6 +125,6 @@ def test_the_table_of_a_default_that_won() -> None:
     }
     text = study_table(changed)
     assert "no trial was better than the default" in text
-    assert "flowerray evaluate runs/study/confirm/trial-0011-seed-1002 --split test" in text
+    assert "flowerray evaluate runs/study/confirm/trial-0011-seed-1002" in text
     del changed["confirmed"]
     assert "not confirmed" in study_table(changed)
