@@ -86,6 +86,10 @@ def dispatch(words: list[str]) -> int:
     except UserError as error:
         print(f"flowerray {words[0]}: {error}", file=sys.stderr)
         return 2
+    except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        place = error.filename2 or error.filename  # of a move, where it should have gone
+        print(f"flowerray {words[0]}: {place}: {error.strerror}.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"flowerray {words[0]}: interrupted.", file=sys.stderr)
         return INTERRUPTED

@@ -22,6 +22,7 @@ from flowerray.evaluate.embed import embed
 from flowerray.evaluate.measure import (
     EvaluateConfig,
     Measurement,
+    default_gallery,
     frozen_pairs,
     measure,
     split_names,
@@ -59,7 +60,7 @@ def evaluate_model(
     measurement = run_measure(
         model.embedder, dataset, config, pairs=pairs, threshold=model.threshold, quiet=quiet
     )
-    if own:
+    if own and config.gallery in (None, default_gallery(dataset, config.split)):
         keep(model, measurement, dataset.root, time.perf_counter() - started)
     return measurement
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flowerray.cli import dispatch
 from flowerray.commands import measuring
 from flowerray.commands.models import Model, open_model
 from flowerray.data.images import eval_image
@@ -57,6 +58,12 @@ def test_an_evaluation_of_the_runs_own_data_is_kept(model: Model, run: RunDir) -
     pairs = run.pairs.read_bytes()
     again = measuring.evaluate_model(model, model.run.data, False, EvaluateConfig(), quiet=True)
     assert again.metrics == result.metrics and run.pairs.read_bytes() == pairs
+    records = len(run.records())
+    config = EvaluateConfig(gallery="self")
+    other = measuring.evaluate_model(model, model.run.data, False, config, quiet=True)
+    assert other.metrics["num_gallery"] == 24
+    now = json.loads((run.path / "evaluation" / "test.json").read_text())
+    assert now["metrics"] == kept["metrics"] and len(run.records()) == records
 
 
 def test_val_is_measured_as_it_was_in_training(model: Model, run: RunDir) -> None:
@@ -136,3 +143,12 @@ def test_a_gallery_has_to_be_a_folder_with_images(model: Model, tmp_path: Path) 
         measuring.gallery_of(tmp_path)
     with pytest.raises(UserError, match="is not a folder"):
         measuring.gallery_of(tmp_path / "none")
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(
+    run: RunDir, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["search", str(run.path), str(pictures[0]), "--gallery", str(pictures[0].parent)]
+    assert dispatch([*words, "--sheet", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path) in said and "Traceback" not in said
