@@ -41,6 +41,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Raises UserError where the block cannot write what `--out` names."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror}): choose another --out."
+        ) from error
+
+
+@contextmanager
 def only_driver(folder: Path) -> Iterator[None]:
     """Holds a folder for this process, also against other machines where the file system locks.
 

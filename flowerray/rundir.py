@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flowerray.errors import UserError
-from flowerray.files import atomic_folder, previous, write_json
+from flowerray.files import atomic_folder, previous, write_json, writing
 
 Save = Callable[[Path], None]
 """Writes a checkpoint into the folder that it is given."""
@@ -47,13 +47,9 @@ class RunDir:
             UserError: something is there already, or the place cannot be written.
         """
         self.refuse_existing()
-        try:
+        with writing(self.path):
             self.path.mkdir(parents=True)
             write_json(self.run_json, run)
-        except OSError as error:
-            raise UserError(
-                f"{self.path} cannot be written ({error.strerror}): choose another --out."
-            ) from error
 
     def read(self) -> dict[str, Any]:
         """run.json as a dict.

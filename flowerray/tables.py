@@ -72,10 +72,10 @@ def compare(results: "dict[str, Measurement]") -> str:
         for k in ("recall_at_1", "recall_at_5", "map_at_r")
         if all(k in r.metrics for r in results.values())
     ]
-    head = f"  {'':<12}" + "".join(f"{LABELS[k]:<24}" for k in keys)
-    lines = [head]
+    head = f"  {'':<12}" + "".join(f"{LABELS[k]:<22}" for k in keys)
+    lines = [head.rstrip()]
     for name, result in results.items():
-        cells = "".join(f"{result.metrics[k]:.3f} {interval(result, k):<18}" for k in keys)
+        cells = "".join(f"{result.metrics[k]:.3f} {interval(result, k):<16}" for k in keys)
         lines.append(f"  {name:<12}{cells}".rstrip())
     return "\n".join(lines)
 

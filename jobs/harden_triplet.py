@@ -4,5 +4,5 @@ import sys
 
 from flowerray.cli import main
 
-kind = [] if "--resume" in sys.argv else ["--harden.kind", "pgd"]  # a RUN has its own
+kind = [] if "--resume" in " ".join(sys.argv) else ["--harden.kind", "pgd"]  # a RUN has its own
 main(["train", "triplet", *kind, *sys.argv[1:]])

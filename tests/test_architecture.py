@@ -1,6 +1,7 @@
 """House rules as tests: who may import whom, and what stays light."""
 
 import ast
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,3 +143,17 @@ def test_jobs_are_thin() -> None:
     for job in jobs:
         assert len(job.read_text().splitlines()) < 10, job
         assert "from flowerray.cli import main" in job.read_text()
+
+
+@pytest.mark.parametrize("words", [["--resume", "runs/x"], ["--resume=runs/x"], ["--out", "x"]])
+def test_a_resumed_hardening_keeps_its_own_kind(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[list[str]] = []
+    monkeypatch.setattr("flowerray.cli.main", called.append)
+    for method in ("center", "siamese", "triplet"):
+        job = str(ROOT / "jobs" / f"harden_{method}.py")
+        monkeypatch.setattr(sys, "argv", [job, *words])
+        runpy.run_path(job)
+        kind = ["--harden.kind", "pgd"] if words[0] == "--out" else []
+        assert called.pop() == ["train", method, *kind, *words]

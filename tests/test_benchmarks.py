@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks import robust
+from tests.benchmarks import robust, tuned
 
 
 def attacked(**right: str) -> dict[str, Any]:
@@ -33,3 +33,16 @@ def test_robust_models_are_paired_with_their_twins_query_by_query() -> None:
     assert lines[2].startswith("triplet   2  0.375 [") and lines[2].count("[") == 3
     assert lines[3] == "triplet, 1. seed: AUDIT FAILED floor"
     assert lines[4] == "triplet, 2. seed: not audited"
+
+
+def test_the_tuned_table_is_readable_in_80_columns() -> None:
+    def row(mean: float) -> dict[str, float]:
+        return {"mean": mean, "low": mean - 0.01, "high": mean + 0.01, "p": 0.0004}
+
+    side = {column: row(0.75) for column in tuned.METRICS}
+    gain = {column: row(0.05) for column in tuned.METRICS}
+    found = {"default": side, "trials": {"complete": 4, "stopped": 12, "failed": 0}}
+    text = tuned.table({"siamese": {**found, "tuned": side, "gain": gain}, "triplet": found})
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("0.750 [0.740, 0.760] ") == 3 and "+0.050 [+0.040, +0.060] +0.050" in text
+    assert text.splitlines()[-1].endswith("no trial of 16 was better than the default")

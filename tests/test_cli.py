@@ -281,3 +281,18 @@ def test_data_synthesize_and_check(
     assert "image_00003.jpg cannot be read as an image (the file is empty)" in (
         capsys.readouterr().out
     )
+
+
+def test_only_the_systems_own_errors_become_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    errors = [FileNotFoundError(2, "No such file", "gone.jpg"), FileNotFoundError("a bug")]
+
+    def broken(_: list[str]) -> int:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(cli.Command, "run", lambda _, words: broken(words))
+    assert dispatch(["methods"]) == 2
+    assert "gone.jpg cannot be used (No such file): check" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="a bug"):
+        dispatch(["methods"])

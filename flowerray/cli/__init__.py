@@ -87,8 +87,11 @@ def dispatch(words: list[str]) -> int:
         print(f"flowerray {words[0]}: {error}", file=sys.stderr)
         return 2
     except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        place = error.filename2 or error.filename  # of a move, where it should have gone
-        print(f"flowerray {words[0]}: {place}: {error.strerror}.", file=sys.stderr)
+        place = error.filename2 or error.filename
+        if place is None:  # not raised by the system: a fault of ours
+            raise
+        said = f"{place} cannot be used ({error.strerror}): check the path and its permissions."
+        print(f"flowerray {words[0]}: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"flowerray {words[0]}: interrupted.", file=sys.stderr)

@@ -20,7 +20,7 @@ from flowerray.cluster.space import Knobs, defaults, distributions, with_params
 from flowerray.cluster.trial import ADVERSARIAL, FAILED, MAP_AT_R, WORST, history
 from flowerray.config import Config
 from flowerray.errors import UserError
-from flowerray.files import write_json
+from flowerray.files import only_driver, write_json, writing
 from flowerray.report.study import Row
 from flowerray.run import Run, differences
 from flowerray.rundir import RunDir
@@ -97,13 +97,9 @@ class Study:
             )
         study = cls(folder, f"{folder.name}-{uuid.uuid4().hex[:8]}", base, config, knobs)
         study.resources = resources or {}
-        try:
+        with writing(folder):
             folder.mkdir(parents=True)
             study.write()
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written ({error.strerror}): choose another --out."
-            ) from error
         return study
 
     @classmethod
@@ -140,7 +136,7 @@ class Study:
         """Takes the options of a resuming command; only the number of trials may have changed.
 
         Raises:
-            UserError: other options differ from study.json.
+            UserError: other options differ from study.json; another process is at work here.
         """
         old, new = self.config.model_dump(), config.model_dump()
         changed = [name for name in old if name != "trials" and old[name] != new[name]]
@@ -152,7 +148,8 @@ class Study:
             )
         self.config = config
         self.base = base
-        self.write()
+        with only_driver(self.folder):
+            self.write()
 
     @property
     def epochs(self) -> int:

@@ -20,7 +20,7 @@ from flowerray.evaluate.backbones import (
 )
 from flowerray.evaluate.measure import default_gallery
 from flowerray.evaluate.pareto import front
-from flowerray.files import atomic_file, write_json
+from flowerray.files import atomic_file, write_json, writing
 from flowerray.report.backbones import plot_backbones
 
 CHANGEABLE = ("random_weights", "files", "rounds", "batch_size")
@@ -156,12 +156,8 @@ def open_folder(out: Path, options: dict[str, Any]) -> None:
                 f"--out {out} holds models measured with other options ({', '.join(changed)} "
                 "differ): choose another."
             )
-    try:
+    with writing(out):
         write_json(note, options)
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written ({error.strerror}): choose another --out."
-        ) from error
 
 
 def timed(

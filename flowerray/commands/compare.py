@@ -31,7 +31,7 @@ from flowerray.data.source import DataConfig, open_dataset
 from flowerray.description import flatten
 from flowerray.errors import UserError
 from flowerray.evaluate.measure import EvaluateConfig
-from flowerray.files import only_driver, write_json
+from flowerray.files import only_driver, write_json, writing
 from flowerray.model import EmbedderConfig
 from flowerray.report.comparison import (
     METRICS,
@@ -174,12 +174,8 @@ def open_folder(config: CompareConfig, out: Path, resume: bool) -> None:
             raise UserError(
                 f"{out} exists already: choose another --out, or continue it with --resume {out}."
             )
-        try:
+        with writing(out):
             write_json(options, stored)
-        except OSError as error:
-            raise UserError(
-                f"{out} cannot be written ({error.strerror}): choose another --out."
-            ) from error
         return
     a, b = flatten(read_options(out).model_dump(mode="json")), flatten(stored)
     names = (a.keys() | b.keys()) - set(ELSEWHERE)

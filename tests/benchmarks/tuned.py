@@ -104,7 +104,7 @@ def folders(study: Path, label: str) -> list[Path]:
 
 def table(results: dict[str, Any]) -> str:
     """The results in 80 columns."""
-    lines = [f"{'method':<9}{'':<9}{'R@1':<23}{'MAP@R':<23}p of both"]
+    lines = [f"{'method':<9}{'':<9}{'R@1':<24}{'MAP@R':<24}p of both"]
     for method, found in results.items():
         for side in ("default", "tuned", "gain"):
             if side not in found:
@@ -118,7 +118,7 @@ def table(results: dict[str, Any]) -> str:
                 )
             if side == "gain":
                 cells.append(" ".join(f"{found[side][column]['p']:.3f}" for column in METRICS))
-            line = f"{method:<9}{side:<9}" + "".join(f"{cell:<23}" for cell in cells)
+            line = f"{method:<9}{side:<9}" + "".join(f"{cell:<24}" for cell in cells)
             lines.append(line.rstrip())
         if "tuned" not in found:
             total = sum(found["trials"].values())

@@ -355,6 +355,8 @@ def test_a_resumed_study_keeps_its_resources_and_one_driver(
     less = whole.model_copy(update={"cpus_per_trial": 2})
     assert taken == [whole, whole, less, less]
     capsys.readouterr()
+    before = (tmp_path / "study" / "study.json").read_bytes()
     with only_driver(tmp_path / "study"):
-        assert dispatch(resume) == 2
+        assert dispatch([*resume, "--trials", "99"]) == 2
+    assert (tmp_path / "study" / "study.json").read_bytes() == before
     assert "another process is at work" in capsys.readouterr().err
