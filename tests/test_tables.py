@@ -55,6 +55,9 @@ def test_two_measurements_side_by_side() -> None:
     assert head.split() == ["R@1", "MAP@R"]  # R@5 is not in both
     assert first.split()[:2] == ["frozen", "0.750"] and second.split()[:2] == ["triplet", "0.250"]
     assert max(map(len, text.splitlines())) <= 80
+    whole = tables.compare({"frozen": other, "triplet": other})
+    assert whole.split()[:3] == ["R@1", "R@5", "MAP@R"]
+    assert max(map(len, whole.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(("value", "shown"), [(0.4567, True), (None, False)])

@@ -13,8 +13,6 @@ dashes):
 import argparse
 import json
 import os
-import platform
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from flowerray.evaluate.measure import EvaluateConfig, Measurement
 from flowerray.evaluate.statistics import bootstrap_interval, paired_bootstrap, t_interval
 from flowerray.run import Run
 from flowerray.rundir import RunDir
-from tests.benchmarks.command import flowerray
+from tests.benchmarks.command import about, flowerray
 
 DEFAULT = ["triplet", "siamese", "center", "center:method.center-weight=0"]
 METRICS = ("recall_at_1", "map_at_r", "recall_at_1_per_class_mean", "pair_auc", "pair_accuracy")
@@ -60,9 +58,7 @@ def main() -> None:
         report[setting] = summary(runs, frozen)
     print(table(report, options.split))
     content = {
-        "command": sys.argv,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
+        **about(),
         "split": options.split,
         "seeds": options.seeds,
         "results": report,

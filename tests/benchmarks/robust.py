@@ -11,17 +11,13 @@ DIR/robust.json and prints the table.
 
 import argparse
 import json
-import os
-import platform
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from flowerray.evaluate.statistics import paired_bootstrap, t_interval
-from tests.benchmarks.command import flowerray
+from tests.benchmarks.command import about, flowerray
 
 METHODS = ("center", "siamese", "triplet")
 HARDEN = ["--harden.kind", "pgd", "--harden.epsilon", "4", "--train.lr", "2e-4"]
@@ -65,9 +61,7 @@ def main() -> None:
     report = {method: summary(found) for method, found in pairs.items()}
     print(table(report))
     content = {
-        "command": sys.argv,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
+        **about(),
         "seeds": options.seeds,
         "results": report,
     }

@@ -11,22 +11,17 @@ and repeated. Writes DIR/search.json.
 
 import argparse
 import json
-import os
-import platform
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-import torch
 
 from flowerray.cluster.confirm import measured, pick, retrain
 from flowerray.cluster.study import Study, outcome
 from flowerray.evaluate.statistics import Interval, t_interval
 from flowerray.run import Run
 from flowerray.rundir import RunDir
-from tests.benchmarks.command import flowerray
+from tests.benchmarks.command import about, flowerray
 
 SETTING = ["--embedder.image-size", "96", "--train.epochs", "12"]
 """About 12,000 images a full trial on 1,020 training images."""
@@ -47,9 +42,7 @@ def main() -> None:
     options.out = options.out.absolute()
     results = [one_seed(options, extra, seed) for seed in options.seeds]
     content = {
-        "command": sys.argv,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
+        **about(),
         "seeds": results,
         "summary": summary(results),
     }

@@ -11,18 +11,14 @@ stopped and repeated. Writes DIR/tuned.json.
 
 import argparse
 import json
-import os
-import platform
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from flowerray.cluster.study import Study
 from flowerray.evaluate.statistics import paired_bootstrap, t_interval
-from tests.benchmarks.command import flowerray
+from tests.benchmarks.command import about, flowerray
 from tests.benchmarks.quality import measured
 from tests.benchmarks.search import SETTING
 
@@ -42,9 +38,7 @@ def main() -> None:
     options.out = options.out.absolute()
     results = {method: one_method(options, extra, method) for method in options.methods}
     content = {
-        "command": sys.argv,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
+        **about(),
         "results": results,
     }
     (options.out / "tuned.json").write_text(json.dumps(content, indent=2) + "\n")
