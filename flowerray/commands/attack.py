@@ -4,14 +4,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from flowerray import tracking
+from flowerray import checkpoint, tracking
 from flowerray.commands.attack_record import metrics, record
 from flowerray.commands.measuring import new_pairs, stored_pairs
 from flowerray.commands.models import Model, open_model
@@ -31,6 +31,7 @@ from flowerray.evaluate.pairs import Pairs
 from flowerray.evaluate.robustness import Robustness, attack, choose_queries, key
 from flowerray.files import write_json
 from flowerray.report.robustness import Fallen, plot_robustness, worst_sheet
+from flowerray.run import Run
 from flowerray.rundir import FolderReporter
 
 FILE = "robustness.json"
@@ -45,6 +46,8 @@ class Subject:
     arena: Arena
     measurement: Measurement
     """Of the clean queries."""
+    gallery: str
+    """As `evaluate` names it."""
 
 
 def attack_model(
@@ -106,9 +109,18 @@ def attack_model(
 
 
 def standard_of(model: Model) -> str | None:
-    """The RUN or file that a hardened model started from, where it is still there."""
-    init = model.run.init
-    return str(init) if model.run.harden.on and init is not None and init.exists() else None
+    """The RUN or file that was not hardened and that a hardened model goes back to, perhaps through
+    other hardened ones, where it is still there.
+    """
+    run = model.run
+    while run.harden.on:
+        init = run.init
+        if init is None or not init.exists():
+            return None
+        run = Run.from_dict(checkpoint.load_export(init)["run"])
+        if not run.harden.on:
+            return str(init)
+    return None
 
 
 def _score(subject: Subject, result: Robustness, queries: int, quiet: bool) -> dict[str, Any]:
@@ -130,10 +142,9 @@ def prepare(
 ) -> Subject:
     """Embeds the gallery, once, and the queries."""
     size = resize_side(model.embedder.image_size)
-    split = config.split
-    paths = [dataset.paths[i] for i in dataset.splits[split]]
+    paths = [dataset.paths[i] for i in dataset.splits[config.split]]
     store = build_store(paths, size, progress=not quiet)
-    narrowed, gallery = _narrowed(dataset, chosen_Q, config)
+    narrowed, queries, gallery = _narrowed(dataset, chosen_Q, config)
     query_paths = [paths[i] for i in chosen_Q]
 
     def build(files: Sequence[Path]) -> Any:
@@ -142,19 +153,19 @@ def prepare(
         return build_store(files, size, progress=not quiet)
 
     embedder = frozen_copy(model.embedder)
-    evaluate = EvaluateConfig(split=split, gallery=gallery, batch_size=config.batch_size)
+    evaluate = EvaluateConfig(split=queries, gallery=gallery, batch_size=config.batch_size)
     with tqdm(unit="img", desc="embed", disable=quiet or None, dynamic_ncols=True) as bar:
         clean = measure(embedder, narrowed, build, evaluate, progress=bar.update)
     if clean.metrics["num_queries_without_match"]:
         raise UserError(
             f"{clean.metrics['num_queries_without_match']} queries have no image of their class in "
-            f"the gallery {clean.metrics['gallery']}: choose another gallery."
+            f"the gallery {gallery_name(dataset, config)}: choose another gallery."
         )
     arena = Arena(
         embedder, store, chosen_Q, clean.query_labels, clean.query_emb, clean.gallery_emb,
         clean.gallery_labels,
     )  # fmt: skip
-    return Subject(model, arena, clean)
+    return Subject(model, arena, clean, gallery_name(dataset, config))
 
 
 def split_pairs(
@@ -166,7 +177,7 @@ def split_pairs(
     if model.folder is not None:
         pairs = stored_pairs(model, dataset, config.split)
     else:
-        pairs = new_pairs(model.run, dataset, config.split)
+        pairs = new_pairs(model, dataset, config.split)
     if pairs is None:
         return None
     chosen = pairs_of_queries(pairs, chosen_Q, config.max_pairs, config.seed)
@@ -182,7 +193,7 @@ def attacked_queries(dataset: Dataset, config: AttackConfig) -> NDArray[np.int64
             f"choose one of {', '.join(dataset.splits)}."
         )
     # A query cannot be searched for among attacked queries: half of each class stays the gallery.
-    share = 0.5 if _gallery_name(dataset, config) == "self" else 1.0
+    share = 0.5 if gallery_name(dataset, config) == "self" else 1.0
     labels_N = dataset.split_labels(config.split)
     chosen_Q = choose_queries(labels_N, config.max_queries, config.seed, share)
     if not len(chosen_Q):
@@ -193,22 +204,26 @@ def attacked_queries(dataset: Dataset, config: AttackConfig) -> NDArray[np.int64
     return chosen_Q
 
 
-def _gallery_name(dataset: Dataset, config: AttackConfig) -> str:
-    return config.gallery or default_gallery(dataset, config.split)
+def gallery_name(dataset: Dataset, config: AttackConfig) -> str:
+    """The gallery that is asked for, `self` also where its own split is named."""
+    name = config.gallery or default_gallery(dataset, config.split)
+    return "self" if name == "train" == config.split else name
 
 
 def _narrowed(
     dataset: Dataset, chosen_Q: NDArray[np.int64], config: AttackConfig
-) -> tuple[Dataset, str]:
-    """The dataset whose split holds the attacked queries alone, and its gallery."""
+) -> tuple[Dataset, Literal["train", "val", "test"], str]:
+    """A dataset with the attacked queries alone in one split, the name of that split, and the
+    gallery to search; the gallery `self` becomes a train split of all other images.
+    """
     all_N = dataset.splits[config.split]
-    splits = {**dataset.splits, config.split: all_N[chosen_Q]}
-    gallery = _gallery_name(dataset, config)
+    gallery = gallery_name(dataset, config)
     if gallery == "self":
         rest = np.setdiff1d(np.arange(len(all_N)), chosen_Q)
-        splits = {"train": all_N[rest], config.split: all_N[chosen_Q]}
-        gallery = "train"
-    return replace(dataset, splits=splits), gallery
+        splits = {"train": all_N[rest], "test": all_N[chosen_Q]}
+        return replace(dataset, splits=splits), "test", "train"
+    splits = {**dataset.splits, config.split: all_N[chosen_Q]}
+    return replace(dataset, splits=splits), config.split, gallery
 
 
 class _Chosen:
@@ -259,8 +274,9 @@ def _measure(
 def _record(subject: Subject, result: Robustness) -> dict[str, Any]:
     model = subject.model
     return record(
-        model.name, model.run, model.threshold, subject.arena, subject.measurement, result
-    )
+        model.name, model.run, model.threshold, subject.arena, subject.measurement,
+        subject.gallery, result,
+    )  # fmt: skip
 
 
 def keep(model: Model, content: dict[str, Any], subject: Subject, result: Robustness) -> None:

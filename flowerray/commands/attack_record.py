@@ -16,7 +16,13 @@ from flowerray.run import Run
 
 
 def record(
-    run_name: str, run: Run, threshold: float, arena: Arena, clean: Measurement, result: Robustness
+    run_name: str,
+    run: Run,
+    threshold: float,
+    arena: Arena,
+    clean: Measurement,
+    gallery: str,
+    result: Robustness,
 ) -> dict[str, Any]:
     """One attack on one model as plain data.
 
@@ -26,6 +32,7 @@ def record(
         threshold: cosine from which a pair counts as the same.
         arena: what was attacked.
         clean: the measurement of the clean queries.
+        gallery: what they are searched for in, as `evaluate` names it.
         result: what the attacks found.
 
     Keys: `run`, `method`, `hardening`, `flowerray`, `torch`, `device`, `threads`, `time`; `split`,
@@ -54,7 +61,7 @@ def record(
         "threads": torch.get_num_threads(),
         "time": time.time(),
         "split": config.split,
-        "gallery": config.gallery or clean.metrics["gallery"],
+        "gallery": gallery,
         "protocol": clean.metrics["protocol"],
         "norm": config.norm,
         "perturb": config.perturb,

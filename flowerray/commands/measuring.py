@@ -1,6 +1,7 @@
 """`evaluate`, `similar` and `search`; each returns plain data to print."""
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,6 @@ from flowerray.evaluate.pairs import Pairs, load_pairs, save_pairs
 from flowerray.evaluate.sheet import Neighbour, SheetRow, measurement_rows, retrieval_sheet
 from flowerray.files import atomic_file
 from flowerray.model import Embedder, EmbedderConfig
-from flowerray.run import Run
 from flowerray.rundir import FolderReporter
 
 
@@ -54,7 +54,7 @@ def evaluate_model(
     pairs = (
         stored_pairs(model, dataset, config.split)
         if own
-        else new_pairs(model.run, dataset, config.split)
+        else new_pairs(model, dataset, config.split)
     )
     started = time.perf_counter()
     measurement = run_measure(
@@ -91,18 +91,23 @@ def run_measure(
         )  # fmt: skip
 
 
-def new_pairs(run: Run, dataset: Dataset, split: str) -> Pairs | None:
+def new_pairs(model: Model, dataset: Dataset, split: str) -> Pairs | None:
     """Fresh pairs of a split, from the fixed seed and the untrained backbone; None where none can
-    be formed.
+    be formed, or, with a warning, where that backbone's weights cannot be had.
     """
     labels_N = dataset.split_labels(split)
     if len(np.unique(labels_N)) < 2 or len(labels_N) == len(np.unique(labels_N)):
         return None
+    run = model.run
+    try:
+        untrained = Embedder(run.embedder, seed=run.train.seed)
+    except UserError as error:
+        print(f"no pair metrics: the untrained backbone picks the pairs. {error}", file=sys.stderr)
+        return None
     paths = [dataset.paths[i] for i in dataset.splits[split]]
     store = build_store(paths, resize_side(run.embedder.image_size), progress=False)
-    return frozen_pairs(
-        Embedder(run.embedder, seed=run.train.seed), store, labels_N, seed=PAIR_SEED
-    )
+    device = next(model.embedder.parameters()).device
+    return frozen_pairs(untrained.to(device), store, labels_N, seed=PAIR_SEED)
 
 
 def stored_pairs(model: Model, dataset: Dataset, split: str) -> Pairs | None:
@@ -117,7 +122,7 @@ def stored_pairs(model: Model, dataset: Dataset, split: str) -> Pairs | None:
         else {}
     )
     if kept.get(split) is None:
-        kept[split] = new_pairs(model.run, dataset, split)
+        kept[split] = new_pairs(model, dataset, split)
         known: dict[str, tuple[Pairs, Sequence[str]]] = {
             s: (pairs, split_names(dataset, s)) for s, pairs in kept.items() if pairs is not None
         }

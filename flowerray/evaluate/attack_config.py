@@ -1,8 +1,9 @@
 """What `flowerray attack` is asked to do."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+import numpy as np
+from pydantic import Field, field_validator, model_validator
 
 from flowerray.attacks import bank
 from flowerray.config import Config
@@ -70,8 +71,8 @@ class AttackConfig(Config):
     @field_validator("eps")
     @classmethod
     def _ascending(cls, eps: tuple[float, ...]) -> tuple[float, ...]:
-        if not eps or min(eps) < 0 or max(eps) > 255:
-            raise UserError("the radii have to lie between 0 and 255, in 1/255.")
+        if not eps or not np.isfinite(eps).all() or min(eps) < 0:
+            raise UserError("--eps: give radii of 0 or more, in 1/255.")
         return tuple(sorted(set(eps)))
 
     @field_validator("attacks")
@@ -84,6 +85,12 @@ class AttackConfig(Config):
                 f"{', '.join(bank.NAMES)}."
             )
         return tuple(dict.fromkeys(attacks))
+
+    @model_validator(mode="after")
+    def _within_the_range(self) -> Self:
+        if self.norm == "linf" and self.eps[-1] > 255:
+            raise UserError("--eps: a pixel cannot change by more than 255/255.")
+        return self
 
 
 PRESETS = {

@@ -22,6 +22,7 @@ from flowerray.attacks.pgd import Aim, PGDConfig, noise, pgd, project
 from flowerray.evaluate.arena import Arena, embed_images, narrow, rank
 from flowerray.evaluate.attack_config import AttackConfig
 from flowerray.evaluate.robustness import Robustness, perturb
+from flowerray.precision import full_precision
 
 CHECKS = (
     "zero_radius", "monotone", "huge", "more_steps", "order", "black_box", "transfer", "restarts",
@@ -29,7 +30,7 @@ CHECKS = (
 )  # fmt: skip
 """The methods of `Auditor` that are checks, in the order in which they run."""
 HUGE = 128.0
-"""A radius, in 1/255, at which any image can be made nearly any other."""
+"""A change of every pixel, in 1/255, at which any image can be made nearly any other."""
 MANY_RESTARTS = 5
 STEPS = (1, 5, 20)
 ZERO_GRADIENTS = 0.01
@@ -134,6 +135,7 @@ class Auditor:
         self.standard = None if standard is None else narrow(standard, queries, self.config.seed)[0]
         self.clean_Q = result.clean.hit_Q[rows]
 
+    @full_precision()
     def run(self, progress: Callable[[int], object] | None = None) -> Audit:
         """All checks; `progress` is called with 1 after each."""
         checks = []
@@ -168,9 +170,11 @@ class Auditor:
 
     def huge(self) -> list[Check]:
         """A radius of half the range leaves chance."""
-        right_Q, _ = self._margin(HUGE, STEPS[-1], stop=True)
+        size = self.arena.embedder.image_size
+        eps = HUGE if self.config.norm == "linf" else HUGE * np.sqrt(3 * size * size)
+        right_Q, _ = self._margin(eps, STEPS[-1], stop=True)
         value, chance = float(right_Q.mean()), self.arena.chance()
-        text = f"at {HUGE:g}/255 R@1 is {value:.3f}; chance is {chance:.3f}"
+        text = f"at {eps:.0f}/255 R@1 is {value:.3f}; chance is {chance:.3f}"
         return [Check("huge eps kills", value <= chance + 0.05, value, text)]
 
     def more_steps(self) -> list[Check]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from flowerray.data.store import Store
 from flowerray.files import atomic_file
 from flowerray.model import Embedder
+from flowerray.precision import full_precision
 
 
 class Images(Protocol):
@@ -89,7 +90,7 @@ def embed(
     embedder.eval()
     rows: list[NDArray[np.float32]] = []
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), full_precision():
             for start in range(0, len(store), batch_size):
                 indices = np.arange(start, min(start + batch_size, len(store)))
                 images_BCHW = store.centre(indices, embedder.image_size).to(device)

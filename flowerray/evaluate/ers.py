@@ -27,6 +27,7 @@ from flowerray.attacks.objectives import match, shift
 from flowerray.attacks.pgd import Aim, PGDConfig, pgd
 from flowerray.evaluate.arena import Arena, embed_images
 from flowerray.evaluate.embed import Images
+from flowerray.precision import full_precision
 
 EPSILON, ALPHA, NUM_STEPS = 8.0, 3.0, 32
 """Radius and step in 1/255, and steps, of the authors' profile at 224 px."""
@@ -50,6 +51,7 @@ class _Draw:
     cosine_QG: Tensor
 
 
+@full_precision()
 def ers(
     arena: Arena,
     gallery_store: Images,

@@ -13,8 +13,10 @@ from flowerray.attacks.pgd import PGDConfig, pgd
 from flowerray.evaluate.arena import Arena, embed_images
 from flowerray.evaluate.attack_config import AttackConfig
 from flowerray.evaluate.embed import Images
+from flowerray.precision import full_precision
 
 
+@full_precision()
 def attack_gallery(
     arena: Arena, store: Images, eps: float, config: AttackConfig
 ) -> NDArray[np.float32]:

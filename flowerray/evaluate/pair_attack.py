@@ -15,6 +15,7 @@ from flowerray.attacks.pgd import PGDConfig, pgd
 from flowerray.evaluate.arena import Arena, embed_images
 from flowerray.evaluate.attack_config import AttackConfig
 from flowerray.evaluate.pairs import KINDS, Pairs, pair_metrics
+from flowerray.precision import full_precision
 
 
 def pairs_of_queries(pairs: Pairs, chosen_Q: NDArray, number: int, seed: int) -> Pairs:
@@ -62,6 +63,7 @@ def query_pair_accuracy(
     return accuracy
 
 
+@full_precision()
 def embed_positions(arena: Arena, positions_P: NDArray, batch_size: int) -> NDArray[np.float32]:
     """(P, D) embeddings of photographs of the split, each one embedded once."""
     unique, back_P = np.unique(positions_P, return_inverse=True)
@@ -72,6 +74,7 @@ def embed_positions(arena: Arena, positions_P: NDArray, batch_size: int) -> NDAr
     return np.concatenate(parts)[back_P]
 
 
+@full_precision()
 def attack_pairs(
     arena: Arena,
     pairs: Pairs,

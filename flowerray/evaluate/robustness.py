@@ -21,6 +21,7 @@ from flowerray.attacks import bank
 from flowerray.evaluate.arena import Arena, embed_images, rank
 from flowerray.evaluate.attack_config import AttackConfig
 from flowerray.evaluate.statistics import bootstrap_interval
+from flowerray.precision import full_precision
 
 EXAMPLES = 6
 """Fallen queries whose pictures are kept at each budget."""
@@ -230,6 +231,7 @@ def perturb(
     return clean_MCHW, torch.where(allowed_M[:, None, None, None], other_MCHW, clean_MCHW)
 
 
+@full_precision()
 def attack(
     arena: Arena,
     config: AttackConfig,

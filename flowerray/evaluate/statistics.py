@@ -5,6 +5,7 @@ Letters: Q queries, S seeds, R resamples or permutations.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -54,12 +55,19 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile bootstrap of a mean over queries (Efron 1979).
 
+    Where all scores are 0, or all are 1, no resample differs, although the next query might: there
+    the bounds are Wilson's (1927), 0.007 from the mean of 512 queries.
+
     Raises:
         UserError: no values, or one that is not finite.
     """
     values = _checked("values", values_Q, 1)
     if len(values) == 1:
         return Interval(1, float(values[0]), float("nan"), float("nan"), level)
+    if values[0] in (0, 1) and (values == values[0]).all():
+        room = 1 - 1 / (1 + NormalDist().inv_cdf((1 + level) / 2) ** 2 / len(values))
+        low, high = (0.0, room) if values[0] == 0 else (1 - room, 1.0)
+        return Interval(len(values), float(values[0]), low, high, level)
     means = np.concatenate(
         [values[index].mean(1) for index in _resamples(len(values), seed, resamples)]
     )

@@ -82,6 +82,26 @@ def test_self_gallery_leaves_the_attacked_queries_out(model: Model) -> None:
     assert content["gallery"] == "self" and content["num_gallery"] == 12
 
 
+@pytest.mark.parametrize("gallery", [None, "train", "self"])
+def test_train_queries_never_meet_themselves(model: Model, gallery: str | None) -> None:
+    config = QUICK.model_copy(update={"split": "train", "gallery": gallery, "max_pairs": 0})
+    dataset = open_dataset(model.run.data)
+    chosen_Q = command.attacked_queries(dataset, config)
+    subject = prepare(model, dataset, chosen_Q, config, quiet=True)
+    queries, rest = subject.measurement.query_paths, subject.measurement.gallery_paths
+    assert len(queries) == 12 and not set(queries) & set(rest)
+    assert set(queries) | set(rest) == {dataset.paths[i] for i in dataset.splits["train"]}
+    content = attack_model(model, config.model_copy(update={"eps": (0.0,)}), quiet=True)
+    assert (content["split"], content["gallery"]) == ("train", "self")
+
+
+def test_disjoint_classes_are_searched_among_themselves(model: Model) -> None:
+    data = model.run.data.model_copy(update={"protocol": "disjoint"})
+    disjoint = replace(model, folder=None, run=model.run.model_copy(update={"data": data}))
+    config = QUICK.model_copy(update={"eps": (0.0,), "max_pairs": 0})
+    assert attack_model(disjoint, config, quiet=True)["gallery"] == "self"
+
+
 def test_notebooks_preset(model: Model) -> None:
     from flowerray.evaluate.attack_config import PRESETS
 
@@ -133,11 +153,27 @@ def test_a_failed_audit_and_a_collapse_are_shouted(model: Model) -> None:
     assert metrics(content)["test/attacked_linf/audit_failed"] == 1
 
 
-def test_the_standard_model_of_a_hardened_one(model: Model, small_run: Path) -> None:
+def _hardened_copy(small_run: Path, folder: Path, init: Path | None) -> Path:
+    """The small model as an export that says it was hardened, from `init`."""
+    content = torch.load(small_run / "best_model_triplet_loss.pth", weights_only=True)
+    run = json.loads(content["run"])
+    run["harden"]["kind"], run["init"] = "pgd", None if init is None else str(init)
+    content["run"] = json.dumps(run)
+    torch.save(content, folder / f"from-{init and init.name}.pth")
+    return folder / f"from-{init and init.name}.pth"
+
+
+def test_the_standard_model_of_a_hardened_one(
+    model: Model, small_run: Path, tmp_path: Path
+) -> None:
     assert standard_of(model) is None
     harden = type(model.run.harden)(kind="pgd")
     hardened = model.run.model_copy(update={"harden": harden, "init": small_run})
     assert standard_of(replace(model, run=hardened)) == str(small_run)
+    again = hardened.model_copy(update={"init": _hardened_copy(small_run, tmp_path, small_run)})
+    assert standard_of(replace(model, run=again)) == str(small_run)
+    scratch = hardened.model_copy(update={"init": _hardened_copy(small_run, tmp_path, None)})
+    assert standard_of(replace(model, run=scratch)) is None
     gone = hardened.model_copy(update={"init": small_run / "gone"})
     assert standard_of(replace(model, run=gone)) is None
 

@@ -95,6 +95,21 @@ def test_frozen_features_do_not_depend_on_the_training(model: Model) -> None:
     assert "pair_auc" not in result.metrics
 
 
+def test_an_export_whose_first_weights_are_gone_is_measured_without_pairs(
+    run: RunDir, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = torch.load(run.path / "best_model_triplet_loss.pth", weights_only=True)
+    run_options = json.loads(content["run"])
+    run_options["embedder"]["weights"] = str(tmp_path / "gone.safetensors")
+    content["run"] = json.dumps(run_options)
+    torch.save(content, tmp_path / "moved.pth")
+    assert dispatch(["evaluate", str(tmp_path / "moved.pth"), "--json"]) == 0
+    shown = capsys.readouterr()
+    metrics = json.loads(shown.out)
+    assert metrics["num_queries"] == 24 and "pair_auc" not in metrics
+    assert shown.err.count("no pair metrics") == 1 and "gone.safetensors" in shown.err
+
+
 def test_similar(model: Model, pictures: list[Path]) -> None:
     same = measuring.similar(model, pictures[0], pictures[0])
     assert same["similarity"] == pytest.approx(1.0, abs=1e-6) and same["same"]

@@ -126,6 +126,15 @@ def test_a_standard_model_that_stands(auditor: Auditor, measured: Robustness) ->
 # --- faults of the attack -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_huge_radius_is_huge_in_each_norm(norm: str, measured: Robustness) -> None:
+    config = CONFIG.model_copy(update={"norm": norm})
+    (check,) = Auditor(arena_of(), replace(measured, config=config)).huge()
+    assert check.passed
+    (check,) = Auditor(arena_of(Masked()), replace(measured, config=config)).huge()
+    assert not check.passed
+
+
 def test_pixels_change_at_radius_zero(auditor: Auditor, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not failed(auditor.zero_radius())
     monkeypatch.setattr(bank, "run", lambda n, e, images, *_, **__: (images + 1e-7).clamp(0, 1))

@@ -31,6 +31,20 @@ def test_equals_the_model_in_eval_mode(images: NDArray[np.uint8]) -> None:
     assert np.allclose(np.linalg.norm(frozen, axis=1), 1)
 
 
+def test_what_is_reported_is_computed_in_full_precision(images: NDArray[np.uint8]) -> None:
+    def flags(*_: object) -> None:
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+
+    seen: list[tuple[bool, bool]] = []
+    flags()
+    embedder = tiny_embedder()
+    embedder.register_forward_pre_hook(flags)
+    embed(embedder, store_of(images))
+    flags()
+    before, *inside, after = seen
+    assert before[0] and before == after and set(inside) == {(False, False)}
+
+
 @pytest.mark.parametrize("batch_size", [1, 5, 36, 37, 100])
 def test_batch_size_changes_nothing(images: NDArray[np.uint8], batch_size: int) -> None:
     embedder, store = tiny_embedder(), store_of(images)

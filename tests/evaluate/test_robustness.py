@@ -172,14 +172,20 @@ def test_scores() -> None:
     [
         ({"attacks": ("fgsm", "nonsense")}, "no attack nonsense"),
         ({"attacks": ()}, "none given"),
-        ({"eps": (-1,)}, "between 0 and 255"),
-        ({"eps": ()}, "between 0 and 255"),
+        ({"eps": (-1,)}, "0 or more"),
+        ({"eps": ()}, "0 or more"),
+        ({"eps": (float("inf"),), "norm": "l2"}, "0 or more"),
+        ({"eps": (256,)}, "more than 255"),
         ({"norm": "l1"}, "norm"),
     ],
 )
 def test_bad_options(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         AttackConfig(**change)
+    assert AttackConfig(norm="l2", eps=(510, 255)).eps == (
+        255,
+        510,
+    )  # longer than one pixel's range
 
 
 # --- pairs ----------------------------------------------------------------------------------------

@@ -44,6 +44,16 @@ def test_bootstrap_is_near_the_normal_interval_and_seeded() -> None:
     assert wide.low < ours.low < ours.high < wide.high
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("queries", [2, 24, 512])
+def test_scores_that_are_all_alike_leave_room_for_the_next_one(value: float, queries: int) -> None:
+    found = bootstrap_interval(np.full(queries, value), level=0.9)
+    expected = stats.binomtest(int(value) * queries, queries).proportion_ci(0.9, method="wilson")
+    assert found.mean == value and found.n == queries
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert bootstrap_interval(np.full(queries, 0.5)).high == 0.5  # no hit rate
+
+
 @pytest.mark.parametrize("skewed", [False, True])
 def test_bootstrap_covers_the_truth_about_as_often_as_it_says(skewed: bool) -> None:
     rng = np.random.default_rng(2)
