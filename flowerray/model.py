@@ -61,15 +61,15 @@ class Embedder(nn.Module):
 
         Args:
             config: what to build.
-            seed: of the projection, and of the backbone where `weights` is "none"; the global RNG
-                is left as it was.
+            seed: of the projection, of the backbone where `weights` is "none", and of what a method
+                adds at random; the global RNG is left as it was.
 
         Raises:
             UserError: an unknown backbone, weights that are missing or do not fit, an image size
                 that the backbone cannot take.
         """
         super().__init__()
-        self.config = config
+        self.config, self.seed = config, seed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.backbone = _load_backbone(config).to(memory_format=torch.channels_last)

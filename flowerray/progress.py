@@ -23,6 +23,8 @@ class Progress:
     step_in_epoch: int = 0
     step: int = 0
     best: float = -math.inf
+    best_map_at_r: float = -math.inf
+    """Val MAP@R of the best epoch, where it is not `best` itself: decides between equal ones."""
     best_epoch: int = 0
     bad_epochs: int = 0
     seconds: float = 0.0
@@ -36,16 +38,17 @@ class Progress:
 
 def note_epoch(progress: Progress, metrics: dict[str, float], selection: str) -> bool:
     """Moves `progress` past an epoch; True where the metric `selection` is the best so far (or is
-    not there, since there is no val split).
+    not there, since there is no val split). Between equal values, such as an attacked R@1 of 0, the
+    higher MAP@R is better.
     """
-    value = metrics.get(selection)
-    best = value is None or value > progress.best
+    value, map_at_r = metrics.get(selection), metrics.get("val/map_at_r", -math.inf)
+    best = value is None or (value, map_at_r) > (progress.best, progress.best_map_at_r)
     progress.epoch += 1
     progress.step_in_epoch = 0
     progress.epoch_curves = {}
     progress.bad_epochs = 0 if best else progress.bad_epochs + 1
     if value is not None and best:
-        progress.best, progress.best_epoch = value, progress.epoch
+        progress.best, progress.best_map_at_r, progress.best_epoch = value, map_at_r, progress.epoch
     return best
 
 

@@ -63,8 +63,8 @@ class TrainConfig(Config):
     compile: bool = False
     """Compile the embedder with torch.compile."""
     patience: int = Field(0, ge=0)
-    """Stop after so many epochs without a better val MAP@R (a hardened run: val adversarial R@1); 0
-    = never.
+    """Stop after so many epochs without a better val MAP@R (a hardened run: val adversarial R@1, at
+    full epsilon); 0 = never.
     """
     checkpoint_every_steps: int = Field(50, ge=1)
     """State is saved after so many steps, and after each epoch."""
@@ -247,6 +247,8 @@ def train(
             with average.swapped_into(method.embedder) if average else nullcontext():
                 metrics |= data.validate(method.embedder)
         best = note_epoch(progress, metrics, harden.selection)
+        if harden.on and hardening.epsilon(progress.step - 1) < harden.epsilon:
+            progress.bad_epochs = 0  # while the attack still grows, falling back is no sign
         metrics["epoch/seconds"] = window.elapsed()
         reporter.report(progress.step, progress.epoch, metrics, save, best)
 

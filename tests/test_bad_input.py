@@ -256,6 +256,25 @@ def test_unknown_and_out_of_bounds_options(
 # --- pictures -------------------------------------------------------------------------------------
 
 
+def test_options_that_would_do_nothing(
+    refused: Refused, small_run: Path, small_set: Path, tmp_path: Path
+) -> None:
+    said = refused("evaluate", small_run, "--embedder.image_size=64", "--embedder.dim", 8)
+    assert "--embedder: a RUN has its own embedder" in said
+    pair = sorted((small_set / "jpg").iterdir())[:2]
+    explain = ["explain", small_run, "--out", tmp_path]
+    said = refused(*explain, *pair, "--beside", small_run, "--max_images", 20)
+    assert "--beside, --max-images: they belong to a whole split" in said
+    said = refused(*explain, *pair, "--faithfulness.steps", 20)
+    assert "--faithfulness: they belong" in said
+    assert "--concepts: it belongs to two photographs" in refused(*explain, "--concepts", 3)
+    assert "--concept-class: it belongs to --concept-folders" in refused(
+        *explain, "--concept-class", "1"
+    )
+    said = refused(*explain, "--concept-folders", tmp_path, "--method", "gradcam", "--concepts", 3)
+    assert "--concepts, --method: --concept-folders tests concepts, not maps" in said
+
+
 def test_similar_with_a_missing_or_broken_picture(
     refused: Refused, small_run: Path, small_set: Path, tmp_path: Path
 ) -> None:

@@ -230,6 +230,15 @@ def test_evaluate_another_folder(say: Say, run: Path, small_set: Path, tmp_path:
         )[0]
     )  # fmt: skip
     assert (parted["gallery"], parted["num_queries"], parted["num_gallery"]) == ("train", 4, 6)
+    # The floor of these figures is of the same queries.
+    for split, figures in (
+        ([], whole),
+        (["--data.train_per_class", 3, "--data.val_per_class=1"], parted),
+    ):
+        words = ["--frozen", "--json", "--data.root", tmp_path / "own", *split]
+        frozen = json.loads(say("evaluate", run, *words)[0])
+        for key in ("gallery", "num_queries", "num_gallery"):
+            assert frozen[key] == figures[key]
     assert (run / "metrics.jsonl").read_bytes() == before
 
 

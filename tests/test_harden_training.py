@@ -14,6 +14,7 @@ from flowerray.cluster.fit import fit
 from flowerray.errors import UserError
 from flowerray.harden import HardenConfig
 from flowerray.model import Embedder
+from flowerray.progress import Progress, note_epoch
 from flowerray.run import Run
 from flowerray.rundir import RunDir
 from tests.small import small, words
@@ -71,6 +72,28 @@ def test_a_killed_hardened_run_resumes_bit_equal(job: dict[str, Any], tmp_path: 
     resumed = train_small({**options, "method": "triplet", "out": str(killed.path)})
     ours, theirs = resumed.state_dict(), expected.state_dict()
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+@pytest.mark.parametrize(("harden", "epochs"), [({"kind": "pgd", "ramp": 0.6}, 4), ({}, 2)])
+def test_patience_begins_where_the_ramp_ends(
+    job: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    harden: dict[str, Any],
+    epochs: int,
+) -> None:
+    """Each epoch is worse than the one before, as it is while epsilon rises (here over three)."""
+    falling = iter(range(100, 0, -1))
+
+    def worse(progress: Progress, metrics: dict[str, float], selection: str) -> bool:
+        return note_epoch(progress, {selection: float(next(falling))}, selection)
+
+    monkeypatch.setattr("flowerray.train.note_epoch", worse)
+    make_run(tmp_path / "run")
+    train = {"epochs": 5, "classes_per_batch": 4, "images_per_class": 2, "patience": 1}
+    out = str(tmp_path / "run")
+    train_small({**job, "method": "center", "out": out, "harden": harden, "train": train})
+    assert RunDir(tmp_path / "run").records()[-1]["epoch"] == epochs
 
 
 def test_free_costs_as_much_as_a_clean_run(

@@ -154,6 +154,13 @@ def test_early_stop_counts_epochs_without_a_better_validation() -> None:
     assert not progress.stopped_early(0)
 
 
+def test_equal_attacked_figures_are_told_apart_by_the_clean_one() -> None:
+    progress, selection = Progress(), "val/adversarial_recall_at_1"
+    epochs = ((0.0, 0.3), (0.0, 0.5), (0.0, 0.4), (0.1, 0.2), (0.1, 0.2))
+    best = [note_epoch(progress, {selection: a, "val/map_at_r": m}, selection) for a, m in epochs]
+    assert best == [True, True, False, True, False] and progress.best_epoch == 4
+
+
 def test_without_validation_each_epoch_is_the_best() -> None:
     progress = Progress()
     assert note_epoch(progress, {}, "val/map_at_r") and note_epoch(progress, {}, "val/map_at_r")

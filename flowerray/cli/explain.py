@@ -3,8 +3,14 @@
 from pathlib import Path
 from typing import Annotated
 
-from flowerray.cli.options import end_of_logging, parse, pick_device
+from flowerray.cli.options import end_of_logging, parse, pick_device, refuse
 from flowerray.errors import UserError
+
+ONLY_SCORES = ("beside", "method", "choose_images", "faithfulness")
+"""What judging the maps of a split takes."""
+ONLY_SPLITS = (*(name for name in ONLY_SCORES if name != "method"), "split", "max_images",
+               "concept_class")  # fmt: skip
+"""What means nothing for two photographs."""
 
 
 def explain(words: list[str]) -> int:
@@ -44,6 +50,15 @@ def explain(words: list[str]) -> int:
         raise UserError("name two photographs, or none for a whole split.")
     if options.photographs and options.concept_folders is not None:
         raise UserError("--concept-folders tests a whole split: leave the photographs out.")
+    if options.photographs:
+        refuse(
+            words, ONLY_SPLITS, "they belong to a whole split: leave them or the photographs out."
+        )
+    elif options.concept_folders is not None:
+        refuse(words, ["concepts", *ONLY_SCORES], "--concept-folders tests concepts, not maps.")
+    else:
+        refuse(words, ["concepts"], "it belongs to two photographs: name them.")
+        refuse(words, ["concept_class"], "it belongs to --concept-folders: name them.")
     device = pick_device("auto")
     model = open_model(options.run, device)
     quiet = options.as_json

@@ -3,8 +3,19 @@
 from pathlib import Path
 from typing import Annotated
 
-from flowerray.cli.options import absolute_data, end_of_logging, parse, pick_device, take_run
+from flowerray.cli.options import (
+    absolute_data,
+    end_of_logging,
+    given,
+    parse,
+    pick_device,
+    refuse,
+    take_run,
+)
 from flowerray.errors import UserError
+
+SPLITS = ("data.protocol", "data.train_per_class", "data.val_per_class")
+"""What says how another set than the run's is split; without them all of it is measured."""
 
 
 def evaluate(words: list[str]) -> int:
@@ -26,7 +37,7 @@ def evaluate(words: list[str]) -> int:
     class Options(EvaluateConfig):
         data: DataConfig = DataConfig()
         """Another data set than the run's: all its images are queries and gallery, unless
-        --gallery or --data.train-per-class says otherwise."""
+        --gallery, --data.protocol or --data.train-per-class says otherwise."""
         embedder: EmbedderConfig = EmbedderConfig()
         """The backbone that --frozen measures where no RUN is given."""
         frozen: bool = False
@@ -46,19 +57,20 @@ def evaluate(words: list[str]) -> int:
     if model is None and not options.frozen:
         raise UserError("name a RUN, or measure a backbone as it comes with --frozen.")
 
+    if not options.frozen:
+        refuse(words, ["embedder"], "a RUN has its own embedder; with --frozen they count.")
+
     from flowerray import tables
     from flowerray.commands import measuring
 
+    other = model is not None and data.root != model.run.data.root
+    whole = other and not given(words, SPLITS)
     if options.frozen:
         measurement = measuring.evaluate_frozen(
-            options.embedder, data, config, device, options.as_json
+            options.embedder, data, config, device, options.as_json, whole
         )
     else:
         assert model is not None
-        other = data.root != model.run.data.root
-        whole = other and not any(
-            w.startswith(("--data.train-per-class", "--data.protocol")) for w in words
-        )
         measurement = measuring.evaluate_model(model, data, whole, config, options.as_json)
     title = f"{options.embedder.backbone}, frozen" if options.frozen else str(name)
     if options.as_json:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -162,6 +163,25 @@ def default_out(name: str) -> Path:
 
     base = home() if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()
     return base / "runs" / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def given(words: list[str], names: Iterable[str]) -> list[str]:
+    """The dotted fields among `names` that the words set, whole or in part (`data` for
+    `--data.root`).
+    """
+    said = set()
+    for word in words:
+        if word.startswith("--"):
+            *parts, last = word[2:].partition("=")[0].replace("-", "_").split(".")
+            said |= {".".join([*parts, last]), ".".join([*parts, last.removeprefix("no_")])}
+    return [n for n in names if any(s == n or s.startswith(f"{n}.") for s in said)]
+
+
+def refuse(words: list[str], names: Iterable[str], why: str) -> None:
+    """Raises UserError where the words set one of these fields, which would do nothing."""
+    if found := given(words, names):
+        options = ", ".join("--" + name.replace("_", "-") for name in found)
+        raise UserError(f"{options}: {why}")
 
 
 def pick_device(device: str) -> Any:

@@ -1,10 +1,9 @@
 """`flowerray tune`."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from flowerray.cli.options import absolute, default_out, end_of_logging, parse, take_method
+from flowerray.cli.options import absolute, default_out, end_of_logging, given, parse, take_method
 from flowerray.errors import UserError
 
 
@@ -72,11 +71,7 @@ def tune(words: list[str]) -> int:
         return {n: getattr(options, n) for n in part.model_fields if n in kinds}
 
     run, config = absolute(Run(**taken(Run))), StudyConfig(**taken(StudyConfig))
-    if (
-        old is None
-        and options.hardened
-        and not any(word.startswith("--objective") for word in words)
-    ):
+    if old is None and options.hardened and not given(words, ["objective"]):
         config = config.model_copy(update={"objective": "pareto"})  # clean alone favours weak ones
     resources = TrialResources(**taken(TrialResources))
     if options.hardened and not run.harden.on:
@@ -84,7 +79,7 @@ def tune(words: list[str]) -> int:
         run = run.model_copy(update={"harden": harden.HardenConfig(**content)})
     if old is None:
         space = harden.space if options.hardened else {}
-        fixed = given(words, [*file.space, *COMMON, *DIM, *space])
+        fixed = frozenset(given(words, [*file.space, *COMMON, *DIM, *space]))
         out = (options.out or default_out(f"tune-{method}")).expanduser().absolute()
         choices = Choices(fixed, options.search_dim, space)
         study = new_study(run, out, config, resources, choices)
@@ -103,9 +98,3 @@ def tune(words: list[str]) -> int:
     print(tables.as_json(result) if options.as_json else study_table(result))
     end_of_logging(study.folder)
     return 0
-
-
-def given(words: Iterable[str], names: Iterable[str]) -> frozenset[str]:
-    """The dotted fields among `names` that the words set."""
-    flags = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words}
-    return frozenset(name for name in names if name in flags)

@@ -45,11 +45,7 @@ def evaluate_model(
         whole: take every image of the set as query and gallery.
         quiet: no progress bars.
     """
-    if whole:
-        assert data.root is not None
-        dataset = open_all(data.root)
-    else:
-        dataset = open_dataset(data, progress=not quiet)
+    dataset = open_whole_or_split(data, whole, quiet)
     own = data == model.run.data and model.folder is not None
     pairs = (
         stored_pairs(model, dataset, config.split)
@@ -71,13 +67,22 @@ def evaluate_frozen(
     config: EvaluateConfig,
     device: torch.device,
     quiet: bool = False,
+    whole: bool = False,
 ) -> Measurement:
     """Measures the pooled features of a backbone as it came: the floor that each method has to
-    beat.
+    beat; `whole` as for `evaluate_model`.
     """
     embedder = Embedder(embedder_config).to(device)
-    dataset = open_dataset(data, progress=not quiet)
+    dataset = open_whole_or_split(data, whole, quiet)
     return run_measure(embedder, dataset, config, frozen=True, quiet=quiet)
+
+
+def open_whole_or_split(data: DataConfig, whole: bool, quiet: bool) -> Dataset:
+    """Every image of the set as one split, or the splits of its protocol."""
+    if not whole:
+        return open_dataset(data, progress=not quiet)
+    assert data.root is not None
+    return open_all(data.root)
 
 
 def run_measure(

@@ -84,7 +84,7 @@ class Method(nn.Module, ABC):
         self.config = config
         self.embedder = embedder
         self.num_classes = num_classes
-        self.seed: tuple[int, ...] = (0,)
+        self.seed: tuple[int, ...] = (embedder.seed,)
         """The loop sets (seed, epoch, step) before each step; the loss draws from it alone."""
 
     def forward(self, images_bCHW: Tensor, labels_b: Tensor) -> Output:

@@ -20,9 +20,9 @@ from flowerray.evaluate.statistics import paired_bootstrap, t_interval
 from tests.benchmarks.command import about, flowerray
 
 METHODS = ("center", "siamese", "triplet")
-HARDEN = ["--harden.kind", "pgd", "--harden.epsilon", "4", "--train.lr", "2e-4"]
-FIRST = [*HARDEN, "--train.epochs", "12"]
-NEXT = [*HARDEN, "--train.epochs", "4", "--harden.ramp", "0"]
+HARDEN = ["--harden.kind", "pgd", "--harden.epsilon", "4"]
+FIRST = [*HARDEN, "--train.lr", "7e-4", "--train.epochs", "12"]
+NEXT = [*HARDEN, "--train.lr", "5e-4", "--train.epochs", "4", "--harden.ramp", "0"]
 ATTACK = [
     "--attacks", "margin,apgd-ce,apgd-dlr", "--eps", "0,2,4,8", "--max-queries", "512",
     "--steps", "20", "--restarts", "3", "--max-pairs", "0",
