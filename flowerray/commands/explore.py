@@ -95,12 +95,13 @@ def open_for_exploring(data: DataConfig) -> tuple[Dataset, str | None]:
     """
     root = data.root
     assert root is not None
-    if not oxford.is_oxford(root) and data.protocol == "official":
-        sizes = {name: len(files) for name, files in folder.class_files(root).items() if files}
+    if not oxford.is_oxford(root) and data.protocol in ("official", "trainval"):
+        sizes = {name: len(files) for name, files in folder.class_files(root).items()}
+        filled = sum(size > 0 for size in sizes.values())
         least = data.train_per_class + data.val_per_class + 1
         reason = None
-        if len(sizes) < 2:
-            reason = f"it has {len(sizes) or 'no'} class folder{'s' * (len(sizes) != 1)} of images"
+        if filled < 2:
+            reason = f"it has {filled or 'no'} class folder{'s' * (filled != 1)} of images"
         elif min(sizes.values()) < least:
             name = min(sizes, key=lambda n: (sizes[n], n))
             reason = (

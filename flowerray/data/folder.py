@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from flowerray.data.dataset import Dataset
 from flowerray.data.splits import Protocol, arrange, tags
@@ -100,12 +101,22 @@ def class_files(root: Path) -> dict[str, list[Path]]:
     """Sorted class names -> sorted image files (maybe none).
 
     Raises:
-        UserError: `root` is not a folder.
+        UserError: `root` is not a folder; a class or a file whose name cannot be written down.
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; give the folder that holds the data set.")
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and _is_shown(entry))
-    return {folder.name: _images(folder) for folder in folders}
+    found = {folder.name: _images(folder) for folder in folders}
+    for path in (*folders, *(file for files in found.values() for file in files)):
+        try:
+            path.name.encode()
+        except UnicodeEncodeError as error:
+            name = path.relative_to(root).as_posix().encode(errors="replace").decode()
+            raise UserError(
+                f"{root} holds {name}, whose name is not UTF-8, as tables and MLflow need it: "
+                "rename it."
+            ) from error
+    return found
 
 
 def faults(root: Path, found: dict[str, list[Path]]) -> list[str]:
@@ -114,7 +125,19 @@ def faults(root: Path, found: dict[str, list[Path]]) -> list[str]:
     empty = [
         f"{name} has no image ({', '.join(SUFFIXES)})" for name, files in found.items() if not files
     ]
-    return few + empty
+    overlooked = []
+    for name in found:
+        for entry in sorted((root / name).iterdir()):
+            suffix = entry.suffix.lower()
+            if not _is_shown(entry) or entry.is_dir():
+                continue
+            if suffix in SUFFIXES and not entry.exists():
+                overlooked.append(f"{name}/{entry.name} is a link to a file that is not there")
+            elif suffix not in SUFFIXES and suffix in Image.registered_extensions():
+                overlooked.append(
+                    f"{name}/{entry.name} is left out: accepted are {', '.join(SUFFIXES)}"
+                )
+    return few + empty + overlooked
 
 
 def _images(folder: Path) -> list[Path]:

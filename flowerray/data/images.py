@@ -98,6 +98,15 @@ def eval_image(source: Path | bytes, size: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(crop_HWC.transpose(2, 0, 1))
 
 
+def thumbnail(path: Path, side: int) -> Image.Image:
+    """A square of the photograph's middle for a picture, upright, as every other part sees it.
+
+    Raises:
+        UserError: see `decode`.
+    """
+    return ImageOps.fit(decode(path), (side, side), Image.Resampling.BICUBIC)
+
+
 @contextmanager
 def decoding_map(count: int, processes: int | None = None) -> Iterator[Callable]:
     """A lazy, ordered `map` for `count` images, in this process or over new ones.

@@ -70,7 +70,8 @@ def check_dataset(root: Path, progress: bool = True) -> list[str]:
     """Reads every file of a set and lists what is wrong with it, by file name.
 
     Unreadable and truncated images, labels or splits that break the layout's rules, a class with
-    one image, the same file in two classes or in two splits.
+    one image, the same file in two classes or in two splits; of class folders, which are split by
+    chance, any file that is there twice, and images that are overlooked.
 
     Args:
         root: a set in the Oxford layout, or class folders.
@@ -114,6 +115,8 @@ def _file_problems(root: Path, listed: list[tuple[Path, str, str]], progress: bo
                 problems.append(f"{same} and labelled {name} against {other_name}")
             elif split != other_split:
                 problems.append(f"{same} and in {split} against {other_split}")
+            elif not split and path != other:
+                problems.append(f"{same}, and one may train where the other tests")
     return problems
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
+from flowerray.data.images import thumbnail
 from flowerray.errors import UserError
 from flowerray.evaluate.measure import Measurement
 from flowerray.files import atomic_file
@@ -117,13 +118,8 @@ def _tile(
     caption: list[str],
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
-    try:
-        with Image.open(path) as image:
-            picture = ImageOps.fit(image.convert("RGB"), (_TILE, _TILE), Image.Resampling.BICUBIC)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as an image: {error}.") from error
     left, top = place
-    sheet.paste(picture, place)
+    sheet.paste(thumbnail(path, _TILE), place)
     draw.rectangle((left, top, left + _TILE - 1, top + _TILE - 1), outline=colour, width=_FRAME)
     for line, text in enumerate(caption):
         while draw.textlength(text, font) > _TILE:

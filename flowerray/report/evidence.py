@@ -176,16 +176,13 @@ def side_by_side(first: Path, second: Path) -> bytes:
     Raises:
         UserError: one cannot be read.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
+
+    from flowerray.data.images import thumbnail
 
     sheet = Image.new("RGB", (2 * _SIDE + _GAP, _SIDE), "white")
     for number, path in enumerate((first, second)):
-        try:
-            with Image.open(path) as image:
-                tile = ImageOps.fit(image.convert("RGB"), (_SIDE, _SIDE))
-        except OSError as error:
-            raise UserError(f"{path} cannot be read as an image: {error}.") from error
-        sheet.paste(tile, (number * (_SIDE + _GAP), 0))
+        sheet.paste(thumbnail(path, _SIDE), (number * (_SIDE + _GAP), 0))
     buffer = io.BytesIO()
     sheet.save(buffer, "JPEG", quality=88)
     return buffer.getvalue()

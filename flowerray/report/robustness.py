@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
+from flowerray.data.images import thumbnail
 from flowerray.files import atomic_file
 from flowerray.report.curves import BLUE, GREEN, GRID, INK, ORANGE
 
@@ -114,9 +115,7 @@ def worst_sheet(rows: Sequence[Fallen], title: str, out_png: Path) -> Path:
         for start, found in ((before, row.before), (after, row.after)):
             for rank, (path, class_name) in enumerate(found[:shown]):
                 left, same = start + rank * step, class_name == row.class_name
-                with Image.open(path) as image:
-                    fitted = ImageOps.fit(image.convert("RGB"), (_TILE, _TILE))
-                sheet.paste(fitted, (left, top))
+                sheet.paste(thumbnail(path, _TILE), (left, top))
                 _frame(draw, left, top, same)
                 text = _short(draw, class_name, small)
                 draw.text((left, top + _TILE + 3), text, _INK, small)

@@ -130,3 +130,9 @@ def test_a_set_is_split_where_it_can_be(tmp_path: Path) -> None:
     dataset, note = open_for_exploring(DataConfig(root=root))
     assert note is not None and "a split of 10 to train" in note
     assert list(dataset.splits) == ["test"] and len(dataset.paths) == 10
+    (root / "empty").mkdir()
+    dataset, note = open_for_exploring(
+        DataConfig(root=root, protocol="trainval", train_per_class=2, val_per_class=1)
+    )
+    assert note is not None and "its smallest class, empty, has 0 images" in note
+    assert dataset.classes == ("a", "b")

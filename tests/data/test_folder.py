@@ -96,6 +96,21 @@ def test_refusals_are_sentences(root: Path, tmp_path: Path) -> None:
         read_folder(tmp_path, 1, 1)
 
 
+@pytest.mark.parametrize("place", ["gr\udcfcn/001.jpg", "a/gr\udcfcn.jpg"])
+def test_names_that_cannot_be_written_down_are_refused(tmp_path: Path, place: str) -> None:
+    root = class_folders(tmp_path, {"a": 1, "b": 1})
+    odd = root / place
+    try:
+        odd.parent.mkdir(exist_ok=True)
+        (root / "a" / "001.jpg").rename(odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    for read in (read_folder, read_all):
+        with pytest.raises(UserError, match=r"holds .*gr\?n.* is not UTF-8") as caught:
+            read(root)
+        str(caught.value).encode()
+
+
 def test_tags_follow_names_and_splits(root: Path, tmp_path: Path) -> None:
     tags = read_folder(root, 2, 3).tags
     assert tags["dataset/train"] == "8" and tags["dataset/classes"] == "4"

@@ -70,7 +70,10 @@ def test_problems_of_class_folders_are_named(tmp_path: Path) -> None:
     (root / "rose" / "002.jpg").write_text("not an image")
     twin = (root / "aster" / "003.jpg").read_bytes()
     (root / "rose" / "004.jpg").write_bytes(twin)
-    (root / "aster" / "copy.jpg").write_bytes(twin)  # within one class: no harm
+    (root / "aster" / "copy.jpg").write_bytes(twin)
+    (root / "rose" / "new.webp").symlink_to(tmp_path / "gone.webp")
+    (root / "rose" / "old.tiff").write_bytes(twin)
+    (root / "rose" / "notes.txt").write_text("no photograph")
     problems = check(root)
     for expected in (
         "empty has no image",
@@ -78,9 +81,12 @@ def test_problems_of_class_folders_are_named(tmp_path: Path) -> None:
         "aster/001.jpg cannot be read as an image (",
         "rose/002.jpg cannot be read as an image (no known image format",
         "rose/004.jpg is the same file as aster/003.jpg and labelled rose against aster",
+        "aster/copy.jpg is the same file as aster/003.jpg, and one may train where the other",
+        "rose/new.webp is a link to a file that is not there",
+        "rose/old.tiff is left out: accepted are .jpg",
     ):
         assert sum(problem.startswith(expected) for problem in problems) == 1, expected
-    assert len(problems) == 5
+    assert len(problems) == 8
     assert any(
         "at least two" in problem for problem in check(class_folders(tmp_path / "p", {"a": 2}))
     )

@@ -48,6 +48,27 @@ def test_frames_and_marks(tmp_path: Path) -> None:
     assert (marks[0] != marks[1]).sum() > 20, "a tick and a cross have different shapes"
 
 
+def test_photographs_stand_upright_and_16_bits_are_scaled(tmp_path: Path) -> None:
+    lying = Image.new("RGB", (60, 60), (255, 0, 0))
+    lying.paste((0, 0, 255), (0, 0, 30, 60))  # blue on the left, and above once it is turned
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying.save(tmp_path / "lying.jpg", exif=exif, quality=95)
+    grey = np.full((60, 60), 0x8000, np.uint16)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    found = Neighbour(tmp_path / "deep.png", "iris", 0.9)
+    out = retrieval_sheet([SheetRow(tmp_path / "lying.jpg", "iris", (found,))], tmp_path / "s.png")
+    left, middle = sheet._GAP + sheet._TILE // 2, sheet._HEADER + sheet._TILE // 2
+    with Image.open(out) as image:
+        upper, lower = (
+            image.getpixel((left, middle + shift))
+            for shift in (-sheet._TILE // 4, sheet._TILE // 4)
+        )
+        deep = image.getpixel((left + sheet._TILE + 3 * sheet._GAP, middle))
+    assert upper == pytest.approx((0, 0, 255), abs=9) and lower == pytest.approx((255, 0, 0), abs=9)
+    assert deep == (128, 128, 128)
+
+
 def test_rows_of_a_measurement(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), 6)
