@@ -12,6 +12,7 @@ import torch
 from scipy.io import loadmat, savemat
 
 from flowerray.cli import dispatch
+from flowerray.files import only_driver
 from tests.small import words
 
 Refused = Callable[..., str]
@@ -173,6 +174,14 @@ def test_resume_with_other_options_names_them(refused: Refused, small_run: Path)
     )
     assert "method.margin, train.lr differ from its run.json" in said
     assert (small_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_another_process_trains(refused: Refused, small_run: Path) -> None:
+    before = {path: path.read_bytes() for path in small_run.rglob("*.json*")}
+    with only_driver(small_run):
+        said = refused("train", "triplet", "--resume", small_run)
+    assert f"another process is at work on {small_run}" in said
+    assert {path: path.read_bytes() for path in small_run.rglob("*.json*")} == before
 
 
 def test_resume_of_another_method(refused: Refused, small_run: Path) -> None:

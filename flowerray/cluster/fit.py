@@ -20,6 +20,7 @@ from flowerray.cluster.worker import build_method, pick_device, split_store, sta
 from flowerray.data.batches import PKSampler
 from flowerray.data.source import open_dataset
 from flowerray.errors import UserError
+from flowerray.files import only_driver
 from flowerray.progress import DivergedError
 from flowerray.report.curves import plot_training
 from flowerray.run import Run
@@ -40,7 +41,8 @@ def fit(
         parent: the folder whose MLflow run this one is shown under.
 
     Raises:
-        UserError: bad data, options, folder or cluster; a diverged loss. The RUN stays resumable.
+        UserError: bad data, options, folder or cluster; a diverged loss; another process that
+            trains this RUN. The RUN stays resumable.
         KeyboardInterrupt: the user's; the RUN stays resumable.
     """
     folder = RunDir(out)
@@ -51,7 +53,19 @@ def fit(
         folder.read()
     else:
         folder.create(run.to_dict())
+    with only_driver(folder.path):
+        return drive(run, folder, tags, total_steps, quiet, parent)
 
+
+def drive(
+    run: Run,
+    folder: RunDir,
+    tags: dict[str, str],
+    total_steps: int,
+    quiet: bool,
+    parent: Path | None,
+) -> dict[str, Any]:
+    """Trains a prepared run and notes in MLflow how it ended; see `fit`."""
     params = run.to_dict()
     tracking.start(folder.path, folder.path.name, params, tags, parent=parent)
     status: tracking.Status = "KILLED"
