@@ -83,9 +83,15 @@ def ray_session(min_cpus: int, frees_workers: bool = False) -> Iterator[Any]:
                     runtime_env={"env_vars": variables},
                 )
         except Exception as error:  # a start that takes too long raises a bare Exception
-            raise UserError(
-                f"Ray at {address or 'this machine'} did not start: {str(error).splitlines()[0]}."
-            ) from error
+            why = str(error).splitlines()[0].rstrip(".")
+            if address is None:
+                raise UserError(f"Ray did not start on this machine: {why}.") from error
+            token = (
+                ""
+                if "RAY_AUTH_MODE" in os.environ
+                else (" (where it asks for a token: export RAY_AUTH_MODE=token)")
+            )
+            raise UserError(f"the Ray at {address} cannot be joined: {why}{token}.") from error
     try:
         yield ray
     finally:
