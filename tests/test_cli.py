@@ -16,7 +16,7 @@ import flowerray
 from flowerray import cli, methods
 from flowerray.checkpoint import load_export
 from flowerray.cli import dispatch, options, usage
-from flowerray.cli.options import follow, parse_run
+from flowerray.cli.options import follow, given, parse_run
 from flowerray.errors import UserError
 from flowerray.rundir import RunDir
 from tests.small import small, words
@@ -240,6 +240,19 @@ def test_evaluate_another_folder(say: Say, run: Path, small_set: Path, tmp_path:
         for key in ("gallery", "num_queries", "num_gallery"):
             assert frozen[key] == figures[key]
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_options_among_the_words() -> None:
+    words = [
+        "--train.images-per-class", "4", "--train.lr=1e-3", "--trials", "4", "--data.root", "set",
+        "--train.no-compile", "--no-json", "--method.negative_margin", "1",
+    ]  # fmt: skip
+    names = [
+        "train.images_per_class", "train.lr", "train.weight_decay", "data", "train.compile", "json",
+        "method.negative_margin", "trial", "set", "method.margin",
+    ]  # fmt: skip
+    said = {"train.images_per_class", "train.lr", "data", "train.compile", "json"}
+    assert given(words, names) == [n for n in names if n in {*said, "method.negative_margin"}]
 
 
 def test_evaluate_frozen(say: Say, run: Path, small_set: Path) -> None:

@@ -5,6 +5,7 @@ confirmation.
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -51,7 +52,8 @@ class TrialResources(Config):
     workers_per_trial: int = Field(1, ge=1, le=1024)
     """Workers of a trial; more than one costs about half a minute for each trial to start."""
     max_concurrent: int = Field(0, ge=0)
-    """Trials at a time; 0 = as many as the cluster has room for now."""
+    """Trials at a time, for which an autoscaling cluster grows; 0 = as many as the cluster has room
+    for now."""
     time_limit: float | None = Field(None, gt=0)
     """Minutes after which the search ends, and the confirmation begins."""
 
@@ -200,12 +202,17 @@ def search(study: Study, resources: TrialResources, quiet: bool) -> None:
             else {"cpu": 0, "node:__internal_head__": 0.001}
         )
         function = trial if workers == 1 else trial_of_workers
+
+        def left(trials: int) -> None:
+            if resources.max_concurrent:
+                ask_for_nodes(resources, min(concurrent, trials))
+
         seconds = resources.time_limit * 60 if resources.time_limit else None
         tuner = ray_tune.Tuner(
             ray_tune.with_resources(function, share),
             param_space=config,
             tune_config=ray_tune.TuneConfig(
-                search_alg=make_searcher(study, optuna_study, live, lines),
+                search_alg=make_searcher(study, optuna_study, live, lines, missing, left),
                 scheduler=make_scheduler(study, ended),
                 num_samples=missing,
                 max_concurrent_trials=min(concurrent, missing),
@@ -219,11 +226,27 @@ def search(study: Study, resources: TrialResources, quiet: bool) -> None:
                 verbose=0,
             ),
         )
+        left(missing)
         try:
             with own_signals():
                 tuner.fit()
         except SystemExit:  # what Ray makes of Ctrl-C
             raise KeyboardInterrupt from None
+        finally:
+            left(0)
+
+
+def ask_for_nodes(resources: TrialResources, trials: int) -> None:
+    """Asks an autoscaling cluster to have room for so many trials; 0 lets it shrink.
+
+    Tune lets only one trial wait, so the cluster would see the need for one more trial at a time.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    workers = resources.workers_per_trial
+    share = {"CPU": resources.cpus_per_trial, "GPU": resources.gpus_per_trial}
+    bundle = {name: amount / workers for name, amount in share.items() if amount}
+    request_resources(bundles=[bundle] * workers * trials)
 
 
 def draw(study: Study) -> None:
@@ -252,9 +275,20 @@ def room(cluster: dict[str, float], resources: TrialResources) -> int:
     return trials
 
 
-def make_searcher(study: Study, optuna_study: Any, live: LiveStudy, lines: Lines) -> Any:
+def make_searcher(
+    study: Study,
+    optuna_study: Any,
+    live: LiveStudy,
+    lines: Lines,
+    missing: int,
+    left: Callable[[int], None],
+) -> Any:
     """Ray's OptunaSearch, which opens a RUN folder for each trial that it proposes and keeps the
     study's books.
+
+    Args:
+        missing: trials that it will propose.
+        left: called with the number of trials that have not ended, whenever one ends.
     """
     from ray.tune.search.optuna import OptunaSearch
 
@@ -279,6 +313,7 @@ def make_searcher(study: Study, optuna_study: Any, live: LiveStudy, lines: Lines
             closed = study.close_trial(self._ot_study, trial, None if error else result)
             lines.end(folder, result, closed)
             live.close(closed)
+            left(missing - len(self._completed_trials))
 
         # Optuna's database has it all, so Tune's own snapshots hold nothing.
         def save(self, checkpoint_path: str) -> None:

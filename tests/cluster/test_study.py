@@ -1,7 +1,9 @@
 """A study's books, without Ray: its folder, Optuna's history, how trials end, who wins."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,11 +12,10 @@ from optuna.trial import TrialState
 
 from flowerray import tracking
 from flowerray.cli import dispatch
-from flowerray.cli.tune import given
 from flowerray.cluster.confirm import as_dict, champion, count, gain, pick
 from flowerray.cluster.study import Study, StudyConfig, images_trained
 from flowerray.cluster.trial import TrialReporter, guarded, history
-from flowerray.cluster.tune import TrialResources, room
+from flowerray.cluster.tune import TrialResources, ask_for_nodes, room
 from flowerray.errors import UserError
 from flowerray.files import only_driver
 from flowerray.run import Run
@@ -59,12 +60,6 @@ def test_a_refused_resume_is_one_sentence(
     assert "sampler, method.margin differ from its study.json" in said and said.count("\n") == 1
     assert dispatch(["tune", "center", *words[2:]]) == 2
     assert "tunes triplet, not center" in capsys.readouterr().err
-
-
-def test_what_the_command_line_gives() -> None:
-    words = ["--train.images-per-class", "4", "--train.lr=1e-3", "--trials", "4"]
-    names = ["train.images_per_class", "train.lr", "train.weight_decay"]
-    assert given(words, names) == {"train.images_per_class", "train.lr"}
 
 
 def test_a_pareto_study_needs_attacks(
@@ -360,3 +355,28 @@ def test_a_resumed_study_keeps_its_resources_and_one_driver(
         assert dispatch([*resume, "--trials", "99"]) == 2
     assert (tmp_path / "study" / "study.json").read_bytes() == before
     assert "another process is at work" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("resources", "trials", "bundles"),
+    [
+        ({"gpus_per_trial": 0.5}, 3, [{"CPU": 1, "GPU": 0.5}] * 3),
+        (
+            {"cpus_per_trial": 8, "gpus_per_trial": 4, "workers_per_trial": 4},
+            2,
+            [{"CPU": 2, "GPU": 1}] * 8,
+        ),
+        ({"cpus_per_trial": 2}, 0, []),
+    ],
+)
+def test_a_growing_cluster_is_asked_for_all_trials_at_once(
+    resources: dict[str, Any],
+    trials: int,
+    bundles: list[dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[list[dict[str, float]]] = []
+    sdk = SimpleNamespace(request_resources=lambda bundles: asked.append(bundles))
+    monkeypatch.setitem(sys.modules, "ray.autoscaler.sdk", sdk)
+    ask_for_nodes(TrialResources(**resources), trials)
+    assert asked == [bundles]

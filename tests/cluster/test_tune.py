@@ -16,9 +16,10 @@ import pytest
 from flowerray import tracking
 from flowerray.checkpoint import load_export
 from flowerray.cli import dispatch
+from flowerray.cluster import tune as module
 from flowerray.cluster.session import ray_session
 from flowerray.cluster.study import Study
-from flowerray.cluster.tune import make_scheduler
+from flowerray.cluster.tune import TrialResources, ask_for_nodes, make_scheduler
 from flowerray.rundir import RunDir
 from tests.cluster.heads import free_ports, wait_for
 from tests.cluster.studies import make_study, pretend, run_trial, tune_words
@@ -117,7 +118,9 @@ def start(out: Path, small_set: Path, env: dict[str, str], **options: Any) -> An
     )  # fmt: skip
 
 
-def test_a_killed_driver_loses_nothing(studies: Path, small_set: Path) -> None:
+def test_a_killed_driver_loses_nothing(
+    studies: Path, small_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGKILL while the second trial trains; --resume goes on from its checkpoint."""
     out = studies / "study"
     options = {"trials": 2, "train__epochs": LONG, "max_concurrent": 1}
@@ -140,7 +143,15 @@ def test_a_killed_driver_loses_nothing(studies: Path, small_set: Path) -> None:
     reached = json.loads((second / "checkpoints/last/run.json").read_text())
     assert reached["train"]["epochs"] == LONG
 
+    asked: list[int] = []
+
+    def ask(resources: TrialResources, trials: int) -> None:
+        asked.append(trials)
+        ask_for_nodes(resources, trials)
+
+    monkeypatch.setattr(module, "ask_for_nodes", ask)
     assert dispatch(["tune", "triplet", "--resume", str(out), "--max-concurrent", "1"]) == 0
+    assert asked == [1, 0, 0], "at the start, when the last trial ended, at the end"
     study = Study.read(out)
     ended = history_is_whole(study, 2)
     assert [t.state.name for t in study.open_optuna().trials] == ["COMPLETE", "FAIL", "COMPLETE"]
