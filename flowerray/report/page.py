@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flowerray.errors import UserError
-from flowerray.files import atomic_file
+from flowerray.files import atomic_file, writing
 
 MAX_WIDTH = 1800
 """Pixels; wider pictures are scaled down to it."""
@@ -186,11 +186,8 @@ class Page:
             UserError: a picture that cannot be read, or a place that cannot be written.
         """
         text = self.html()
-        try:
-            with atomic_file(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+        with writing(path), atomic_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
         return path
 
 
