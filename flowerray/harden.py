@@ -7,7 +7,8 @@ free    Shafahi et al., NeurIPS 2019: each batch is replayed m times, one backwa
         gradients of weights and pixels alike, and epochs are divided by m: the cost of a clean run.
 
 Each image of the global batch is moved once, by the gradient of the method's own mined batch loss
-(`Method.attack_loss`), and keeps its place and label. Attacks see the unwrapped method in eval mode
+(`Method.attack_loss`), and keeps its place and label; only free moves it by the training loss
+itself, from replay to replay. Attacks see the unwrapped method in eval mode
 and only take the gradient of the pixels; each worker moves its own slice, and as the loss is the
 global batch's, the number of workers does not change what comes out.
 
@@ -179,7 +180,8 @@ class Hardening(nn.Module):
                 total = total + config.beta * hard
             elif len(losses) == 2:
                 total = (1 - config.mix) * total + config.mix * hard
-        self.last_loss = losses[-1].total.detach() * losses[-1].curves["active"]
+        last = losses[-1]
+        self.last_loss = last.total.detach() if last.over_all is None else last.over_all
         curves = {**losses[0].curves, "adversarial_loss": hard.detach()}
         emb_BD = moved_BD if clean_BD is None else clean_BD
         assert emb_BD is not None

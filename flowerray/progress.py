@@ -36,24 +36,29 @@ class Progress:
         return patience > 0 and self.bad_epochs >= patience
 
 
+def merit(metrics: dict[str, float], selection: str) -> tuple[float, float]:
+    """What epochs are compared by: the metric that selects, then MAP@R; -inf where not there."""
+    return metrics.get(selection, -math.inf), metrics.get("val/map_at_r", -math.inf)
+
+
 def note_epoch(progress: Progress, metrics: dict[str, float], selection: str) -> bool:
     """Moves `progress` past an epoch; True where the metric `selection` is the best so far (or is
     not there, since there is no val split). Between equal values, such as an attacked R@1 of 0, the
     higher MAP@R is better.
     """
-    value, map_at_r = metrics.get(selection), metrics.get("val/map_at_r", -math.inf)
-    best = value is None or (value, map_at_r) > (progress.best, progress.best_map_at_r)
+    value, map_at_r = merit(metrics, selection)
+    best = selection not in metrics or (value, map_at_r) > (progress.best, progress.best_map_at_r)
     progress.epoch += 1
     progress.step_in_epoch = 0
     progress.epoch_curves = {}
     progress.bad_epochs = 0 if best else progress.bad_epochs + 1
-    if value is not None and best:
+    if selection in metrics and best:
         progress.best, progress.best_map_at_r, progress.best_epoch = value, map_at_r, progress.epoch
     return best
 
 
 class Window:
-    """Collects a log interval's losses on the device; `read` is the loop's only host sync."""
+    """Collects a log interval's losses on the device; only `read` waits for them."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress

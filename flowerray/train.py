@@ -163,13 +163,19 @@ def train(
     schedule = Schedule(config, sampler.steps)
     optimizer = make_optimizer(config, method)
     average = MovingAverage(method.embedder, config.ema) if config.ema else None
-    autocast = make_autocast(config, method, device, reporter)
+    restored = reporter.restore()
+    state = None if restored is None else checkpoint.load_state(restored, device)
+    # A resumed run goes on in the precision that it began with, whatever would be faster here.
+    begun_in = state.get("precision") if state else None
+    precision = begun_in or pick_precision(config, method, device, reporter)
+    autocast = make_autocast(precision, device)
     steps = config.epochs * sampler.steps
     hardening = Hardening(harden, method, autocast, config.seed, steps, reporter.rank)
 
     progress = Progress()
-    if (folder := reporter.restore()) is not None:
-        progress = load(folder, hardening, optimizer, average, device)
+    if restored is not None and state is not None:
+        progress = load(restored, state, hardening, optimizer, average)
+    del state  # as large as the model and its optimizer
     reporter.rewind(progress.step)  # also to 0: one that died before its first checkpoint
 
     def save(folder: Path) -> None:
@@ -178,6 +184,7 @@ def train(
             "optimizer": optimizer.state_dict(),
             "average": average.state if average else None,
             "last_loss": hardening.last_loss,
+            "precision": precision,
             "progress": asdict(progress),
         }
         checkpoint.save_state(folder, state, run)
@@ -214,8 +221,10 @@ def train(
             for adversarial in hardening.rounds(images, batch.labels, progress.step):
                 output = backward(images, adversarial, batch.labels)
                 if harden.awp and adversarial is not None:
+                    last_loss = hardening.last_loss  # of the weights themselves
                     with perturbed_weights(method, harden.awp):
                         backward(images, adversarial, batch.labels)
+                    hardening.last_loss = last_loss
                 if config.grad_clip:
                     nn.utils.clip_grad_norm_(method.parameters(), config.grad_clip)
                 optimizer.step()
@@ -309,17 +318,22 @@ def method_dtype(method: Method) -> torch.dtype:
     return next(method.parameters()).dtype
 
 
-def make_autocast(
+def pick_precision(
     config: TrainConfig, method: Method, device: torch.device, reporter: Reporter
+) -> str:
+    """What `config` says; for auto rank 0's measurement, which decides for all workers."""
+    if config.precision != "auto":
+        return config.precision
+    choice = [faster_precision(method.embedder, device) if reporter.rank == 0 else "fp32"]
+    if reporter.world > 1:
+        dist.broadcast_object_list(choice, src=0, device=device)
+    return choice[0]
+
+
+def make_autocast(
+    precision: str, device: torch.device
 ) -> Callable[[], AbstractContextManager[Any]]:
-    """A context for the forward pass; with several workers rank 0's measurement decides for all."""
-    precision = config.precision
-    if precision == "auto":
-        precision = faster_precision(method.embedder, device) if reporter.rank == 0 else "fp32"
-        if reporter.world > 1:
-            choice = [precision]
-            dist.broadcast_object_list(choice, src=0, device=device)
-            precision = choice[0]
+    """A context for the forward pass."""
     if precision == "bf16":
         return lambda: torch.autocast(device.type, torch.bfloat16)
     return nullcontext
@@ -327,17 +341,16 @@ def make_autocast(
 
 def load(
     folder: Path,
+    state: dict[str, Any],
     hardening: Hardening,
     optimizer: torch.optim.Optimizer,
     average: MovingAverage | None,
-    device: torch.device,
 ) -> Progress:
-    """Restores everything from a checkpoint folder.
+    """Restores everything from the state that a checkpoint folder holds.
 
     Raises:
         UserError: it belongs to another method, backbone or embedding size.
     """
-    state = checkpoint.load_state(folder, device)
     try:
         hardening.method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])

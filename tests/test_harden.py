@@ -202,6 +202,41 @@ def test_the_last_loss_is_a_mean_over_all_tuples_of_moved_images() -> None:
     assert hardening.last_loss.item() == pytest.approx(losses.mean().item())
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("triplet", {"miner": "all", "soft": True}),
+        ("siamese", {"negatives": "all"}),
+        ("siamese", {"negatives": "all", "head": "bce"}),
+    ],
+)
+def test_the_last_loss_of_each_loss_counts_all_its_tuples(
+    method: str, options: dict[str, Any]
+) -> None:
+    made = build(method, **options)
+    hardening = harden(made)
+    points = images_of(LABELS, seed=9)
+    hardening(images_of(LABELS), points, LABELS)
+    emb = made.embed(points)
+    dist = distances(emb)
+    same = (LABELS[:, None] == LABELS) & ~torch.eye(8, dtype=torch.bool)
+    other = LABELS[:, None] != LABELS
+    if method == "triplet":
+        terms = torch.nn.functional.softplus(dist[:, :, None] - dist[:, None, :])
+        expected = terms[same[:, :, None] & other[:, None, :]].mean()
+    else:
+        config: Any = made.config
+        if config.head == "bce":
+            logit = made.logits(emb)  # type: ignore[operator]
+            near, far = (torch.nn.functional.softplus(sign * logit) for sign in (-1, 1))
+        else:
+            near = (dist - config.positive_margin).relu() ** config.power
+            far = (config.negative_margin - dist).relu() ** config.power
+        assert config.head == "bce" or (far[other] == 0).any()  # some pairs cause no loss
+        expected = near[same].mean() + far[other].mean()
+    assert hardening.last_loss.item() == pytest.approx(expected.item())
+
+
 def test_nfgsm_by_hand() -> None:
     """Noise of 2 epsilon, one step of epsilon, cut to [0,1] only; a start is drawn by position."""
     images = images_of(LABELS)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flowerray import methods
+from flowerray import train as module
 from flowerray.averages import MovingAverage
 from flowerray.errors import UserError
 from flowerray.progress import DivergedError, Progress, note_epoch
@@ -142,6 +143,27 @@ def test_a_checkpoint_of_another_method_is_refused(job: dict[str, Any], tmp_path
     train_small({**job, "method": "triplet", "out": str(tmp_path / "run"), "train": options})
     with pytest.raises(UserError, match="does not fit this run"):
         train_small({**job, "method": "center", "out": str(tmp_path / "run"), "train": options})
+
+
+def test_a_resumed_run_goes_on_in_its_precision(
+    job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is faster is measured anew on another machine, and may come out the other way."""
+    found = iter(["bf16", "fp32"])
+    monkeypatch.setattr("flowerray.train.faster_precision", lambda *_: next(found))
+    begun: list[str] = []
+
+    def spy(precision: str, device: torch.device) -> Any:
+        begun.append(precision)
+        return real(precision, device)
+
+    real = module.make_autocast
+    monkeypatch.setattr(module, "make_autocast", spy)
+    make_run(tmp_path / "run")
+    options = {"epochs": 1, "classes_per_batch": 4, "images_per_class": 2, "precision": "auto"}
+    for _ in range(2):
+        train_small({**job, "method": "triplet", "out": str(tmp_path / "run"), "train": options})
+    assert begun == ["bf16", "bf16"] and next(found) == "fp32"
 
 
 def test_early_stop_counts_epochs_without_a_better_validation() -> None:

@@ -39,7 +39,7 @@ class DyingReporter(FolderReporter):
 def train_small(job: dict[str, Any]) -> Method:
     """Trains from plain options; see tests/test_train.py for their keys."""
     torch.manual_seed(0)
-    config = TrainConfig(precision="fp32", log_every_steps=1, **job["train"])
+    config = TrainConfig(**{"precision": "fp32", "log_every_steps": 1, **job["train"]})
     file = methods.get(job["method"])
     embedder = Embedder(
         EmbedderConfig(backbone="test_efficientnet", dim=16, image_size=32, weights="none")

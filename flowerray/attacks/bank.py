@@ -78,6 +78,7 @@ def run(
     budget: BankConfig,
     seed: int,
     positions: Sequence[int] | None = None,
+    own_images_refused: bool = True,
 ) -> Tensor:
     """Attacks queries; the gallery stays clean and is known to the attacker (white box).
 
@@ -103,6 +104,8 @@ def run(
         positions: numbers by which our own attacks draw an image's random starts, so that they do
             not depend on batches; 0..B-1 by default. The library's attacks draw by place in the
             batch.
+        own_images_refused: whether to refuse a gallery that holds most of these images; leave it to
+            a look at all queries where batches get small.
 
     Returns:
         Adversarial images_BCHW.
@@ -126,9 +129,9 @@ def run(
         # torchattacks takes views of pixels, so that they must be contiguous.
         images_BCHW = images_BCHW.detach().clone(memory_format=torch.contiguous_format)
         gallery_GD = gallery_GD.detach().clone()
-        with torch.no_grad():
-            clean_BD = embedder(images_BCHW)
-        refuse_own_images(clean_BD, gallery_GD)
+        if own_images_refused:
+            with torch.no_grad():
+                refuse_own_images(embedder(images_BCHW), gallery_GD)
         logits = MaxSimLogits(embedder, gallery_GD, gallery_labels_G)
         scene = _Scene(
             embedder=embedder,
@@ -138,7 +141,6 @@ def run(
             images_BCHW=images_BCHW,
             labels_B=labels_B.detach().clone(),
             place_B=logits.places(labels_B.detach().clone()),
-            clean_BD=clean_BD,
             positions=tuple(range(len(images_BCHW)) if positions is None else positions),
             norm=norm,
             epsilon=epsilon,
@@ -160,7 +162,6 @@ class _Scene:
     labels_B: Tensor
     place_B: Tensor
     """The logits' column of each label."""
-    clean_BD: Tensor
     positions: tuple[int, ...]
     norm: Norm
     epsilon: float
@@ -179,7 +180,6 @@ class _Scene:
             images_BCHW=self.images_BCHW[index_N],
             labels_B=self.labels_B[index_N],
             place_B=self.place_B[index_N],
-            clean_BD=self.clean_BD[index_N],
             positions=tuple(self.positions[i] for i in index_N.tolist()),
         )
 
@@ -214,17 +214,23 @@ class _Scene:
         )
 
 
-def _within(attacked_BCHW: Tensor, scene: _Scene) -> Tensor:
-    """The attacked images where they lie within epsilon (to 1e-6) and [0,1], else the clean ones.
+def admissible(clean_BCHW: Tensor, attacked_BCHW: Tensor, norm: Norm, radius: float) -> Tensor:
+    """Which attacked images lie within [0,1] and the radius (in the pixels' unit), bool B.
 
-    What is not finite lies nowhere.
+    float32 rounds an l2 projection by more the longer it is: 2e-6 of (1 + radius) are allowed, 1e-6
+    for linf. What is not finite lies nowhere.
     """
-    delta_BN = (attacked_BCHW - scene.images_BCHW).flatten(1).double()
-    order = torch.inf if scene.norm == "linf" else 2
+    delta_BN = (attacked_BCHW - clean_BCHW).flatten(1).double()
+    order = torch.inf if norm == "linf" else 2
     distance_B = torch.linalg.vector_norm(delta_BN, ord=order, dim=1)
     pixels_BN = attacked_BCHW.flatten(1)
     inside_B = (pixels_BN >= 0).all(1) & (pixels_BN <= 1).all(1)
-    inside_B &= distance_B <= scene.radius + 1e-6
+    return inside_B & (distance_B <= radius + (1e-6 if norm == "linf" else 2e-6 * (1 + radius)))
+
+
+def _within(attacked_BCHW: Tensor, scene: _Scene) -> Tensor:
+    """The attacked images where they are admissible, else the clean ones."""
+    inside_B = admissible(scene.images_BCHW, attacked_BCHW, scene.norm, scene.radius)
     return attacked_BCHW.where(inside_B.view(-1, 1, 1, 1), scene.images_BCHW)
 
 
@@ -261,8 +267,10 @@ def _pgd(scene: _Scene) -> Tensor:
 
 
 def _shift(scene: _Scene) -> Tensor:
+    with torch.no_grad():
+        clean_BD = scene.embedder(scene.images_BCHW)
     return pgd(
-        shift(scene.embedder, scene.clean_BD),
+        shift(scene.embedder, clean_BD),
         scene.images_BCHW,
         scene.pgd_config(),
         seed=(scene.seed,),

@@ -15,7 +15,7 @@ import torch
 from flowerray.cluster.fit import USER_ERROR, innermost
 from flowerray.cluster.worker import pick_device, work
 from flowerray.errors import UserError
-from flowerray.progress import DivergedError
+from flowerray.progress import DivergedError, merit
 from flowerray.run import Run
 from flowerray.rundir import FolderReporter, RunDir, Save
 
@@ -49,7 +49,7 @@ def history(folder: RunDir, objectives: Sequence[str]) -> list[dict[str, Any]]:
         for name in objectives:
             if not math.isfinite(metrics.get(name, math.nan)):
                 raise UserError(f"{folder.path} reports no finite {name}.")
-        if best is None or metrics[selection] > best[selection]:
+        if best is None or merit(metrics, selection) > merit(best, selection):
             best = metrics
         values = {name: best[name] for name in objectives}
         standings.append({"epoch": record["epoch"], **values})

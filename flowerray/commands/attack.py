@@ -32,7 +32,7 @@ from flowerray.evaluate.robustness import Robustness, attack, choose_queries, ke
 from flowerray.files import write_json
 from flowerray.report.robustness import Fallen, plot_robustness, worst_sheet
 from flowerray.run import Run
-from flowerray.rundir import FolderReporter
+from flowerray.rundir import FolderReporter, RunDir
 
 FILE = "robustness.json"
 """In a RUN folder: {"results": [a `record` for each split, gallery, norm and attacked side]}."""
@@ -75,8 +75,14 @@ def attack_model(
         See `attack_record.record`.
 
     Raises:
-        UserError: an unknown split, gallery or attack; no such RUN.
+        UserError: an unknown split, gallery or attack; no such RUN; an audit of another attack than
+            on queries.
     """
+    if audit and config.perturb != "query":
+        raise UserError(
+            f"--audit asks about attacks on queries, not about --perturb {config.perturb}: leave "
+            "one of them out."
+        )
     device = next(model.embedder.parameters()).device
     dataset = open_dataset(model.run.data, progress=not quiet)
     chosen_Q = attacked_queries(dataset, config)
@@ -87,6 +93,10 @@ def attack_model(
     other_result = None if other is None else _measure(other, pairs, config, quiet)
     result = _measure(subject, pairs, config, quiet)
     content = _record(subject, result)
+    if other is not None and other_result is not None:
+        content["beside"] = _record(other, other_result)
+    if model.folder is not None:
+        note(model.folder, content)  # what follows is long, and may be interrupted
     if audit:
         auditor = Auditor(
             subject.arena,
@@ -95,13 +105,11 @@ def attack_model(
             standard=None if other is None else other.arena,
             standard_result=other_result if model.run.harden.on else result,
         )
-        with tqdm(total=CHECKS, unit="check", desc="audit", disable=quiet or None) as bar:
+        with tqdm(total=len(CHECKS), unit="check", desc="audit", disable=quiet or None) as bar:
             content["audit"] = auditor.run(bar.update).to_dict()
     if ers:
         content["ers"] = _score(subject, result, audit_queries, quiet)
-    if other is not None and other_result is not None:
-        content["beside"] = _record(other, other_result)
-        if ers:
+        if other is not None and other_result is not None:
             content["beside"]["ers"] = _score(other, other_result, audit_queries, quiet)
     if model.folder is not None:
         keep(model, content, subject, result)
@@ -279,15 +287,20 @@ def _record(subject: Subject, result: Robustness) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def keep(model: Model, content: dict[str, Any], subject: Subject, result: Robustness) -> None:
-    """Writes RUN/robustness.json, the pictures and the metrics, and sends them to MLflow."""
-    folder = model.folder
-    assert folder is not None
+def note(folder: RunDir, content: dict[str, Any]) -> None:
+    """Writes RUN/robustness.json, in place of an earlier result of the same attack."""
     path = folder.path / FILE
     results = json.loads(path.read_text())["results"] if path.exists() else []
     same = ("split", "gallery", "norm", "perturb")
     others = [r for r in results if any(r[k] != content[k] for k in same)]
     write_json(path, {"results": [*others, content]})
+
+
+def keep(model: Model, content: dict[str, Any], subject: Subject, result: Robustness) -> None:
+    """Writes RUN/robustness.json, the pictures and the metrics, and sends them to MLflow."""
+    folder = model.folder
+    assert folder is not None
+    note(folder, content)
     last = folder.records()[-1] if folder.metrics.exists() else {"step": 0, "epoch": 0}
     FolderReporter(folder.path).report(last["step"], last["epoch"], metrics(content))
     shown = {folder.path.name: content}

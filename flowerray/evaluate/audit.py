@@ -9,6 +9,7 @@ Letters: Q audited queries, M of one batch, B images, C H W an image, D embeddin
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -200,7 +201,7 @@ class Auditor:
 
     def black_box(self) -> list[Check]:
         """An attack without gradients does not break what attacks with gradients leave."""
-        left_Q = self._white()
+        left_Q = self._left_white
         broken = left_Q & ~self._bank("square", np.flatnonzero(left_Q))
         extra = float(broken.mean())
         text = f"square alone breaks {extra:.3f} of the queries, {left_Q.mean():.3f} were left"
@@ -213,7 +214,7 @@ class Auditor:
         if self.standard.embedder.image_size != self.arena.embedder.image_size:
             text = "the standard model takes images of another size"
             return [Check("transfer not stronger", None, None, text)]
-        left_Q = self._white()
+        left_Q = self._left_white
         right_Q = left_Q.copy()
         for batch in self._batches(np.flatnonzero(left_Q)):
             images = self.standard.images(self.standard.chosen_Q[batch])
@@ -225,8 +226,7 @@ class Auditor:
 
     def restarts(self) -> list[Check]:
         """More random starts change little: else the budget is too small."""
-        once_Q, _ = self._margin(self.eps, self.config.steps, stop=True)
-        union_Q = once_Q.copy()
+        once_Q, union_Q = self._left_once, self._left_once.copy()
         for restart in range(1, MANY_RESTARTS):
             rows = np.flatnonzero(union_Q)
             union_Q &= self._margin(self.eps, self.config.steps, rows, restart, stop=True)[0]
@@ -339,10 +339,15 @@ class Auditor:
             right_Q[batch] = self._judge(batch, self._perturb(name, batch, self.eps)[1])
         return right_Q
 
-    def _white(self) -> NDArray[np.bool_]:
+    @cached_property
+    def _left_once(self) -> NDArray[np.bool_]:
+        """(Q,): right under one start of PGD on the margin."""
+        return self._margin(self.eps, self.config.steps, stop=True)[0]
+
+    @cached_property
+    def _left_white(self) -> NDArray[np.bool_]:
         """(Q,): right under the two strongest attacks with gradients."""
-        left_Q, _ = self._margin(self.eps, self.config.steps, stop=True)
-        return left_Q & self._bank("apgd-ce", np.flatnonzero(left_Q))
+        return self._left_once & self._bank("apgd-ce", np.flatnonzero(self._left_once))
 
     def _margin(
         self,
@@ -373,7 +378,8 @@ class Auditor:
         return right_Q, reached / max(1, len(rows))
 
     def _pgd(self, eps: float, steps: int) -> PGDConfig:
-        return PGDConfig(norm=self.config.norm, epsilon=eps, steps=steps)
+        ratio = self.config.alpha_ratio
+        return PGDConfig(norm=self.config.norm, epsilon=eps, steps=steps, alpha_ratio=ratio)
 
     def _labels(self, batch: NDArray) -> Tensor:
         return torch.from_numpy(self.arena.labels_Q[batch]).to(self.arena.device)

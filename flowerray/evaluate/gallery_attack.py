@@ -38,8 +38,9 @@ def attack_gallery(
     sum_CD = gallery_GD.new_zeros(len(classes_C), gallery_GD.shape[1])
     means_CD = F.normalize(sum_CD.index_add_(0, class_G, gallery_GD), dim=1)
     settings = PGDConfig(
-        norm=config.norm, epsilon=eps, steps=config.steps, restarts=config.restarts
-    )
+        norm=config.norm, epsilon=eps, steps=config.steps, alpha_ratio=config.alpha_ratio,
+        restarts=config.restarts,
+    )  # fmt: skip
     parts = []
     for start in range(0, len(store), config.batch_size):
         rows = np.arange(start, min(start + config.batch_size, len(store)))

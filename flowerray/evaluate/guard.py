@@ -4,6 +4,8 @@ catastrophic overfitting, and whether the embedding has collapsed.
 Letters: Q val images, A of them attacked, G gallery items, D embedding dimensions, C H W an image.
 """
 
+import math
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from flowerray.data.store import Store
 from flowerray.evaluate.robustness import choose_queries, collapse
 from flowerray.harden import HardenConfig, nfgsm
 from flowerray.model import Embedder
+from flowerray.precision import full_precision
 
 QUERY_SEED = 0
 """Of the val images that are attacked and of their random starts: the same for every run."""
@@ -25,6 +28,7 @@ PROBE_GAP = 0.3
 BATCH = 64
 
 
+@full_precision()
 def guard(
     config: HardenConfig,
     embedder: Embedder,
@@ -74,7 +78,7 @@ def guard(
         "alarm/collapse": float(found["collapsed"]),
     }
     if config.kind in ("nfgsm", "free") and config.probe_queries:
-        probed_A = chosen_A[:: max(1, len(chosen_A) // config.probe_queries)]
+        probed_A = chosen_A[:: math.ceil(len(chosen_A) / config.probe_queries) or 1]
         single = target.recall(probed_A, config.epsilon, steps=0)
         strong = target.recall(probed_A, config.epsilon, PROBE_STEPS)
         metrics["val/probe_single_step"], metrics["val/probe"] = single, strong

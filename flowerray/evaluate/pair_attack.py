@@ -121,8 +121,9 @@ def _turned(
 ) -> NDArray[np.float32]:
     """(P, D): the attacked sides at one radius."""
     settings = PGDConfig(
-        norm=config.norm, epsilon=eps, steps=config.steps, restarts=config.restarts
-    )
+        norm=config.norm, epsilon=eps, steps=config.steps, alpha_ratio=config.alpha_ratio,
+        restarts=config.restarts,
+    )  # fmt: skip
     parts = []
     for start in range(0, len(other_PD), config.batch_size):
         batch = slice(start, start + config.batch_size)

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from flowerray.attacks import bank
+from flowerray.attacks.logits import refuse_own_images
 from flowerray.evaluate.arena import Arena, embed_images, rank
 from flowerray.evaluate.attack_config import AttackConfig
 from flowerray.evaluate.statistics import bootstrap_interval
@@ -28,8 +29,6 @@ EXAMPLES = 6
 COLLAPSED_COSINE = 0.95
 COLLAPSED_RANK = 5.0
 """Mean cosine above which, or effective rank below which, an embedding is called collapsed."""
-_SLACK = 1e-6
-"""Rounding allowed when a perturbation is measured, in pixel units of 0..1."""
 
 
 @dataclass(frozen=True)
@@ -199,15 +198,6 @@ def collapse(emb_ND: ArrayLike, num_classes: int) -> dict[str, Any]:
     }
 
 
-def admissible(clean_BCHW: Tensor, other_BCHW: Tensor, norm: str, epsilon: float) -> Tensor:
-    """bool B: inside [0,1] and within the radius (in 1/255), up to rounding."""
-    change_BX = (other_BCHW - clean_BCHW).flatten(1)
-    size_B = change_BX.abs().amax(1) if norm == "linf" else change_BX.norm(dim=1)
-    inside_B = ((other_BCHW >= 0) & (other_BCHW <= 1)).flatten(1).all(1)
-    radius = epsilon / 255
-    return inside_B & (size_B <= radius + _SLACK * (1 if norm == "linf" else 1 + radius))
-
-
 def perturb(
     arena: Arena, name: str, rows_M: NDArray, epsilon: float, config: AttackConfig
 ) -> tuple[Tensor, Tensor]:
@@ -226,8 +216,9 @@ def perturb(
     other_MCHW = bank.run(
         name, arena.embedder, clean_MCHW, labels_M, *arena.gallery(), norm=config.norm,
         epsilon=epsilon, budget=config.budget(), seed=config.seed, positions=rows_M.tolist(),
+        own_images_refused=False,
     )  # fmt: skip
-    allowed_M = admissible(clean_MCHW, other_MCHW, config.norm, epsilon)
+    allowed_M = bank.admissible(clean_MCHW, other_MCHW, config.norm, epsilon / 255)
     return clean_MCHW, torch.where(allowed_M[:, None, None, None], other_MCHW, clean_MCHW)
 
 
@@ -252,7 +243,11 @@ def attack(
 
     Returns:
         Scores; `pairs` is left to `pair_attack`.
+
+    Raises:
+        UserError: a gallery that holds the queries; pixels outside [0,1].
     """
+    refuse_own_images(torch.from_numpy(arena.emb_QD), torch.from_numpy(arena.gallery_GD))
     ranked = rank(arena, arena.emb_QD, arena.labels_Q)
     assert (ranked["num_relevant"] > 0).all(), "a query without an image of its class to find"
     clean = Score(ranked["hit"], ranked["average_precision"])

@@ -29,6 +29,9 @@ class Loss(NamedTuple):
     """The scalar to minimise, connected to the graph also when no tuple is active."""
     curves: dict[str, Tensor]
     """Detached scalars worth a curve: those of `common_curves`, and the method's own."""
+    over_all: Tensor | None = None
+    """Detached: the loss as a mean over all tuples, those that cause none included, where `total`
+    is not that. The LGA schedule of attacks goes by it."""
 
 
 class Output(NamedTuple):

@@ -103,7 +103,8 @@ class Siamese(Method):
         with torch.no_grad():
             term_BB = near_BB.where(positive_BB, far_BB)
             active = mean_where((term_BB > threshold).to(emb_BD.dtype), positive_BB | negative_BB)
-        return Loss(total, common_curves(emb_BD, labels_B, dist_BB, active))
+            over_all = mean_where(near_BB, positive_BB) + mean_where(far_BB, negative_BB)
+        return Loss(total, common_curves(emb_BD, labels_B, dist_BB, active), over_all)
 
     def attack_loss(self, emb_BD: Tensor, labels_B: Tensor, last_loss: Tensor) -> Tensor:
         """Minus the squared lack of hardness below a destination, over anchors: at most 0.

@@ -76,12 +76,14 @@ class Triplet(Method):
         d_ap, d_an, valid = self.mine(dist_BB, labels_B, emb_BD.shape[1])
         if self.config.soft:
             violation = d_ap - d_an
-            total = mean_nonzero(F.softplus(violation), valid)
+            terms = F.softplus(violation)
         else:
             violation = d_ap - d_an + self.config.margin
-            total = mean_nonzero(violation.relu(), valid)
+            terms = violation.relu()
+        total = mean_nonzero(terms, valid)
         active = mean_where((violation.detach() > 0).to(dist_BB.dtype), valid)
-        return Loss(total, common_curves(emb_BD, labels_B, dist_BB, active))
+        curves = common_curves(emb_BD, labels_B, dist_BB, active)
+        return Loss(total, curves, mean_where(terms.detach(), valid))
 
     def attack_loss(self, emb_BD: Tensor, labels_B: Tensor, last_loss: Tensor) -> Tensor:
         """Minus the squared lack of hardness H = d_ap - d_an below a destination: at most 0.

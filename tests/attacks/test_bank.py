@@ -114,6 +114,18 @@ def test_least_change_attacks_count_within_norm_and_epsilon_only(linear: Scene) 
         assert torch.equal(tiny_ball, linear.images_QCHW), name
 
 
+@pytest.mark.parametrize("name", ["shift", "margin"])
+def test_an_l2_step_to_the_edge_counts_however_long_it_is(name: str) -> None:
+    """float32 rounds a projection at radius 8 of 224 px to 1e-5 beyond it."""
+    made = scene(Linear(side=224), side=224, queries=8)
+    budget = BankConfig(steps=4, restarts=1, stop_when_wrong=False)
+    for epsilon in (128.0, 765.0, 2000.0):
+        found = attack(name, made, norm="l2", epsilon=epsilon, budget=budget)
+        moved_B = (found - made.images_QCHW).flatten(1).norm(dim=1)
+        assert torch.all(moved_B > 0.9 * epsilon / 255), epsilon
+        assert torch.all(moved_B < epsilon / 255 + 2e-5 * (1 + epsilon / 255))
+
+
 def test_each_image_of_apgd_dlr_has_its_own_l2_steps(linear: Scene) -> None:
     made = linear._replace(images_QCHW=linear.images_QCHW[:8], labels_Q=linear.labels_Q[:8])
     budget = BankConfig(steps=12, restarts=1, targets=2)

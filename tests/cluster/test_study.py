@@ -18,10 +18,11 @@ from flowerray.cluster.trial import TrialReporter, guarded, history
 from flowerray.cluster.tune import TrialResources, ask_for_nodes, room
 from flowerray.errors import UserError
 from flowerray.files import only_driver
+from flowerray.progress import Progress, note_epoch
 from flowerray.run import Run
-from flowerray.rundir import RunDir
+from flowerray.rundir import FolderReporter, RunDir
 from tests.cluster.studies import KNOBS, make_study, pretend, run_trial, tune_words
-from tests.small import small
+from tests.small import small, with_hardening
 
 OBJECTIVES = ["val/map_at_r"]
 
@@ -193,6 +194,21 @@ def test_a_trial_stands_where_its_best_checkpoint_stands(tmp_path: Path) -> None
     assert images_trained(folder) == 18 * 12
     with pytest.raises(UserError, match="reports no finite val/adversarial_recall_at_1"):
         history(folder, [*OBJECTIVES, "val/adversarial_recall_at_1"])
+
+
+def test_a_trial_stands_where_equal_attacked_figures_are_told_apart(tmp_path: Path) -> None:
+    """Tuning is told of the checkpoint that the training keeps."""
+    folder = RunDir(tmp_path / "run")
+    folder.create(with_hardening(small(tmp_path, epochs=3), kind="pgd").to_dict())
+    reporter, progress = FolderReporter(folder.path), Progress()
+    selection = "val/adversarial_recall_at_1"
+    for epoch, map_at_r in enumerate((0.2, 0.5, 0.4), start=1):
+        metrics = {selection: 0.0, "val/map_at_r": map_at_r}
+        note_epoch(progress, metrics, selection)
+        reporter.report(epoch, epoch, metrics | {"epoch/seconds": 1.0})
+    found = history(folder, [selection, "val/map_at_r"])
+    assert [standing["val/map_at_r"] for standing in found] == [0.2, 0.5, 0.5]
+    assert progress.best_epoch == 2
 
 
 def test_the_last_epoch_is_told_once_the_model_is_there(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,32 @@ def _hardened_copy(small_run: Path, folder: Path, init: Path | None) -> Path:
     return folder / f"from-{init and init.name}.pth"
 
 
+class Terminal(StringIO):
+    """A standard error that somebody looks at, so that bars are drawn."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_an_audit_on_a_terminal_and_one_that_is_interrupted(
+    model: Model, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = QUICK.model_copy(update={"eps": (0.0, 8.0), "max_pairs": 0, "black_box_queries": 20})
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    content = attack_model(model, config, audit=True, audit_queries=8)
+    assert content["audit"] is not None and "14/14" in terminal.getvalue()
+    (run.path / "robustness.json").unlink()
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flowerray.evaluate.audit.Auditor.run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        attack_model(model, config, audit=True, quiet=True)
+    (kept,) = json.loads((run.path / "robustness.json").read_text())["results"]
+    assert kept["worst_case"] == content["worst_case"] and kept["audit"] is None
+
+
 def test_the_standard_model_of_a_hardened_one(
     model: Model, small_run: Path, tmp_path: Path
 ) -> None:
@@ -199,6 +226,7 @@ def test_the_command(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
         (["RUN", "--attacks", "fgsm,nonsense"], "no attack nonsense"),
         (["RUN", "--split", "val", "--gallery", "nowhere"], "not a folder"),
         (["RUN", "--beside", "nowhere"], "nowhere"),
+        (["RUN", "--audit", "--perturb", "both"], "not about --perturb both"),
         (["RUN", "--preset", "nonsense"], "preset"),
     ],
 )

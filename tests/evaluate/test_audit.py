@@ -186,7 +186,7 @@ def test_a_strong_attack_that_is_weak(
 def test_a_white_box_that_is_blind(auditor: Auditor, monkeypatch: pytest.MonkeyPatch) -> None:
     auditor.eps = 32.0
     assert not failed(auditor.black_box()) and not failed(auditor.transfer())
-    monkeypatch.setattr(auditor, "_white", lambda: auditor.clean_Q.copy())
+    monkeypatch.setitem(vars(auditor), "_left_white", auditor.clean_Q.copy())
     assert failed(auditor.black_box()) and failed(auditor.transfer())
 
 

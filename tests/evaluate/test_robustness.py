@@ -8,16 +8,17 @@ import pytest
 import torch
 
 from flowerray.attacks import bank
+from flowerray.attacks.pgd import pgd
 from flowerray.errors import UserError
 from flowerray.evaluate.arena import embed_images
 from flowerray.evaluate.attack_config import AttackConfig
+from flowerray.evaluate.audit import Auditor
 from flowerray.evaluate.gallery_attack import attack_gallery
 from flowerray.evaluate.pair_attack import attack_pairs, pairs_of_queries, query_pair_accuracy
 from flowerray.evaluate.pairs import Pairs, make_pairs, pair_metrics
 from flowerray.evaluate.retrieval import retrieval_metrics
 from flowerray.evaluate.robustness import (
     Score,
-    admissible,
     attack,
     bits,
     choose_queries,
@@ -91,8 +92,7 @@ def test_what_fell_at_a_smaller_radius_stays_down(monkeypatch: pytest.MonkeyPatc
         return real(*given, epsilon=64 if epsilon == 64 else 0, **options)
 
     monkeypatch.setattr(bank, "run", run)
-    monkeypatch.setattr("flowerray.evaluate.robustness.admissible", lambda c, *_: c.new_ones(
-        len(c), dtype=torch.bool))  # fmt: skip
+    monkeypatch.setattr(bank, "admissible", lambda c, *_: c.new_ones(len(c), dtype=torch.bool))
     result = attack(arena_of(), QUICK.model_copy(update={"eps": (0.0, 64.0, 200.0)}))
     assert result.worst[200].recall_at_1 == result.worst[64].recall_at_1 < 0.1
     assert result.alone[200].recall_at_1 == result.clean.recall_at_1
@@ -123,12 +123,46 @@ def test_only_what_lies_within_the_budget_counts(monkeypatch: pytest.MonkeyPatch
     other[1] += 4.1 / 255
     other[2, 0, 0, 0] = 1.5
     other[3, 0, 0, 0] = torch.nan
-    assert admissible(clean, other, "linf", 4).tolist() == [True, False, False, False, True]
-    assert admissible(clean, other, "l2", 4).tolist() == [False, False, False, False, True]
+    inside = [bank.admissible(clean, other, norm, 4 / 255).tolist() for norm in ("linf", "l2")]
+    assert inside == [[True, False, False, False, True], [False, False, False, False, True]]
 
     monkeypatch.setattr(bank, "run", lambda name, embedder, images, *_, **__: 1 - images)
     result = attack(arena_of(), QUICK)
     assert result.worst[16].recall_at_1 == result.clean.recall_at_1
+
+
+def test_one_double_photograph_stops_no_attack_and_a_gallery_of_queries_does() -> None:
+    """Batches hold survivors, and a query whose double is in the gallery survives longest."""
+    arena = arena_of()
+    gallery_GD, labels_G = arena.gallery_GD.copy(), arena.gallery_labels_G
+    gallery_GD[np.flatnonzero(labels_G == arena.labels_Q[0])[0]] = arena.emb_QD[0]
+    result = attack(
+        replace(arena, gallery_GD=gallery_GD), QUICK.model_copy(update={"batch_size": 1})
+    )
+    assert 0 < result.worst[16].recall_at_1 < 1
+    own = replace(arena, gallery_GD=arena.emb_QD, gallery_labels_G=arena.labels_Q)
+    with pytest.raises(UserError, match="24 of 24 attacked images are in the gallery"):
+        attack(own, QUICK)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 2.5])
+def test_each_attack_takes_the_step_size_that_is_asked_for(
+    ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[float] = []
+
+    def spy(*given: Any, **options: Any) -> Any:
+        taken.append(given[2].alpha_ratio)
+        return pgd(*given, **options)
+
+    for module in ("pair_attack", "gallery_attack", "audit"):
+        monkeypatch.setattr(f"flowerray.evaluate.{module}.pgd", spy)
+    arena, _, pairs = pairs_here()
+    config = QUICK.model_copy(update={"alpha_ratio": ratio, "eps": (0.0, 16.0)})
+    attack_pairs(arena, pairs, 0.5, config)
+    attack_gallery(arena, store_of(pictures(5, 2)[0]), 16.0, config)
+    Auditor(arena, attack(arena, config)).huge()
+    assert len(taken) >= 3 and set(taken) == {ratio}
 
 
 def test_pixels_that_are_no_pixels_are_refused() -> None:
