@@ -115,8 +115,11 @@ def test_batch_that_the_workers_cannot_share(refused: Refused, out: Path, small_
 
 
 def test_trainval_without_the_official_run(refused: Refused, out: Path, small_set: Path) -> None:
-    said = refused("train", "triplet", *words(small_set, data__protocol="trainval", out=out))
+    options = words(small_set, data__protocol="trainval", out=out)
+    said = refused("train", "triplet", *options)
     assert "trainval has no val split" in said and "--from RUN" in said
+    said = refused("train", "triplet", *options, "--threshold", 0.5, "--train.patience", 3)
+    assert "--train.patience watches val, and protocol trainval has no val split" in said
 
 
 # --- the model ------------------------------------------------------------------------------------

@@ -106,6 +106,11 @@ def prepare(run: Run, quiet: bool = False, resume: bool = False) -> tuple[dict[s
             f"protocol {dataset.protocol} has no val split to fit the pair threshold on: give the "
             "official run that it follows with --from RUN, or --threshold."
         )
+    if "val" not in dataset.splits and run.train.patience:
+        raise UserError(
+            f"--train.patience watches val, and protocol {dataset.protocol} has no val split: "
+            "leave it out."
+        )
     if "val" in dataset.splits and np.bincount(dataset.split_labels("val")).max() < 2:
         raise UserError(
             f"the val split of {dataset.root} has one image of each class, so no pair of the same "
