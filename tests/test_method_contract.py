@@ -72,7 +72,10 @@ def check_output(name: str, fields: dict[str, Any]) -> None:
     method = build(name, **fields)
     labels_B = labels_of(16, 0)
     output = method(images_of(labels_B), labels_B)
-    total, curves = output.loss
+    total, curves, over_all = output.loss
+    if over_all is not None:
+        assert over_all.shape == () and not over_all.requires_grad
+        assert 0 <= over_all <= total + 1e-12  # tuples that cause no loss dilute it
     assert total.shape == () and total.requires_grad and total.isfinite()
     assert set(curves) >= COMMON
     for value in curves.values():
