@@ -221,10 +221,18 @@ def download(uri: str, address: str, folder: Path) -> None:
     if address.startswith("runs:/") and not path:
         files = [item.path for item in client.list_artifacts(run_id) if not item.is_dir]
         sources = [f"runs:/{run_id}/{file}" for file in files]
-    for source in sources:
-        mlflow.artifacts.download_artifacts(
-            artifact_uri=source, dst_path=str(folder), tracking_uri=uri, registry_uri=uri
-        )
+    # For models:/ MLflow looks where the variable says, whatever it is given.
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    try:
+        for source in sources:
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=source, dst_path=str(folder), tracking_uri=uri, registry_uri=uri
+            )
+    finally:
+        del os.environ["MLFLOW_TRACKING_URI"]
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 def resolve(run: str) -> Path:

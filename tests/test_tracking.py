@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import shutil
 import socket
 import sqlite3
@@ -542,6 +543,12 @@ def test_the_model_turns_image_files_into_embeddings(
         np.testing.assert_allclose(found, expected, atol=1e-5)
         resolved = tracking.resolve(address)
         assert resolved.name == path.name and resolved.read_bytes() == export
+    with monkeypatch.context() as away:  # the database beside the runs is found by itself
+        away.delenv("MLFLOW_TRACKING_URI")
+        away.setenv("FLOWERRAY_HOME", str(run_dir.parent / "home"))
+        away.chdir(run_dir.parent)
+        assert tracking.resolve("models:/flowers@champion").read_bytes() == export
+        assert "MLFLOW_TRACKING_URI" not in os.environ
     signature = model.metadata.signature
     assert [(c.name, c.type.name) for c in signature.inputs] == [("image", "binary")]
     assert signature.outputs.inputs[0].shape == (-1, 16)

@@ -100,6 +100,8 @@ def new_pairs(model: Model, dataset: Dataset, split: str) -> Pairs | None:
     """Fresh pairs of a split, from the fixed seed and the untrained backbone; None where none can
     be formed, or, with a warning, where that backbone's weights cannot be had.
     """
+    if split not in dataset.splits:
+        return None  # `measure` says so
     labels_N = dataset.split_labels(split)
     if len(np.unique(labels_N)) < 2 or len(labels_N) == len(np.unique(labels_N)):
         return None

@@ -86,6 +86,10 @@ def test_another_set_is_measured_whole_and_not_kept(
     )
     assert result.metrics["gallery"] == "self" and result.metrics["num_queries"] == 9
     assert run.metrics.read_bytes() == before
+    with pytest.raises(UserError, match="has no val split"):
+        measuring.evaluate_model(
+            model, DataConfig(root=tmp_path), True, EvaluateConfig(split="val"), quiet=True
+        )
 
 
 def test_frozen_features_do_not_depend_on_the_training(model: Model) -> None:
