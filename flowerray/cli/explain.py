@@ -8,8 +8,9 @@ from flowerray.errors import UserError
 
 ONLY_SCORES = ("beside", "method", "choose_images", "faithfulness")
 """What judging the maps of a split takes."""
-ONLY_SPLITS = (*(name for name in ONLY_SCORES if name != "method"), "split", "max_images",
-               "concept_class")  # fmt: skip
+ONLY_SPLITS = (
+    "beside", "choose_images", "concept_class", "faithfulness", "max_images", "split",
+)  # fmt: skip
 """What means nothing for two photographs."""
 
 

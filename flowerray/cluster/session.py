@@ -86,12 +86,9 @@ def ray_session(min_cpus: int, frees_workers: bool = False) -> Iterator[Any]:
             why = str(error).splitlines()[0].rstrip(".")
             if address is None:
                 raise UserError(f"Ray did not start on this machine: {why}.") from error
-            token = (
-                ""
-                if "RAY_AUTH_MODE" in os.environ
-                else (" (where it asks for a token: export RAY_AUTH_MODE=token)")
-            )
-            raise UserError(f"the Ray at {address} cannot be joined: {why}{token}.") from error
+            if "RAY_AUTH_MODE" not in os.environ:
+                why += " (where it asks for a token: export RAY_AUTH_MODE=token)"
+            raise UserError(f"the Ray at {address} cannot be joined: {why}.") from error
     try:
         yield ray
     finally:

@@ -203,7 +203,7 @@ def search(study: Study, resources: TrialResources, quiet: bool) -> None:
         )
         function = trial if workers == 1 else trial_of_workers
 
-        def left(trials: int) -> None:
+        def want_room(trials: int) -> None:
             if resources.max_concurrent:
                 ask_for_nodes(resources, min(concurrent, trials))
 
@@ -212,7 +212,7 @@ def search(study: Study, resources: TrialResources, quiet: bool) -> None:
             ray_tune.with_resources(function, share),
             param_space=config,
             tune_config=ray_tune.TuneConfig(
-                search_alg=make_searcher(study, optuna_study, live, lines, missing, left),
+                search_alg=make_searcher(study, optuna_study, live, lines, missing, want_room),
                 scheduler=make_scheduler(study, ended),
                 num_samples=missing,
                 max_concurrent_trials=min(concurrent, missing),
@@ -226,14 +226,14 @@ def search(study: Study, resources: TrialResources, quiet: bool) -> None:
                 verbose=0,
             ),
         )
-        left(missing)
+        want_room(missing)
         try:
             with own_signals():
                 tuner.fit()
         except SystemExit:  # what Ray makes of Ctrl-C
             raise KeyboardInterrupt from None
         finally:
-            left(0)
+            want_room(0)
 
 
 def ask_for_nodes(resources: TrialResources, trials: int) -> None:
@@ -281,14 +281,14 @@ def make_searcher(
     live: LiveStudy,
     lines: Lines,
     missing: int,
-    left: Callable[[int], None],
+    want_room: Callable[[int], None],
 ) -> Any:
     """Ray's OptunaSearch, which opens a RUN folder for each trial that it proposes and keeps the
     study's books.
 
     Args:
         missing: trials that it will propose.
-        left: called with the number of trials that have not ended, whenever one ends.
+        want_room: called with the number of trials that have not ended, whenever one ends.
     """
     from ray.tune.search.optuna import OptunaSearch
 
@@ -313,7 +313,7 @@ def make_searcher(
             closed = study.close_trial(self._ot_study, trial, None if error else result)
             lines.end(folder, result, closed)
             live.close(closed)
-            left(missing - len(self._completed_trials))
+            want_room(missing - len(self._completed_trials))
 
         # Optuna's database has it all, so Tune's own snapshots hold nothing.
         def save(self, checkpoint_path: str) -> None:
