@@ -314,3 +314,16 @@ def test_search_without_a_gallery(
     said = refused("search", small_run, tmp_path / "no.jpg", "--gallery", good, "--sheet", sheet)
     assert "no.jpg cannot be read as an image" in said
     assert not sheet.exists()
+
+
+def test_a_file_where_a_folder_is_wanted(
+    refused: Refused, small_run: Path, small_set: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    a, b = (small_set / "jpg" / f"image_{n:05d}.jpg" for n in (1, 2))
+    said = refused("search", small_run, a, "--gallery", small_set, "--sheet", file / "sheet.png")
+    assert f"{file} cannot be used (File exists)" in said
+    said = refused("explain", small_run, a, b, "--concepts", 0, "--out", file)
+    assert f"{file} cannot be used (File exists)" in said
+    assert file.read_text() == "mine"

@@ -18,6 +18,7 @@ from flowerray.checkpoint import load_export
 from flowerray.cli import dispatch, options, usage
 from flowerray.cli.options import follow, given, parse_run
 from flowerray.errors import UserError
+from flowerray.run import Run
 from flowerray.rundir import RunDir
 from tests.small import small, words
 
@@ -240,6 +241,23 @@ def test_evaluate_another_folder(say: Say, run: Path, small_set: Path, tmp_path:
         for key in ("gallery", "num_queries", "num_gallery"):
             assert frozen[key] == figures[key]
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_paths_are_absolute_before_a_worker_sees_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_run: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("weights.pth").touch()
+    _, run = parse_run("train", "triplet", ["--embedder.weights", "weights.pth"])
+    assert run.embedder.weights == str(tmp_path / "weights.pth")
+    for word in ("bundled", "none", "hub", "gone.pth"):  # the last is refused by its name
+        _, run = parse_run("train", "triplet", ["--embedder.weights", word])
+        assert run.embedder.weights == word
+    stored = Run.from_dict(RunDir(small_run).read())
+    assert stored.data.root is not None
+    monkeypatch.chdir(stored.data.root.parent)
+    words = ["--resume", str(small_run), "--data.root", stored.data.root.name]
+    assert parse_run("train", "triplet", words)[1] == stored
 
 
 def test_options_among_the_words() -> None:

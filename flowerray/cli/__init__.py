@@ -86,19 +86,19 @@ def dispatch(words: list[str]) -> int:
     except UserError as error:
         print(f"flowerray {words[0]}: {error}", file=sys.stderr)
         return 2
-    except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        place = error.filename2 or error.filename
-        if place is None:  # not raised by the system: a fault of ours
-            raise
-        said = f"{place} cannot be used ({error.strerror}): check the path and its permissions."
-        print(f"flowerray {words[0]}: {said}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f"flowerray {words[0]}: interrupted.", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `flowerray ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        place = error.filename2 or error.filename
+        if place is None:  # it is about no file: a fault of ours
+            raise
+        said = f"{place} cannot be used ({error.strerror}): check the path and its permissions."
+        print(f"flowerray {words[0]}: {said}", file=sys.stderr)
+        return 2
 
 
 def usage() -> str:

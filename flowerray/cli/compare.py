@@ -3,7 +3,13 @@
 from pathlib import Path
 from typing import Annotated
 
-from flowerray.cli.options import absolute_data, default_out, end_of_logging, parse
+from flowerray.cli.options import (
+    absolute_data,
+    absolute_embedder,
+    default_out,
+    end_of_logging,
+    parse,
+)
 
 
 def compare(words: list[str]) -> int:
@@ -37,6 +43,7 @@ def compare(words: list[str]) -> int:
     options = parse(Options, words, "compare", about, default=Options(**fields))
     fields = {name: getattr(options, name) for name in CompareConfig.model_fields}
     fields["data"] = absolute_data(options.data)
+    fields["embedder"] = absolute_embedder(options.embedder)
     for name in ("center", "siamese", "triplet"):
         if fields[name] is not None:
             fields[name] = fields[name].expanduser().absolute()

@@ -10,6 +10,7 @@ from flowerray.errors import UserError
 
 if TYPE_CHECKING:
     from flowerray.data.source import DataConfig
+    from flowerray.model import EmbedderConfig
     from flowerray.run import Run
     from flowerray.rundir import RunDir
 
@@ -101,13 +102,13 @@ def parse_run(
     parts = {field: getattr(start, field) for field in Run.model_fields}
     about = methods.get(method).summary.partition(":")[0] + "."  # tyro does not wrap it
     options = parse(kind, words, name, about, default=kind(**parts))
-    run = Run(**{field: getattr(options, field) for field in Run.model_fields})
+    run = absolute(Run(**{field: getattr(options, field) for field in Run.model_fields}))
     if old is not None and (changed := differences(old, run)):
         raise UserError(
             f"{chosen.resume} cannot be resumed with other options: {', '.join(changed)} differ "
             "from its run.json."
         )
-    return options, absolute(run)
+    return options, run
 
 
 def follow(source: "RunDir", method: str) -> "Run":
@@ -143,7 +144,16 @@ def follow(source: "RunDir", method: str) -> "Run":
 def absolute(run: "Run") -> "Run":
     """The run with absolute paths: a worker's own working directory is somewhere else."""
     init = run.init.expanduser().absolute() if run.init else None
-    return run.model_copy(update={"data": absolute_data(run.data), "init": init})
+    changes = {"data": absolute_data(run.data), "embedder": absolute_embedder(run.embedder)}
+    return run.model_copy(update={**changes, "init": init})
+
+
+def absolute_embedder(embedder: "EmbedderConfig") -> "EmbedderConfig":
+    """The embedder with an absolute path, where its weights are a file."""
+    weights = Path(embedder.weights).expanduser()
+    if embedder.weights in ("bundled", "hub", "none") or not weights.is_file():
+        return embedder
+    return embedder.model_copy(update={"weights": str(weights.absolute())})
 
 
 def absolute_data(data: "DataConfig") -> "DataConfig":

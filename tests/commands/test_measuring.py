@@ -74,7 +74,11 @@ def test_val_is_measured_as_it_was_in_training(model: Model, run: RunDir) -> Non
 
 
 def test_another_set_is_measured_whole_and_not_kept(
-    model: Model, run: RunDir, pictures: list[Path], tmp_path: Path
+    model: Model,
+    run: RunDir,
+    pictures: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for n, name in enumerate(("a", "b", "b")):
         (tmp_path / name).mkdir(exist_ok=True)
@@ -86,6 +90,10 @@ def test_another_set_is_measured_whole_and_not_kept(
     )
     assert result.metrics["gallery"] == "self" and result.metrics["num_queries"] == 9
     assert run.metrics.read_bytes() == before
+    for frozen in (True, False):  # Oxford's jpg/ in place of its parent, say
+        flat = ["--data.root", str(pictures[0].parent), *["--frozen"] * frozen]
+        assert dispatch(["evaluate", str(run.path), *flat]) == 2
+        assert "any neighbour would be right" in capsys.readouterr().err
     with pytest.raises(UserError, match="has no val split"):
         measuring.evaluate_model(
             model, DataConfig(root=tmp_path), True, EvaluateConfig(split="val"), quiet=True
