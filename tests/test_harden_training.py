@@ -12,7 +12,7 @@ from flowerray import methods
 from flowerray.cli.options import parse_run
 from flowerray.cluster.fit import fit
 from flowerray.errors import UserError
-from flowerray.harden import HardenConfig
+from flowerray.harden import HardenConfig, Hardening
 from flowerray.model import Embedder
 from flowerray.progress import Progress, note_epoch
 from flowerray.run import Run
@@ -94,6 +94,29 @@ def test_patience_begins_where_the_ramp_ends(
     out = str(tmp_path / "run")
     train_small({**job, "method": "center", "out": out, "harden": harden, "train": train})
     assert RunDir(tmp_path / "run").records()[-1]["epoch"] == epochs
+
+
+def test_lga_goes_by_the_loss_of_the_weights_themselves(
+    job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AWP trains on a second pass, with moved weights."""
+    real, losses = Hardening.forward, list[float]()
+
+    def spy(self: Hardening, *batch: Any) -> Any:
+        output = real(self, *batch)
+        losses.append(float(self.last_loss))
+        return output
+
+    monkeypatch.setattr(Hardening, "forward", spy)
+    make_run(tmp_path / "run")
+    options = {
+        **job, "out": str(tmp_path / "run"), "method": "triplet",
+        "harden": {"kind": "pgd", "destination": "lga", "awp": 0.05, "ramp": 0.0},
+        "train": {"epochs": 1, "classes_per_batch": 4, "images_per_class": 2},
+    }  # fmt: skip
+    train_small(options)
+    kept = torch.load(RunDir(tmp_path / "run").last / "state.pt", weights_only=True)["last_loss"]
+    assert losses[-2] != losses[-1] and float(kept) == losses[-2]
 
 
 def test_free_costs_as_much_as_a_clean_run(

@@ -118,6 +118,8 @@ def test_least_change_attacks_count_within_norm_and_epsilon_only(linear: Scene) 
 def test_an_l2_step_to_the_edge_counts_however_long_it_is(name: str) -> None:
     """float32 rounds a projection at radius 8 of 224 px to 1e-5 beyond it."""
     made = scene(Linear(side=224), side=224, queries=8)
+    # Far from 0 and 1, where cutting to the range would pull images back from the edge.
+    made = made._replace(images_QCHW=0.4 + 0.2 * made.images_QCHW)
     budget = BankConfig(steps=4, restarts=1, stop_when_wrong=False)
     for epsilon in (128.0, 765.0, 2000.0):
         found = attack(name, made, norm="l2", epsilon=epsilon, budget=budget)

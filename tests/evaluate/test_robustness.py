@@ -13,6 +13,7 @@ from flowerray.errors import UserError
 from flowerray.evaluate.arena import embed_images
 from flowerray.evaluate.attack_config import AttackConfig
 from flowerray.evaluate.audit import Auditor
+from flowerray.evaluate.ers import ers
 from flowerray.evaluate.gallery_attack import attack_gallery
 from flowerray.evaluate.pair_attack import attack_pairs, pairs_of_queries, query_pair_accuracy
 from flowerray.evaluate.pairs import Pairs, make_pairs, pair_metrics
@@ -143,6 +144,33 @@ def test_one_double_photograph_stops_no_attack_and_a_gallery_of_queries_does() -
     own = replace(arena, gallery_GD=arena.emb_QD, gallery_labels_G=arena.labels_Q)
     with pytest.raises(UserError, match="24 of 24 attacked images are in the gallery"):
         attack(own, QUICK)
+
+
+def test_every_attack_computes_in_full_precision() -> None:
+    class Spy(Colours):
+        def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+            seen.add((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+            return super().forward(images_BCHW)
+
+    seen: set[tuple[bool, bool]] = set()
+    arena = replace(arena_of(Spy()), store=arena_of().store)
+    config = QUICK.model_copy(update={"eps": (0.0, 16.0), "black_box_queries": 5})
+    labels = pictures(6, 1)[1]
+    pairs = make_pairs(labels, 0, 60, np.eye(6)[labels] + 0.01 * np.arange(36)[:, None])
+    chosen = pairs_of_queries(pairs, arena.chosen_Q, 60, 0)
+    result = attack(arena, config)
+    parts: dict[str, Any] = {
+        "attack": lambda: attack(arena, config),
+        "pairs": lambda: attack_pairs(arena, chosen, 0.5, config),
+        "gallery": lambda: attack_gallery(arena, store_of(pictures(5, 2)[0]), 16.0, config),
+        "audit": lambda: Auditor(arena, result).run(),
+        "ers": lambda: ers(arena, store_of(pictures(5, 2)[0]), batch_size=32, seed=0),
+    }
+    assert torch.backends.cudnn.allow_tf32, "torch's own default, which has to be turned off"
+    for name, part in parts.items():
+        seen.clear()
+        part()
+        assert seen == {(False, False)}, name
 
 
 @pytest.mark.parametrize("ratio", [1.0, 2.5])
