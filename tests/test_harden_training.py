@@ -115,7 +115,8 @@ def test_lga_goes_by_the_loss_of_the_weights_themselves(
         "train": {"epochs": 1, "classes_per_batch": 4, "images_per_class": 2},
     }  # fmt: skip
     train_small(options)
-    kept = torch.load(RunDir(tmp_path / "run").last / "state.pt", weights_only=True)["last_loss"]
+    state_file = RunDir(tmp_path / "run").last / "state.pt"
+    kept = torch.load(state_file, weights_only=True)["last_loss"]
     assert losses[-2] != losses[-1] and float(kept) == losses[-2]
 
 
