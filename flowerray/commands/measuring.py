@@ -45,7 +45,7 @@ def evaluate_model(
         whole: take every image of the set as query and gallery.
         quiet: no progress bars.
     """
-    dataset = open_whole_or_split(data, whole, quiet)
+    dataset = open_whole_or_split(data, whole, config.gallery, quiet)
     own = data == model.run.data and model.folder is not None
     pairs = (
         stored_pairs(model, dataset, config.split)
@@ -73,16 +73,26 @@ def evaluate_frozen(
     beat; `whole` as for `evaluate_model`.
     """
     embedder = Embedder(embedder_config).to(device)
-    dataset = open_whole_or_split(data, whole, quiet)
+    dataset = open_whole_or_split(data, whole, config.gallery, quiet)
     return run_measure(embedder, dataset, config, frozen=True, quiet=quiet)
 
 
-def open_whole_or_split(data: DataConfig, whole: bool, quiet: bool) -> Dataset:
-    """Every image of the set as one split, or the splits of its protocol."""
+def open_whole_or_split(data: DataConfig, whole: bool, gallery: str | None, quiet: bool) -> Dataset:
+    """Every image of the set as one split, or the splits of its protocol.
+
+    Raises:
+        UserError: a whole set of one class that is searched in itself; see also the readers.
+    """
     if not whole:
         return open_dataset(data, progress=not quiet)
     assert data.root is not None
-    return open_all(data.root)
+    dataset = open_all(data.root)
+    if len(dataset.classes) == 1 and gallery in (None, "self"):
+        raise UserError(
+            f"{data.root} holds images of one class, so that any neighbour would be right: give "
+            "the folder that holds one folder a class, or another --gallery."
+        )
+    return dataset
 
 
 def run_measure(

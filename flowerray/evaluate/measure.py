@@ -86,8 +86,7 @@ def measure(
         progress: called with the number of images done after each batch.
 
     Raises:
-        UserError: no such split or gallery; a gallery with the queries or without their classes;
-            queries of one class that are searched for among themselves.
+        UserError: no such split or gallery; a gallery with the queries or without their classes.
     """
     config = config or EvaluateConfig()
     if config.split not in dataset.splits or not len(dataset.splits[config.split]):
@@ -109,11 +108,6 @@ def measure(
     )
     # The gallery is checked before anything is embedded.
     parts, classes = _gallery(dataset, config.split, gallery_name)
-    if not parts and len(np.unique(query_labels)) == 1:
-        raise UserError(
-            f"{dataset.root} holds images of one class, so that any neighbour would be right: give "
-            "the folder that holds one folder a class, or another --gallery."
-        )
     query_emb = emb(query_paths)
     if parts:
         gallery_paths = tuple(path for paths, _ in parts for path in paths)
