@@ -6,6 +6,7 @@ threshold, classes."""
 
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -174,6 +175,8 @@ def _load(file: Path, device: torch.device | str) -> Any:
         raise UserError(f"{file}: no checkpoint there.") from None
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError ... by fault
         reason = str(error).splitlines()[0][:120] if str(error) else "cut short"
+        if isinstance(error, UnpicklingError):  # torch's own text tells how to load it all the same
+            reason = "it holds other things than tensors"
         raise UserError(
             f"{file} cannot be read as a checkpoint ({reason}): use another one."
         ) from error

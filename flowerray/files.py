@@ -51,6 +51,15 @@ def writing(out: Path) -> Iterator[None]:
         ) from error
 
 
+def refuse_unwritable(out: Path) -> None:
+    """Raises UserError where `out`, a folder, cannot be made or written into; it makes nothing."""
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise UserError(f"{out} cannot be made, since {place} is a file: choose another --out.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{out} cannot be written (no permission for {place}): choose another.")
+
+
 @contextmanager
 def only_driver(folder: Path) -> Iterator[None]:
     """Holds a folder for this process, also against other machines where the file system locks.

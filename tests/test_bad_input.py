@@ -102,6 +102,7 @@ def test_one_image_in_a_class(refused: Refused, out: Path, small_set: Path, tmp_
 def test_batch_larger_than_the_set(refused: Refused, out: Path, small_set: Path) -> None:
     said = refused("train", "triplet", *words(small_set, train__classes_per_batch=7, out=out))
     assert "P = 7 classes cannot be formed from 6" in said
+    assert "lower --train.classes-per-batch" in said
     said = refused(
         "train", "triplet",
         *words(small_set, train__classes_per_batch=6, train__images_per_class=11, out=out),
@@ -140,7 +141,7 @@ def test_hub_without_a_network(
     )
     said = refused("train", "triplet", *options)
     assert "resnet10t.c3_in1k are not in the local cache and cannot be downloaded (Off" in said
-    assert "weights=bundled" in said
+    assert "--embedder.weights bundled" in said
 
 
 def test_device_cuda_without_a_gpu(
@@ -283,8 +284,36 @@ def test_options_that_would_do_nothing(
     assert "--concept-class: it belongs to --concept-folders" in refused(
         *explain, "--concept-class", "1"
     )
+    said = refused(*explain, "--method", "decomposition", "--layer", "blocks.0")
+    assert "--layer: decomposition has no layer to choose" in said
+    said = refused("train", "triplet", "--resume", small_run, "--out", tmp_path / "new")
+    assert "--out: --resume goes on in its own folder with its own options" in said
+    said = refused("train", "triplet", "--from", small_run, "--preset", "gpu")
+    assert "--preset: --from takes the options of the run" in said
+    for command in (["tune", "triplet"], ["compare"]):
+        said = refused(*command, "--resume", tmp_path, "--out", tmp_path / "new")
+        assert "--out: --resume goes on in its own folder" in said
+    assert "methods takes no options: leave --json out" in refused("methods", "--json")
+    said = refused("backbones", "--files", tmp_path / "nowhere")
+    assert f"--files {tmp_path / 'nowhere'} is no folder" in said
     said = refused(*explain, "--concept-folders", tmp_path, "--method", "gradcam", "--concepts", 3)
     assert "--concepts, --method: --concept-folders tests concepts, not maps" in said
+
+
+@pytest.mark.parametrize("command", [["train", "center"], ["tune", "center"], ["compare"]])
+def test_resume_of_nothing_named(refused: Refused, command: list[str]) -> None:
+    assert "argument --resume: expected one argument" in refused(*command, "--resume")
+
+
+def test_compare_finds_what_cannot_train_before_it_makes_anything(
+    refused: Refused, small_set: Path, out: Path
+) -> None:
+    said = refused(
+        "compare", "--data.root", small_set, "--out", out, "--protocols", "official",
+        "--train.classes-per-batch", 2, "--embedder.backbone", "resnet18",
+    )  # fmt: skip
+    assert "Bundled weights exist for tf_efficientnet_lite0 only" in said
+    assert "--embedder.weights hub" in said
 
 
 def test_similar_with_a_missing_or_broken_picture(
@@ -324,6 +353,11 @@ def test_a_file_where_a_folder_is_wanted(
     a, b = (small_set / "jpg" / f"image_{n:05d}.jpg" for n in (1, 2))
     said = refused("search", small_run, a, "--gallery", small_set, "--sheet", file / "sheet.png")
     assert f"{file} cannot be used (File exists)" in said
-    said = refused("explain", small_run, a, b, "--concepts", 0, "--out", file)
-    assert f"{file} cannot be used (File exists)" in said
+    for inside in (file, file / "below" / "it"):
+        kept = f"{inside} cannot be made, since {file} is a file: choose another --out"
+        assert kept in refused("explain", small_run, a, b, "--concepts", 0, "--out", inside)
+    below = file / "below"
+    for command in (["explore", small_set], ["report", small_run], ["explain", small_run]):
+        said = refused(*command, "--out", below)
+        assert f"{below} cannot be made, since {file} is a file: choose another --out" in said
     assert file.read_text() == "mine"

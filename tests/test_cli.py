@@ -86,11 +86,33 @@ def test_help_version_and_lists(say: Say) -> None:
     assert say("--help")[0].startswith("usage: flowerray COMMAND")
     assert say("--version")[0].split() == ["flowerray", flowerray.__version__]
     assert all(name in say("methods")[0] for name in methods.names())
+    assert "usage: flowerray methods" in say("methods", "--help")[0]
     assert "synthesize" in say("data", "--help")[0]
+    assert max(map(len, say("data", "--help")[0].splitlines())) <= 80
     assert "track sync RUN" in say("track", "-h")[0]
     with pytest.raises(SystemExit) as stop:
         dispatch(["train", "--help"])
     assert stop.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("evaluate", "[OPTIONS] RUN"), ("attack", "[OPTIONS] RUN"), ("explore", "[OPTIONS] DIR"),
+        ("explain", "[OPTIONS] RUN [A.jpg B.jpg]"), ("report", "[OPTIONS] RUN..."),
+        ("similar", "RUN A.jpg B.jpg"), ("search", "RUN QUERY.jpg"), ("data check", "DIR"),
+    ],
+)  # fmt: skip
+def test_help_names_what_has_no_dashes(
+    command: str, usage: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        dispatch([*command.split(), "--help"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[1:])) <= 80  # tyro folds no usage
+    assert usage in " ".join(lines[:3]) and "STR" not in lines[0]
 
 
 def test_nothing_said_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,6 +224,7 @@ def test_evaluate(say: Say, run: Path) -> None:
     stdout, stderr = say("evaluate", run, "--split", "val")
     assert "60 val queries, gallery train of 60 images, protocol official" in stdout
     assert "R@1" in stdout and "mlflow ui" in stderr
+    assert say("evaluate", "--split", "val", run)[0] == stdout  # RUN's options hold where it stands
 
 
 def test_evaluate_json_is_one_object(say: Say, run: Path) -> None:

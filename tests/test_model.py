@@ -209,7 +209,7 @@ def test_bundled_weights_are_the_packages_tensors() -> None:
 
 
 def test_bundled_for_another_backbone_names_both_choices() -> None:
-    with pytest.raises(UserError, match="weights=hub.*backbone=tf_efficientnet_lite0"):
+    with pytest.raises(UserError, match="--embedder.weights hub.*--embedder.backbone tf_eff"):
         make("resnet18", weights="bundled")
 
 
@@ -222,7 +222,9 @@ def test_hub_without_a_network_says_what_to_do_at_once(
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     start = time.monotonic()
-    with pytest.raises(UserError, match="cannot be downloaded.*weights=bundled") as caught:
+    with pytest.raises(
+        UserError, match="cannot be downloaded.*--embedder.weights bundled"
+    ) as caught:
         make("resnet18", weights="hub")
     assert time.monotonic() - start < 5
     assert "\n" not in str(caught.value)

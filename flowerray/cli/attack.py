@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from flowerray.cli.options import end_of_logging, parse, pick_device, take_run
+from flowerray.cli.options import end_of_logging, parse, peek, pick_device
 from flowerray.errors import UserError
 
 
@@ -13,8 +13,6 @@ def attack(words: list[str]) -> int:
     from pydantic import Field
 
     from flowerray.evaluate.attack_config import PRESETS, AttackConfig
-
-    name, words = take_run(words)
 
     def comma(kind: type, metavar: str) -> Any:
         """One word, its parts separated by commas."""
@@ -29,6 +27,8 @@ def attack(words: list[str]) -> int:
         )
 
     class Options(AttackConfig):
+        run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None
+        """A folder, an exported .pth, models:/... or runs:/..."""
         attacks: Annotated[tuple[str, ...], comma(str, "A,B,...")] = AttackConfig().attacks
         eps: Annotated[tuple[float, ...], comma(float, "0,0.5,...")] = AttackConfig().eps
         preset: Literal[tuple(PRESETS)] = "default"  # type: ignore[valid-type]
@@ -46,11 +46,11 @@ def attack(words: list[str]) -> int:
         as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
         """Print one JSON object and nothing else."""
 
-    preset = _preset(words, list(PRESETS))
+    preset = peek(words, preset={"choices": list(PRESETS), "default": "default"})["preset"]
     start = Options(preset=preset, **PRESETS[preset].model_dump())
-    about = "Attacks RUN: a folder, an exported .pth, models:/... or runs:/..."
-    options = parse(Options, words, "attack RUN", about, default=start)
-    if name is None:
+    about = "Attacks a model: how much of its R@1 is left, and whether that can be believed."
+    options = parse(Options, words, "attack", about, default=start)
+    if options.run is None:
         raise UserError("name a RUN to attack: flowerray attack RUN.")
 
     from flowerray.commands import attack as command
@@ -58,7 +58,7 @@ def attack(words: list[str]) -> int:
     from flowerray.report.attack_table import attack_table
     from flowerray.tables import as_json
 
-    model = open_model(name, pick_device("auto"))
+    model = open_model(options.run, pick_device("auto"))
     config = AttackConfig(**{field: getattr(options, field) for field in AttackConfig.model_fields})
     content = command.attack_model(
         model,
@@ -73,15 +73,3 @@ def attack(words: list[str]) -> int:
     if model.folder is not None:
         end_of_logging(Path(model.folder.path))
     return 0
-
-
-def _preset(words: list[str], names: list[str]) -> str:
-    """The preset among the words, before the others are parsed: it is what they change."""
-    from argparse import ArgumentError, ArgumentParser
-
-    early = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--preset", choices=names, default="default")
-    try:
-        return str(early.parse_known_args(words)[0].preset)
-    except ArgumentError as error:
-        raise UserError(f"{error}.") from None

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from flowerray.cli.options import absolute_data, default_out, end_of_logging, parse
+from flowerray.errors import UserError
 
 
 def backbones(words: list[str]) -> int:
@@ -40,6 +41,8 @@ def backbones(words: list[str]) -> int:
     fields = {name: getattr(options, name) for name in BackbonesConfig.model_fields}
     if options.files is not None:
         fields["files"] = options.files.expanduser().absolute()
+        if not fields["files"].is_dir():
+            raise UserError(f"--files {options.files} is no folder: name one of weight files.")
 
     import torch
 

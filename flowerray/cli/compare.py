@@ -4,28 +4,30 @@ from pathlib import Path
 from typing import Annotated
 
 from flowerray.cli.options import (
+    NOT_RESUMED,
+    WHY_NOT_RESUMED,
     absolute_data,
     absolute_embedder,
     default_out,
     end_of_logging,
     parse,
+    peek,
+    refuse,
 )
 
 
 def compare(words: list[str]) -> int:
     """`flowerray compare [options]`."""
-    from argparse import ArgumentParser
-
     import tyro
 
     from flowerray.commands.compare import CompareConfig, compare, read_options
     from flowerray.report.comparison import comparison_table
     from flowerray.tables import as_json
 
-    early = ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--resume", type=Path)
-    chosen, _ = early.parse_known_args(words)
-    start = CompareConfig() if chosen.resume is None else read_options(chosen.resume)
+    resume = peek(words, resume={"type": Path})["resume"]
+    if resume is not None:
+        refuse(words, NOT_RESUMED, WHY_NOT_RESUMED)
+    start = CompareConfig() if resume is None else read_options(resume)
 
     class Options(CompareConfig):
         out: Path | None = None

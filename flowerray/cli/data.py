@@ -1,6 +1,7 @@
 """`flowerray data`."""
 
 from pathlib import Path
+from typing import Annotated
 
 from flowerray.cli.options import parse
 from flowerray.errors import UserError
@@ -12,7 +13,7 @@ def data(words: list[str]) -> int:
     if words[:1] in (["-h"], ["--help"]):
         print(
             "usage: flowerray data VERB\n\n"
-            "  synthesize   render flowers in the Oxford layout: --out DIR --classes 102 --seed 0\n"
+            "  synthesize   render flowers in the Oxford layout: --out DIR --classes N\n"
             "  fetch        download Oxford Flowers-102 and verify it: --out DIR\n"
             "  check        verify a data set: DIR"
         )
@@ -63,7 +64,7 @@ def check(words: list[str]) -> int:
     from flowerray.data.source import check_dataset
 
     class Options(Config):
-        root: tyro.conf.Positional[Path]
+        root: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
         """Oxford's layout, or one folder a class."""
 
     options = parse(

@@ -25,12 +25,15 @@ def explain(words: list[str]) -> int:
     from flowerray.commands import explain_pair as pairs
     from flowerray.commands.models import open_model
     from flowerray.explain import table
+    from flowerray.explain.cam import HEAD_METHODS
     from flowerray.explain.concepts import ConceptsConfig
 
     class Options(splits.ExplainConfig):
-        run: tyro.conf.Positional[str]
-        """RUN, an exported .pth, models:/... or runs:/..."""
-        photographs: tyro.conf.Positional[tuple[Path, ...]] = ()
+        run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+        """A folder, an exported .pth, models:/... or runs:/..."""
+        photographs: Annotated[
+            tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[A.jpg B.jpg]")
+        ] = ()
         """Two photographs: why are they alike or not? Without them, a whole split is judged."""
         beside: str | None = None
         """Another RUN of the same data, such as a robust one, on the same images."""
@@ -60,6 +63,8 @@ def explain(words: list[str]) -> int:
     else:
         refuse(words, ["concepts"], "it belongs to two photographs: name them.")
         refuse(words, ["concept_class"], "it belongs to --concept-folders: name them.")
+    if options.method in HEAD_METHODS and options.layer is not None:
+        raise UserError(f"--layer: {options.method} has no layer to choose, leave it out.")
     device = pick_device("auto")
     model = open_model(options.run, device)
     quiet = options.as_json

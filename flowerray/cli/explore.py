@@ -1,6 +1,5 @@
 """`flowerray explore`."""
 
-import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ def explore(words: list[str]) -> int:
     start, maps = DataConfig(), MapConfig()
 
     class Options(Config):
-        root: tyro.conf.Positional[Path]
+        root: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
         """Oxford's layout, or one folder of images a class."""
         out: Path | None = None
         """A new folder for page, tables and pictures; by default runs/explore-TIME."""
@@ -43,7 +42,7 @@ def explore(words: list[str]) -> int:
         """Print one JSON object and nothing else."""
 
     about = "Looks at a data set: classes, splits, light, look-alikes, maps, near-duplicates."
-    options = parse(Options, words, "explore DIR", about)
+    options = parse(Options, words, "explore", about)
     data = DataConfig(
         root=options.root.expanduser().absolute(),
         protocol=options.protocol,
@@ -68,6 +67,8 @@ def explore(words: list[str]) -> int:
 
 def summary(facts: dict[str, Any], out: Path) -> str:
     """What was found, in a few lines of at most 80 columns."""
+    from flowerray.text import labelled
+
     i, d, recall = facts["imbalance"], facts["duplicates"], facts["recall_at_1"]
     splits = ", ".join(f"{row['name']} {row['images']:,}" for row in facts["splits"])
     classes = f"{i['classes']} class{'es' * (i['classes'] != 1)}"
@@ -91,11 +92,4 @@ def summary(facts: dict[str, Any], out: Path) -> str:
     if facts["note"]:
         lines["note"] = facts["note"]
     lines["page"] = str(out / "index.html")
-    return "\n".join(
-        textwrap.fill(
-            f"{name:<10}{text}", 80, subsequent_indent=" " * 10,
-            break_long_words=False, break_on_hyphens=False,
-        )
-        for name, text in lines.items()
-        if text
-    )  # fmt: skip
+    return "\n".join(labelled(name, text) for name, text in lines.items() if text)

@@ -10,7 +10,6 @@ from flowerray.cli.options import (
     parse,
     pick_device,
     refuse,
-    take_run,
 )
 from flowerray.errors import UserError
 
@@ -26,15 +25,9 @@ def evaluate(words: list[str]) -> int:
     from flowerray.evaluate.measure import EvaluateConfig
     from flowerray.model import EmbedderConfig
 
-    name, words = take_run(words)
-    device = pick_device("auto")
-    model = None
-    if name is not None:
-        from flowerray.commands.models import open_model
-
-        model = open_model(name, device)
-
     class Options(EvaluateConfig):
+        run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None
+        """A folder, an exported .pth, models:/... or runs:/..."""
         data: DataConfig = DataConfig()
         """Another data set than the run's: all its images are queries and gallery, unless
         --gallery, --data.protocol or --data.train-per-class says otherwise."""
@@ -45,11 +38,16 @@ def evaluate(words: list[str]) -> int:
         as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
         """Print one JSON object and nothing else."""
 
-    start = Options()
-    if model is not None:
+    about = "Retrieval and pair verification of a trained model, or of a frozen backbone."
+    options = parse(Options, words, "evaluate", about)
+    device = pick_device("auto")
+    model = None
+    if options.run is not None:
+        from flowerray.commands.models import open_model
+
+        model = open_model(options.run, device)
         start = Options(data=model.run.data, embedder=model.run.embedder)
-    about = "Measures RUN: a folder, an exported .pth, models:/... or runs:/..."
-    options = parse(Options, words, "evaluate RUN", about, default=start)
+        options = parse(Options, words, "evaluate", about, default=start)
     data = absolute_data(options.data)
     config = EvaluateConfig(
         split=options.split, gallery=options.gallery, batch_size=options.batch_size
@@ -72,9 +70,11 @@ def evaluate(words: list[str]) -> int:
     else:
         assert model is not None
         measurement = measuring.evaluate_model(model, data, whole, config, options.as_json)
-    title = f"{options.embedder.backbone}, frozen" if options.frozen else str(name)
+    title = f"{options.embedder.backbone}, frozen" if options.frozen else str(options.run)
     if options.as_json:
-        print(tables.as_json({**measurement.metrics, "run": None if options.frozen else name}))
+        print(
+            tables.as_json({**measurement.metrics, "run": None if options.frozen else options.run})
+        )
     else:
         print(tables.measurement(title, measurement))
     if model is not None and model.folder is not None and not options.frozen:
@@ -91,11 +91,11 @@ def similar(words: list[str]) -> int:
     from flowerray.config import Config
 
     class Options(Config):
-        run: tyro.conf.Positional[str]
-        """RUN, an exported .pth, models:/... or runs:/..."""
-        first: tyro.conf.Positional[Path]
+        run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+        """A folder, an exported .pth, models:/... or runs:/..."""
+        first: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A.jpg")]
         """A photograph."""
-        second: tyro.conf.Positional[Path]
+        second: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="B.jpg")]
         """Another photograph."""
         as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
         """Print one JSON object and nothing else."""
@@ -117,9 +117,9 @@ def search(words: list[str]) -> int:
     from flowerray.config import Config
 
     class Options(Config):
-        run: tyro.conf.Positional[str]
-        """RUN, an exported .pth, models:/... or runs:/..."""
-        query: tyro.conf.Positional[Path]
+        run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+        """A folder, an exported .pth, models:/... or runs:/..."""
+        query: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="QUERY.jpg")]
         """The photograph to look for."""
         gallery: Path
         """A folder of images, of class folders, or in the Oxford layout."""

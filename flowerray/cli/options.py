@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from flowerray.rundir import RunDir
 
 
+NOT_RESUMED = ("out", "preset")
+"""What means nothing beside --resume."""
+WHY_NOT_RESUMED = "--resume goes on in its own folder with its own options: leave them out."
+
+
 def parse(kind: Any, words: list[str], name: str, about: str = "", **more: Any) -> Any:
     """tyro's parse of one command's words; on a fault it prints a box that says what is wrong, and
     exits with 2.
@@ -43,11 +48,24 @@ def take_method(command: str, words: list[str]) -> tuple[str, list[str]]:
     return methods.get(words[0]).name, words[1:]
 
 
-def take_run(words: list[str]) -> tuple[str | None, list[str]]:
-    """The RUN argument, where the first word is one, and the other words."""
-    if words and not words[0].startswith("-"):
-        return words[0], words[1:]
-    return None, words
+def peek(words: list[str], **options: dict[str, Any]) -> dict[str, Any]:
+    """The values of some options before all are parsed: those that set the others' defaults.
+
+    Args:
+        options: by name, what argparse's `add_argument` takes.
+
+    Raises:
+        UserError: a value that is missing or none of the choices.
+    """
+    from argparse import ArgumentError, ArgumentParser
+
+    early = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name, more in options.items():
+        early.add_argument(f"--{name}", **more)
+    try:
+        return vars(early.parse_known_args(words)[0])
+    except ArgumentError as error:
+        raise UserError(f"{error}.") from None
 
 
 def parse_run(
@@ -59,8 +77,6 @@ def parse_run(
     Raises:
         UserError: a resumed run with options that differ from its run.json; see also `follow`.
     """
-    from argparse import ArgumentError, ArgumentParser
-
     import tyro
     from pydantic import Field, create_model
 
@@ -68,23 +84,20 @@ def parse_run(
     from flowerray.run import PRESETS, Run, differences
     from flowerray.rundir import RunDir
 
-    early = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--preset", choices=list(PRESETS), default=default_preset)
-    early.add_argument("--resume", type=Path)
-    early.add_argument("--from", dest="source", type=Path)
-    try:
-        chosen, _ = early.parse_known_args(words)
-    except ArgumentError as error:
-        raise UserError(f"{error}.") from None
+    presets = {"choices": list(PRESETS), "default": default_preset}
+    chosen = peek(words, preset=presets, resume={"type": Path}, **{"from": {"type": Path}})
+    preset, resume, source = chosen["preset"], chosen["resume"], chosen["from"]
     config = methods.get(method).config
     old = None
-    if chosen.resume is not None:
-        old = Run.from_dict(RunDir(chosen.resume).read())
+    if resume is not None:
+        refuse(words, NOT_RESUMED, WHY_NOT_RESUMED)
+        old = Run.from_dict(RunDir(resume).read())
         if old.method_name != method:
-            raise UserError(f"{chosen.resume} is a run of {old.method_name}, not of {method}.")
-    start = old or PRESETS[chosen.preset](config())
-    if chosen.source is not None:
-        start = follow(RunDir(chosen.source), method)
+            raise UserError(f"{resume} is a run of {old.method_name}, not of {method}.")
+    start = old or PRESETS[preset](config())
+    if source is not None:
+        refuse(words, ["preset"], "--from takes the options of the run that it names.")
+        start = follow(RunDir(source), method)
 
     class Options(Run):
         preset: Literal[tuple(PRESETS)] = default_preset  # type: ignore[valid-type]
@@ -105,7 +118,7 @@ def parse_run(
     run = absolute(Run(**{field: getattr(options, field) for field in Run.model_fields}))
     if old is not None and (changed := differences(old, run)):
         raise UserError(
-            f"{chosen.resume} cannot be resumed with other options: {', '.join(changed)} differ "
+            f"{resume} cannot be resumed with other options: {', '.join(changed)} differ "
             "from its run.json."
         )
     return options, run

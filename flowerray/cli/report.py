@@ -14,7 +14,7 @@ def report(words: list[str]) -> int:
     from flowerray.config import Config
 
     class Options(Config):
-        runs: tyro.conf.Positional[tuple[str, ...]] = ()
+        runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")] = ()
         """RUN folders, folders of them, or runs:/..."""
         experiment: str | None = None
         """Every run of this MLflow experiment, too."""
@@ -27,8 +27,8 @@ def report(words: list[str]) -> int:
         as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
         """Print one JSON object and nothing else."""
 
-    about = "One HTML page on a set of runs: results with intervals, curves, pictures, commands."
-    options = parse(Options, words, "report RUN...", about)
+    about = "One HTML page on runs: results with intervals, curves, pictures, commands."
+    options = parse(Options, words, "report", about)
 
     from flowerray import tables, tracking
     from flowerray.commands.report import write_report

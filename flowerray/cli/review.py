@@ -11,6 +11,11 @@ def methods(words: list[str]) -> int:
     from flowerray import methods as files
     from flowerray import tables
 
+    if words:
+        if words in (["-h"], ["--help"]):
+            print("usage: flowerray methods     lists the methods and what can be tuned in them")
+            return 0
+        raise UserError(f"methods takes no options: leave {' '.join(words)} out.")
     print(tables.methods([files.get(name) for name in files.names()]))
     return 0
 

@@ -3,15 +3,24 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from flowerray.cli.options import absolute, default_out, end_of_logging, given, parse, take_method
+from flowerray.cli.options import (
+    NOT_RESUMED,
+    WHY_NOT_RESUMED,
+    absolute,
+    default_out,
+    end_of_logging,
+    given,
+    parse,
+    peek,
+    refuse,
+    take_method,
+)
 from flowerray.errors import UserError
 
 
 def tune(words: list[str]) -> int:
     """`flowerray tune METHOD [options]`."""
     method, words = take_method("tune", words)
-    from argparse import ArgumentError, ArgumentParser
-
     import tyro
     from pydantic import Field, create_model
 
@@ -24,21 +33,17 @@ def tune(words: list[str]) -> int:
     from flowerray.report.study import study_table
     from flowerray.run import PRESETS, Run
 
-    early = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--preset", choices=list(PRESETS), default="laptop")
-    early.add_argument("--resume", type=Path)
-    try:
-        chosen, _ = early.parse_known_args(words)
-    except ArgumentError as error:
-        raise UserError(f"{error}.") from None
+    presets = {"choices": list(PRESETS), "default": "laptop"}
+    chosen = peek(words, preset=presets, resume={"type": Path})
     file = methods.get(method)
-    start, config = PRESETS[chosen.preset](file.config()), StudyConfig()
+    start, config = PRESETS[chosen["preset"]](file.config()), StudyConfig()
     old = None
-    if chosen.resume is not None:
-        old = Study.read(chosen.resume.expanduser().absolute())
+    if chosen["resume"] is not None:
+        refuse(words, NOT_RESUMED, WHY_NOT_RESUMED)
+        old = Study.read(chosen["resume"].expanduser().absolute())
         start, config = old.base, old.config
         if old.base.method_name != method:
-            raise UserError(f"{chosen.resume} tunes {old.base.method_name}, not {method}.")
+            raise UserError(f"{chosen['resume']} tunes {old.base.method_name}, not {method}.")
 
     class Own(Config):
         preset: Literal[tuple(PRESETS)] = "laptop"  # type: ignore[valid-type]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from flowerray import checkpoint, methods, tracking
 from flowerray.cluster.fit import brief_metrics, fit, innermost, prepare
-from flowerray.cluster.session import ray_session
+from flowerray.cluster.session import ray_session, require_gpus
 from flowerray.cluster.worker import pick_device, work
 from flowerray.errors import UserError
 from flowerray.report.curves import plot_training
@@ -85,26 +85,33 @@ def train_many(
             todo.append((run.model_copy(update={"resources": resources}), folder))
         elif tracking.State.read(folder.path).finished != "FINISHED":
             close(folder)  # it was trained, and the driver died before it could say so
-    local = "RAY_ADDRESS" not in os.environ
-    if todo and gpus and local and torch.cuda.device_count() < gpus:
-        raise UserError(
-            f"each training is to have {gpus:g} GPUs, and this machine has "
-            f"{torch.cuda.device_count()} that torch can use: ask for fewer, or 0 for the CPU."
-        )
+    if todo:
+        require_gpus(gpus)
     if len(todo) < len(runs) and not quiet:
         print(f"{len(runs) - len(todo)} of {len(runs)} trainings are finished", file=sys.stderr)
 
+    local = "RAY_ADDRESS" not in os.environ
     if in_process or (local and (len(todo) <= 1 or cpus >= (os.cpu_count() or 1))):
         failures = one_by_one(todo, threads, quiet, parent)
     else:
         failures = on_ray(todo, cpus, gpus, quiet, parent)
     if failures:
-        reasons = "; ".join(f"{path} ({why.rstrip('.')})" for path, why in failures.items())
         raise UserError(
-            f"{len(failures)} of {len(runs)} trainings failed, and the same command tries them "
-            f"again: {reasons}."
+            f"{len(failures)} of {len(runs)} trainings failed, and the command with --resume tries "
+            f"them again: {reasons_of(failures)}."
         )
     return [summary(run, folder) for (run, _), folder in zip(runs, folders, strict=True)]
+
+
+def reasons_of(failures: dict[Path, str]) -> str:
+    """Each reason once, with the first of its folders and how many more there are."""
+    by_reason: dict[str, list[Path]] = {}
+    for path, why in failures.items():
+        by_reason.setdefault(why.rstrip("."), []).append(path)
+    return "; ".join(
+        f"{paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)} ({why})"
+        for why, paths in by_reason.items()
+    )
 
 
 def refuse_another(run: Run, folder: RunDir) -> None:

@@ -28,6 +28,19 @@ ENVIRONMENT = {
 }
 
 
+def require_gpus(gpus: float) -> None:
+    """Raises UserError where a task is to have more GPUs than this machine has and no cluster could
+    give them: Ray would wait for them for ever.
+    """
+    import torch
+
+    if gpus and "RAY_ADDRESS" not in os.environ and torch.cuda.device_count() < gpus:
+        raise UserError(
+            f"--gpus {gpus:g}: this machine has {torch.cuda.device_count()} that torch can use; "
+            "ask for fewer, or 0 for the CPU."
+        )
+
+
 @contextmanager
 def own_signals() -> Iterator[None]:
     """Puts our handlers of SIGINT and SIGTERM back: Ray's would stay, and end the process."""

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from flowerray.cluster.fit import innermost
-from flowerray.cluster.session import ray_session
+from flowerray.cluster.session import ray_session, require_gpus
 from flowerray.cluster.worker import pick_device
 from flowerray.data.images import resize_side
 from flowerray.data.source import DataConfig, open_dataset
@@ -50,14 +50,10 @@ def assess_all(
     Raises:
         UserError: fewer GPUs here than asked for; Ray does not start.
     """
-    local = "RAY_ADDRESS" not in os.environ
-    if gpus and local and torch.cuda.device_count() < gpus:
-        raise UserError(
-            f"--gpus {gpus:g}: this machine has {torch.cuda.device_count()} that torch can use; "
-            "ask for fewer, or 0 for the CPU."
-        )
+    require_gpus(gpus)
     if not names:
         return
+    local = "RAY_ADDRESS" not in os.environ
     threads, device = max(1, int(cpus)), "cuda" if gpus else "cpu"
     work = (config.model_dump(), data.model_dump(), threads, device)
     bar = tqdm(total=len(names), unit="model", desc="accuracy", disable=quiet or None)

@@ -20,7 +20,7 @@ from flowerray.evaluate.backbones import (
 )
 from flowerray.evaluate.measure import default_gallery
 from flowerray.evaluate.pareto import front
-from flowerray.files import atomic_file, write_json, writing
+from flowerray.files import atomic_file, refuse_unwritable, write_json
 from flowerray.report.backbones import plot_backbones
 
 CHANGEABLE = ("random_weights", "files", "rounds", "batch_size")
@@ -76,7 +76,7 @@ def survey_backbones(
         "data": data.model_dump(mode="json"),
         "images": dataset.tags,
     }
-    open_folder(out, options)
+    check_folder(out, options)
 
     def file(name: str) -> Path:
         return out / "models" / f"{name}.json"
@@ -89,6 +89,7 @@ def survey_backbones(
         if "skipped" in row:
             skipped[row["model"]] = row["skipped"]
         else:
+            write_json(out / "options.json", options)
             kept[row["model"]] = row
             write_json(file(row["model"]), row)
 
@@ -139,11 +140,11 @@ def survey_backbones(
     return content
 
 
-def open_folder(out: Path, options: dict[str, Any]) -> None:
-    """Makes the result folder, or takes up one that the same options made.
+def check_folder(out: Path, options: dict[str, Any]) -> None:
+    """Looks whether results of these options may go there; the folder is made with the first one.
 
     Raises:
-        UserError: it holds something else.
+        UserError: it holds something else, or cannot be written.
     """
     note = out / "options.json"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -156,8 +157,7 @@ def open_folder(out: Path, options: dict[str, Any]) -> None:
                 f"--out {out} holds models measured with other options ({', '.join(changed)} "
                 "differ): choose another."
             )
-    with writing(out):
-        write_json(note, options)
+    refuse_unwritable(out)
 
 
 def timed(

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from flowerray import __version__, methods, tracking
+from flowerray.cluster.fit import prepare
 from flowerray.cluster.many import train_many
+from flowerray.cluster.session import require_gpus
 from flowerray.cluster.worker import pick_device
 from flowerray.commands.measuring import as_record, evaluate_frozen, keep, run_measure
 from flowerray.commands.models import open_model
@@ -114,10 +116,15 @@ def compare(
         The content of compare.json.
 
     Raises:
-        UserError: options or studies that do not make one budget; trainings that failed, named.
+        UserError: options or studies that do not make one budget, or cannot train; trainings that
+            failed, named.
         KeyboardInterrupt: the user's; `resume` goes on.
     """
     entries, trials, notes = plan(config, quiet)
+    require_gpus(config.gpus)
+    for entry in entries:
+        if entry.run.train.seed == 0:
+            prepare(entry.run, quiet)  # what is wrong with a row is wrong with all its seeds
     open_folder(config, out, resume)
     with only_driver(out):
         return run_comparison(config, out, entries, trials, notes, quiet)

@@ -21,7 +21,7 @@ from flowerray.errors import UserError
 from flowerray.evaluate.statistics import Interval
 from flowerray.explain import baselines, decompose
 from flowerray.explain.baselines import Saliency
-from flowerray.explain.cam import Explainer, MethodName
+from flowerray.explain.cam import HEAD_METHODS, Explainer, MethodName
 from flowerray.explain.faithfulness import FaithfulnessConfig
 from flowerray.explain.judge import (
     Choice,
@@ -131,7 +131,7 @@ def _judge_model(
     try:
         decompose.parts(embedder, subjects.batch(0, embedder.projection.weight.device)[0][:2])
     except UserError:
-        if config.method in ("decomposition", "ablationcam"):
+        if config.method in HEAD_METHODS:
             raise
         additive = False
     # The exact methods have no layer to choose, so that --layer leaves them to the comparison.

@@ -17,11 +17,11 @@ from flowerray.data.source import open_dataset
 from flowerray.data.store import build_store
 from flowerray.errors import UserError
 from flowerray.explain import decompose
-from flowerray.explain.cam import METHODS, Explainer
+from flowerray.explain.cam import HEAD_METHODS, METHODS, Explainer
 from flowerray.explain.concepts import Concepts, ConceptsConfig, fit_concepts, shared
 from flowerray.explain.draw import ConceptStrip, Pair, best_matches, draw_pair
 from flowerray.explain.layers import find_layers
-from flowerray.files import atomic_file
+from flowerray.files import atomic_file, refuse_unwritable
 
 SHOWN = 2
 """Concepts of each kind in the picture: what both images have most of, then, of the others, those
@@ -103,13 +103,15 @@ def explanations(model: Model, out: Path | None) -> Path:
     """Where explanations of a model go.
 
     Raises:
-        UserError: a model without a RUN folder, and no --out.
+        UserError: a model without a RUN folder, and no --out; a place that cannot be written.
     """
-    if out is not None:
-        return out
-    if model.folder is None:
+    if out is None and model.folder is None:
         raise UserError(f"{model.name} is no RUN folder: say with --out where the pictures go.")
-    return model.folder.path / "explanations"
+    if out is None:
+        assert model.folder is not None
+        out = model.folder.path / "explanations"
+    refuse_unwritable(out)
+    return out
 
 
 def pick_explainer(
@@ -136,7 +138,7 @@ def pick_explainer(
             pass
         method = "hirescam"
     explainer = Explainer(next(name for name in METHODS if name == method))
-    if method in ("decomposition", "ablationcam"):
+    if method in HEAD_METHODS:
         return explainer
     return Explainer(explainer.method, pick_layer(model, layer), "held")
 

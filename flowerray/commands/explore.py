@@ -23,7 +23,7 @@ from flowerray.explore.exploration import explore
 from flowerray.explore.maps import MapConfig
 from flowerray.explore.results import write_pictures, write_tables
 from flowerray.explore.survey import Survey, take_survey
-from flowerray.files import write_json
+from flowerray.files import refuse_unwritable, write_json
 from flowerray.model import Embedder, EmbedderConfig
 
 
@@ -123,6 +123,7 @@ def _refuse_out(out: Path, root: Path) -> None:
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} exists already: choose a new folder.")
+    refuse_unwritable(out)
 
 
 def _embed(embedder: Embedder, survey: Survey, frozen: bool, quiet: bool) -> NDArray[np.float32]:

@@ -53,6 +53,7 @@ def write_report(
     """  # fmt: skip
     if out.exists() and (not out.is_dir() or any(f.name not in OWN for f in out.iterdir())):
         raise UserError(f"{out} exists and is no report's folder: choose another --out.")
+    files.refuse_unwritable(out)
     settings = group([read_entry(path) for path in resolve(names)])
     if frozen:
         settings = [with_frozen(setting, device, quiet) for setting in settings]

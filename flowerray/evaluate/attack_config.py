@@ -18,7 +18,7 @@ class AttackConfig(Config):
 
     attacks: tuple[str, ...] = ("fgsm", "margin", "pgd", "shift", "apgd-ce", "apgd-dlr", "square")
     """Attacks in the order in which they run: fgsm, pgd, apgd-ce, apgd-dlr, fab, square, cw,
-    deepfool, shift, margin, standard. Cheap ones first save the most."""
+    deepfool, shift, margin, standard, and noise as a control. Cheap ones first save the most."""
     eps: tuple[float, ...] = GRID
     """Radii of the perturbation, in 1/255, for linf and for l2 alike; 0 is the clean photograph."""
     norm: Literal["linf", "l2"] = "linf"

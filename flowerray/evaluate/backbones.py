@@ -315,6 +315,8 @@ def read_published(path: Path) -> dict[str, float]:
             for row in table:
                 found.setdefault(row["model"], float(row["top1"]))
             return found
+    except UserError:
+        raise
     except (OSError, UnicodeDecodeError, TypeError, ValueError) as error:
         raise UserError(
             f"--results {path} cannot be read as a table of results ({error}): give timm's "

@@ -3,7 +3,7 @@
 Letters: B images, V variants of one image, M maps of it, C channels, H W pixels, D dimensions.
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +26,10 @@ class FaithfulnessConfig(Config):
     """Images that are scored so, at most: each map costs some thirty passes an image."""
     steps: int = Field(10, ge=2, le=100)
     """Equal shares in which deletion and insertion go through the image."""
-    road: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
-    """Shares of the pixels that ROAD removes, 0..1."""
+    road: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (0.2, 0.4, 0.6, 0.8), min_length=1
+    )
+    """Shares of the pixels that ROAD removes, between 0 and 1."""
     noise: float = Field(0.01, ge=0)
     """Standard deviation of ROAD's noise, in pixel values of 0..1."""
     seed: int = Field(0, ge=0)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flowerray.text import labelled
+
 _BLOCKS = (("energy", "pointing", "iou"), ("deletion", "insertion", "road_morf"))
 _HEADS = {
     "energy": "energy in mask",
@@ -32,7 +34,7 @@ def pair(result: Mapping[str, Any]) -> str:
             f"{concept['name']:<10}  {first} and {second} of the images; without it "
             f"{-concept['drop']:+.3f}"
         )
-    lines += [f"note      {note}" for note in result["notes"]]
+    lines += [labelled("note", note) for note in result["notes"]]
     lines.append(f"picture   {result['picture']}")
     return "\n".join(lines)
 

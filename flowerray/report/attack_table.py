@@ -5,6 +5,8 @@ from typing import Any
 
 _WIDTH = 80
 _NAME = 12
+_RADII = 11
+"""Columns of numbers that fit beside each other."""
 
 
 def attack_table(content: dict[str, Any]) -> str:
@@ -34,8 +36,25 @@ def attack_table(content: dict[str, Any]) -> str:
 
 
 def _table(content: dict[str, Any]) -> list[str]:
-    worst, clean = content["worst_case"], content["clean"]
-    radii = list(worst)
+    radii, clean = list(content["worst_case"]), content["clean"]
+    lines: list[str] = []
+    for start in range(0, len(radii), _RADII):
+        lines += [*[""] * bool(start), *_columns(content, radii[start : start + _RADII])]
+    expected, found = content["expected_robustness"], content["collapse"]
+    low, high = expected["ci"]
+    bounds = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+    lines += [
+        f"clean R@1 {clean['recall_at_1']:.3f}, expected robustness (mean of the curve) "
+        f"{expected['recall_at_1']:.3f}{bounds}",
+        f"mean cosine {found['mean_cosine']:.3f}, effective rank {found['effective_rank']:.1f}",
+    ]
+    if content.get("ers") is not None:
+        lines += ["", *_ers(content)]
+    return [*lines, *_shout(content)]
+
+
+def _columns(content: dict[str, Any], radii: list[str]) -> list[str]:
+    worst = content["worst_case"]
     lines = [_row("eps (/255)", radii)]
     if content["rows"] == "cumulative" and content["perturb"] != "gallery":
         lines.append("R@1 left after each attack and those above it:")
@@ -54,21 +73,10 @@ def _table(content: dict[str, Any]) -> list[str]:
         lines.append(_row(label, ["-" if end is None else f"{end:.3f}" for end in ends]))
     lines.append(_row("  MAP@R", [_cell(worst, eps, "map_at_r") for eps in radii]))
     lines.append(_row("  retention", [_cell(worst, eps, "retention") for eps in radii]))
-    if "pair_accuracy" in clean:
+    if "pair_accuracy" in content["clean"]:
         lines.append(_row("  pair acc.", [_cell(worst, eps, "pair_accuracy") for eps in radii]))
         lines.append(_row("  pair AUC", [_cell(worst, eps, "pair_auc") for eps in radii]))
-    shout = _shout(content)
-    expected, found = content["expected_robustness"], content["collapse"]
-    low, high = expected["ci"]
-    bounds = "" if low is None else f" [{low:.3f}, {high:.3f}]"
-    lines += [
-        f"clean R@1 {clean['recall_at_1']:.3f}, expected robustness (mean of the curve) "
-        f"{expected['recall_at_1']:.3f}{bounds}",
-        f"mean cosine {found['mean_cosine']:.3f}, effective rank {found['effective_rank']:.1f}",
-    ]
-    if content.get("ers") is not None:
-        lines += ["", *_ers(content)]
-    return [*lines, *shout]
+    return lines
 
 
 def _ers(content: dict[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from flowerray.evaluate.statistics import (
 from flowerray.files import atomic_file
 from flowerray.report.curves import BLUE, GRID, INK, ORANGE
 from flowerray.report.numbers import Record, scores
+from flowerray.text import labelled
 
 METRICS = {"recall_at_1": "R@1", "map_at_r": "MAP@R"}
 FROZEN = "frozen"
@@ -109,7 +110,7 @@ def comparison_table(content: dict[str, Any]) -> str:
     lines += ["", "Rows: mean and 95 % t interval over seeds (frozen: bootstrap over queries);"]
     lines += ["images and seconds of one training. Differences: paired bootstrap over the same"]
     lines += ["queries x seeds; Holm p holds for all differences of a protocol together."]
-    return "\n".join([*lines, *(f"Note: {text}" for text in content["notes"])])
+    return "\n".join([*lines, *(labelled("note", text) for text in content["notes"])])
 
 
 def interval(found: dict[str, Any], sign: str = "") -> str:

@@ -122,14 +122,15 @@ class Setting:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """RUN folders among `paths`, and those at most two folders below one that is none.
+    """RUN folders among `paths`, and those at most three folders below one that is none: those of a
+    comparison (OUT/runs/NAME) or a study (OUT/trials/NAME) in `runs`, too.
 
     Raises:
         UserError: a path with no RUN folder.
     """
     found: list[Path] = []
     for path in paths:
-        below = [path, *sorted(path.glob("*/")), *sorted(path.glob("*/*/"))]
+        below = [path, *(f for depth in ("*/", "*/*/", "*/*/*/") for f in sorted(path.glob(depth)))]
         runs = [folder for folder in below if (folder / "run.json").exists()]
         if path in runs:
             runs = [path]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowerray.checkpoint import load_export
 from flowerray.cluster import many
-from flowerray.cluster.many import train_many
+from flowerray.cluster.many import reasons_of, train_many
 from flowerray.cluster.session import ray_session
 from flowerray.errors import UserError
 from flowerray.run import Run
@@ -116,6 +116,11 @@ def test_a_failed_training_is_named_after_the_others_finished(
     assert f"training 2 of 2: {good}" in capsys.readouterr().err
 
 
+def test_a_reason_of_many_trainings_is_given_once() -> None:
+    failures = {Path(f"/runs/{n}"): "no room." for n in range(40)} | {Path("/runs/x"): "nan"}
+    assert reasons_of(failures) == "/runs/0 and 39 more (no room); /runs/x (nan)"
+
+
 def test_a_folder_with_another_run_is_refused(small_set: Path, small_run: Path) -> None:
     with pytest.raises(UserError, match=r"other options \(train.lr differ\): choose another --out"):
         train_many([(small(small_set, lr=1e-4), small_run)], cpus=1, quiet=True)
@@ -127,9 +132,7 @@ def test_too_few_gpus_are_refused(
 ) -> None:
     """Ray would wait for them for ever; a cluster's may still be starting."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(
-        UserError, match=r"^each training is to have 0.5 GPUs, and this machine has"
-    ):
+    with pytest.raises(UserError, match=r"^--gpus 0.5: this machine has"):
         train_many([(small(small_set), tmp_path / "a")], cpus=1, gpus=0.5)
     assert not (tmp_path / "a").exists()
 

@@ -154,6 +154,18 @@ def test_a_failed_audit_and_a_collapse_are_shouted(model: Model) -> None:
     assert metrics(content)["test/attacked_linf/audit_failed"] == 1
 
 
+def test_a_table_of_many_radii_is_folded(model: Model) -> None:
+    config = QUICK.model_copy(update={"max_pairs": 0, "eps": (0.0, 4.0)})
+    content = attack_model(model, config, quiet=True)
+    many = {f"{eps}": content["worst_case"]["4"] for eps in range(16)}
+    text = "\n".join(table_lines({**content, "worst_case": many}))
+    head = [line for line in text.splitlines() if line.startswith("eps (/255)")]
+    assert " ".join(head).split() == [
+        *["eps", "(/255)", *map(str, range(11))], *["eps", "(/255)", *map(str, range(11, 16))],
+    ]  # fmt: skip
+    assert text.count("clean R@1") == 1 and text.count("worst case of all attacks") == 2
+
+
 def _hardened_copy(small_run: Path, folder: Path, init: Path | None) -> Path:
     """The small model as an export that says it was hardened, from `init`."""
     content = torch.load(small_run / "best_model_triplet_loss.pth", weights_only=True)

@@ -77,6 +77,7 @@ def test_says_who_was_skipped_and_why(small_set: Path, tmp_path: Path) -> None:
 def test_no_weights_at_all_is_one_sentence(small_set: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="None of 2 models could be measured .*--random-weights"):
         measure(small_set, tmp_path / "out", "test_resnet", "test_vit", config=TRAINED)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_second_call_measures_only_what_is_missing(

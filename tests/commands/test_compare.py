@@ -248,7 +248,7 @@ def test_the_table_fits_and_shows_every_number(
     pair = content["protocols"]["official"]["pairs"][-1]["recall_at_1"]
     shown = next(line for line in lines if line.startswith("triplet - siamese")).split()
     assert shown[3] == f"{pair['mean']:+.3f}" and shown[-1] == f"{pair['p_holm']:.2g}"
-    assert lines[-1].startswith("Note: 1 seeds are few")
+    assert lines[-1].startswith("note      1 seeds are few")
 
 
 # --- the command ----------------------------------------------------------------------------------

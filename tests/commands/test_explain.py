@@ -19,6 +19,7 @@ from flowerray.commands.models import Model, open_model
 from flowerray.commands.subjects import draw_images, make_subjects
 from flowerray.data.source import open_dataset
 from flowerray.errors import UserError
+from flowerray.explain import table
 from flowerray.explain.concepts import ConceptsConfig
 from flowerray.explain.faithfulness import FaithfulnessConfig
 from flowerray.rundir import RunDir
@@ -82,6 +83,9 @@ def test_a_head_that_is_not_additive(model: Model, pictures: list[Path], tmp_pat
     assert [n.split(":")[0] for n in found["notes"]] == [
         "regions are not matched", "concepts are left out",
     ]  # fmt: skip
+    printed = table.pair(found).splitlines()
+    assert "note      regions are not matched" in "\n".join(printed)
+    assert max(len(line) for line in printed if not line.startswith("picture")) <= 80
     with pytest.raises(UserError, match="does not average its last map"):
         explain_pair(
             other, pictures[0], pictures[1], method="decomposition", layer=None, concepts=None,

@@ -173,7 +173,7 @@ def test_published_results_are_joined_by_name_tag_or_default_tag(tmp_path: Path)
     assert published_top1("resnet50", published) is None
     assert published_top1("resnet18", {"resnet18": 69.7}) == 69.7  # a table from before tags
     file.write_text("name,top1\nresnet18,70\n")
-    with pytest.raises(UserError, match="has no column model"):
+    with pytest.raises(UserError, match="^--results .* has no column model"):
         read_published(file)
     file.write_text("model,top1\nresnet18,seventy\n")
     with pytest.raises(UserError, match="cannot be read"):

@@ -6,6 +6,7 @@ import torch
 from scipy.sparse import lil_matrix
 from scipy.sparse.linalg import spsolve
 
+from flowerray.errors import UserError
 from flowerray.explain.faithfulness import (
     FaithfulnessConfig,
     blurred,
@@ -14,6 +15,14 @@ from flowerray.explain.faithfulness import (
     ranking,
 )
 from tests.explain.cases import embed, embedder, images
+
+
+@pytest.mark.parametrize(
+    ("road", "said"), [((), "at least 1 item"), ((0.2, 1.5), "less than 1"), ((0.0,), "greater")]
+)
+def test_shares_that_cannot_be_removed(road: tuple[float, ...], said: str) -> None:
+    with pytest.raises(UserError, match=rf"^road.*{said}"):
+        FaithfulnessConfig(road=road)
 
 
 def test_ties_are_broken_at_random_and_alike_each_time() -> None:

@@ -18,6 +18,9 @@ def test_runs_are_found_in_folders(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     assert find_runs([tmp_path]) == [first, second]
     assert find_runs([first, tmp_path, first]) == [first, second]
+    compared = make_run(tmp_path / "runs" / "compare-1" / "runs" / "official-triplet-seed0")
+    tried = make_run(tmp_path / "runs" / "tune-1" / "trials" / "0003")
+    assert find_runs([tmp_path / "runs"]) == [compared, tried]
     with pytest.raises(UserError, match="holds none"):
         find_runs([tmp_path / "other"])
 
