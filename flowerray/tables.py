@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowerray.evaluate.statistics import bootstrap_interval
+from flowerray.text import typed
 
 if TYPE_CHECKING:  # `flowerray methods` prints without loading timm
     from flowerray.evaluate.measure import Measurement
@@ -90,7 +91,8 @@ def training(out: Path, summary: dict[str, Any]) -> str:
         if summary.get(name) is not None:
             value, epoch = summary[name], summary["best_epoch"]
             lines.append(f"best      {label} {value:.3f} after epoch {epoch}")
-    lines += [f"model     {summary['model']}", f"next      flowerray evaluate {out} --split test"]
+    following = typed(f"flowerray evaluate {out} --split test")
+    lines += [f"model     {summary['model']}", f"next      {following}"]
     return "\n".join(lines)
 
 

@@ -25,6 +25,7 @@ from flowerray.description import describe
 from flowerray.errors import UserError
 from flowerray.files import write_json
 from flowerray.rundir import RunDir
+from flowerray.text import typed
 from flowerray.tracking_server import experiment_runs as experiment_runs
 from flowerray.tracking_server import resolve as resolve
 
@@ -115,7 +116,7 @@ def ui_line(run_dir: Path) -> str:
     uri = tracking_uri(run_dir)
     if server.database_file(uri) is None:
         return uri
-    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    return typed(f"mlflow ui --backend-store-uri {shlex.quote(uri)}")
 
 
 def run_id(run_dir: Path) -> str | None:

@@ -20,6 +20,7 @@ from flowerray.cli.options import follow, given, parse_run
 from flowerray.errors import UserError
 from flowerray.run import Run
 from flowerray.rundir import RunDir
+from flowerray.text import typed
 from tests.small import small, words
 
 Say = Callable[..., tuple[str, str]]
@@ -208,7 +209,8 @@ def test_train_and_resume(say: Say, small_set: Path, small_run: Path) -> None:
     out = small_run.with_name("cli-run")
     stdout, stderr = say("train", "center", *words(small_set, out=out, train__epochs=1))
     assert f"model     {out / 'best_model_center_loss.pth'}" in stdout
-    assert f"next      flowerray evaluate {out} --split test" in stdout
+    following = typed(f"flowerray evaluate {out} --split test")
+    assert f"next      {following}" in stdout
     assert "epoch 1  loss" in stderr and "mlflow ui --backend-store-uri sqlite:////" in stderr
     model = out / "best_model_center_loss.pth"
     before = load_export(model)

@@ -10,6 +10,7 @@ import pytest
 from flowerray import methods, tables
 from flowerray.evaluate.measure import Measurement
 from flowerray.evaluate.sheet import Neighbour
+from flowerray.text import typed
 
 HITS = np.array([1.0, 0.0, 1.0, 1.0, 0.0])
 
@@ -69,7 +70,7 @@ def test_the_end_of_a_training(value: float | None, shown: bool) -> None:
     text = tables.training(Path("/runs/a"), summary)
     assert "3 epochs, 60 steps, 1 min 00 s" in text
     assert ("val MAP@R 0.457 after epoch 2" in text) == shown
-    assert "next      flowerray evaluate /runs/a --split test" in text
+    assert f"next      {typed('flowerray evaluate /runs/a --split test')}" in text
 
 
 def test_similarity_and_neighbours() -> None:

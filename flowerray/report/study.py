@@ -10,6 +10,7 @@ from typing import Any, Literal
 from flowerray.files import atomic_file
 from flowerray.report.charts import plain_axes
 from flowerray.report.curves import BLUE, GRID, INK, ORANGE
+from flowerray.text import typed
 
 FEWEST = 4
 """Trials below which nothing can be said of a knob's importance."""
@@ -309,7 +310,7 @@ def study_table(result: Mapping[str, Any]) -> str:
     if registered["version"] is not None:
         address = f"models:/{registered['name']}@{registered['alias']}"
         lines.append(f"model     {address}  (version {registered['version']})")
-    lines.append(f"next      flowerray evaluate {result['champion']}")
+    lines.append(f"next      {typed('flowerray evaluate ' + result['champion'])}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,38 @@
+"""Lines for a terminal."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from flowerray.text import labelled, typed
+
+
+def test_a_label_and_a_folded_text() -> None:
+    path = "/a/" + "very-long-" * 9 + "path"
+    text = labelled("note", f"{'a word or two ' * 8}{path} and more")
+    lines = text.splitlines()
+    assert lines[0].startswith("note      a word") and len(lines) == 4
+    assert all(line.startswith(" " * 10) for line in lines[1:])
+    assert [line for line in lines if len(line) > 80] == [" " * 10 + path]
+
+
+def test_a_command_stands_as_it_has_to_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)
+    assert typed("flowerray demo") == "flowerray demo"
+    monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")
+    assert typed("flowerray demo") == "uv run flowerray demo"
+
+
+@pytest.mark.skipif(shutil.which("uv") is None, reason="needs uv")
+def test_uv_run_is_recognised() -> None:
+    """uv sets the variable that `typed` looks at."""
+    code = "from flowerray.text import typed; print(typed('x'))"
+    environment = {k: v for k, v in os.environ.items() if k != "UV_RUN_RECURSION_DEPTH"}
+    done = subprocess.run(
+        ["uv", "run", "--no-sync", "--offline", sys.executable, "-c", code],
+        capture_output=True, text=True, env=environment, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "uv run x"
