@@ -46,7 +46,7 @@ def plot_training(run: RunDir, out_png: Path) -> Path:
                 color=colour,
                 alpha=0.35 if faint else 1.0,
                 linewidth=1.0 if faint else 1.8,
-                marker=None if faint else "o",
+                marker="o" if not faint or len(series) == 1 else None,  # one point makes no line
                 markersize=3,
             )
         axes.set_title(title, fontsize=11, color=INK)
