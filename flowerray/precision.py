@@ -45,7 +45,8 @@ def faster_precision(embedder: Embedder, device: torch.device) -> Literal["fp32"
     memory = home() / "precision.json"
     known = json.loads(memory.read_text()) if memory.exists() else {}
     if key not in known:
-        known[key] = _measure(copy.deepcopy(embedder), device)
+        # One rank measures alone: in train mode a synchronised BatchNorm would wait for the others.
+        known[key] = _measure(copy.deepcopy(embedder).eval(), device)
         write_json(memory, known)
     fp32, bf16 = known[key]["fp32"], known[key]["bf16"]
     return "bf16" if fp32 / bf16 >= MARGIN else "fp32"

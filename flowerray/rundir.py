@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,34 @@ class RunDir:
     def series(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of one metric."""
         return [(r["step"], r["metrics"][name]) for r in self.records() if name in r["metrics"]]
+
+
+class NewRecords:
+    """What is added to a RUN's metrics.jsonl from one look to the next; what was seen is not read
+    again, however long it is.
+    """
+
+    def __init__(self, folder: RunDir) -> None:
+        self.path = folder.metrics
+        self.seen = 0
+        """Bytes."""
+
+    def __call__(self) -> list[dict[str, Any]]:
+        """The lines that are new and whole. Of a file that a resume has cut, those after the cut's
+        first look.
+        """
+        if not self.path.exists():
+            return []
+        self.seen = min(self.seen, self.path.stat().st_size)
+        with self.path.open("rb") as file:
+            file.seek(self.seen)
+            new = file.read().rpartition(b"\n")[0]
+        self.seen += len(new) + 1 if new else 0
+        records = []
+        for line in new.splitlines():
+            with suppress(ValueError):  # cut and grown again between two looks: no whole first line
+                records.append(json.loads(line))
+        return records
 
 
 class FolderReporter:

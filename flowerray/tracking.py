@@ -80,7 +80,7 @@ class State:
         """The stored state, or a fresh one."""
         try:
             content = json.loads(_note(run_dir).read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # a machine that lost power may leave it empty
             return cls()
         known = {f.name for f in fields(cls)}
         return cls(**{key: value for key, value in content.items() if key in known})
@@ -351,21 +351,23 @@ def _send_results(client: Any, state: State, run_dir: Path) -> None:
     if not (run_dir / "run.json").exists():
         files = [f for f in sorted(run_dir.iterdir()) if f.suffix in PAGES and f != _note(run_dir)]
     files += [file for folder in FOLDERS for file in sorted((run_dir / folder).rglob("*"))]
-    for file in filter(Path.is_file, files):
-        path, stamp = file.relative_to(run_dir), [file.stat().st_size, file.stat().st_mtime_ns]
-        if state.artifacts_sent.get(str(path)) != stamp:
-            folder = None if path.parent == Path(".") else str(path.parent)
-            client.log_artifact(state.run_id, str(file), folder)
-            state.store(run_dir, artifacts_sent=state.artifacts_sent | {str(path): stamp})
-    if exports and state.finished == "FINISHED" and not state.model_uri:
-        dim = RunDir(run_dir).read()["embedder"]["dim"]
-        ids = state.experiment_id, state.run_id
-        state.store(run_dir, model_uri=server.log_model(client, *ids, exports[0], dim))
-    if not state.closed:
+    if not state.closed:  # before the files: they are large and may have to be sent again
         if state.reason:
             client.set_tag(state.run_id, "flowerray.reason", state.reason[:5000])
         client.set_terminated(state.run_id, status=state.finished)
         state.store(run_dir, closed=True)
+    for file in filter(Path.is_file, files):
+        path, stamp = file.relative_to(run_dir), [file.stat().st_size, file.stat().st_mtime_ns]
+        if state.artifacts_sent.get(str(path)) != stamp:
+            folder = None if path.parent == Path(".") else str(path.parent)
+            with server.uploading():
+                client.log_artifact(state.run_id, str(file), folder)
+            state.store(run_dir, artifacts_sent=state.artifacts_sent | {str(path): stamp})
+    if exports and state.finished == "FINISHED" and not state.model_uri:
+        dim = RunDir(run_dir).read()["embedder"]["dim"]
+        ids = state.experiment_id, state.run_id
+        with server.uploading():
+            state.store(run_dir, model_uri=server.log_model(client, *ids, exports[0], dim))
 
 
 def _note(run_dir: Path) -> Path:

@@ -8,8 +8,8 @@ import socket
 import sqlite3
 import tempfile
 import warnings
-from collections.abc import Iterable
-from contextlib import closing
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -34,6 +34,8 @@ ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout may carry --json
     "GIT_PYTHON_REFRESH": "quiet",
 }
+UPLOAD_SECONDS = 600
+"""Longest wait for a server that was sent a file; a checkpoint may have gigabytes."""
 EXPORTS = ("best_model_*.pth", "robust_model_*.pth")
 METRICS_PER_BATCH = 800  # MLflow takes 1000
 PARAMS_PER_BATCH = 100
@@ -86,6 +88,20 @@ def connect(uri: str) -> Any:
     return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+@contextmanager
+def uploading() -> Iterator[None]:
+    """Gives a server the time to store a large file before it answers: MLflow asks for the limit at
+    each request, and `connect` has found out that the server lives.
+    """
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ[name]
+    os.environ[name] = str(max(int(before), UPLOAD_SECONDS))
+    try:
+        yield
+    finally:
+        os.environ[name] = before
+
+
 def open_experiment(uri: str, name: str) -> tuple[Any, str]:
     """A client and the experiment's id; makes it, and the database, where they are not there.
 
@@ -110,6 +126,8 @@ def open_experiment(uri: str, name: str) -> tuple[Any, str]:
 
 def _find_or_make(client: Any, name: str, artifacts: str | None) -> str:
     if experiment := client.get_experiment_by_name(name):
+        if experiment.lifecycle_stage == "deleted":  # in the UI; its name stays taken
+            client.restore_experiment(experiment.experiment_id)
         return str(experiment.experiment_id)
     return str(client.create_experiment(name, artifact_location=artifacts))
 

@@ -4,4 +4,5 @@ import sys
 
 from flowerray.cli import main
 
-main(["backbones", *sys.argv[1:]])
+if __name__ == "__main__":
+    main(["backbones", *sys.argv[1:]])

@@ -1,9 +1,8 @@
-"""Compares the methods: `ray job submit --working-dir . -- python jobs/compare_methods.py
-[options]`.
-"""
+"""Compares: `ray job submit --working-dir . -- python jobs/compare_methods.py [options]`."""
 
 import sys
 
 from flowerray.cli import main
 
-main(["compare", *sys.argv[1:]])
+if __name__ == "__main__":
+    main(["compare", *sys.argv[1:]])

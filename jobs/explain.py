@@ -1,9 +1,8 @@
-"""Explains a trained model: `ray job submit --working-dir . -- python jobs/explain.py RUN
-[options]`.
-"""
+"""Explains a model: `ray job submit --working-dir . -- python jobs/explain.py RUN [options]`."""
 
 import sys
 
 from flowerray.cli import main
 
-main(["explain", *sys.argv[1:]])
+if __name__ == "__main__":
+    main(["explain", *sys.argv[1:]])

@@ -4,4 +4,5 @@ import sys
 
 from flowerray.cli import main
 
-main(["explore", *sys.argv[1:]])
+if __name__ == "__main__":
+    main(["explore", *sys.argv[1:]])

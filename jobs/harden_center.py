@@ -5,4 +5,5 @@ import sys
 from flowerray.cli import main
 
 kind = [] if "--resume" in " ".join(sys.argv) else ["--harden.kind", "pgd"]  # a RUN has its own
-main(["train", "center", *kind, *sys.argv[1:]])
+if __name__ == "__main__":
+    main(["train", "center", *kind, *sys.argv[1:]])

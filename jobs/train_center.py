@@ -1,9 +1,8 @@
-"""Trains the center method: `ray job submit --working-dir . -- python jobs/train_center.py
-[options]`.
-"""
+"""Trains center: `ray job submit --working-dir . -- python jobs/train_center.py [options]`."""
 
 import sys
 
 from flowerray.cli import main
 
-main(["train", "center", *sys.argv[1:]])
+if __name__ == "__main__":
+    main(["train", "center", *sys.argv[1:]])

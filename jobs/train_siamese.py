@@ -1,9 +1,8 @@
-"""Trains the siamese method: `ray job submit --working-dir . -- python jobs/train_siamese.py
-[options]`.
-"""
+"""Trains siamese: `ray job submit --working-dir . -- python jobs/train_siamese.py [options]`."""
 
 import sys
 
 from flowerray.cli import main
 
-main(["train", "siamese", *sys.argv[1:]])
+if __name__ == "__main__":
+    main(["train", "siamese", *sys.argv[1:]])

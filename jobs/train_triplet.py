@@ -1,9 +1,8 @@
-"""Trains the triplet method: `ray job submit --working-dir . -- python jobs/train_triplet.py
-[options]`.
-"""
+"""Trains triplet: `ray job submit --working-dir . -- python jobs/train_triplet.py [options]`."""
 
 import sys
 
 from flowerray.cli import main
 
-main(["train", "triplet", *sys.argv[1:]])
+if __name__ == "__main__":
+    main(["train", "triplet", *sys.argv[1:]])

@@ -1,9 +1,8 @@
-"""Tunes the center method: `ray job submit --working-dir . -- python jobs/tune_center.py
-[options]`.
-"""
+"""Tunes center: `ray job submit --working-dir . -- python jobs/tune_center.py [options]`."""
 
 import sys
 
 from flowerray.cli import main
 
-main(["tune", "center", *sys.argv[1:]])
+if __name__ == "__main__":
+    main(["tune", "center", *sys.argv[1:]])

@@ -1,9 +1,8 @@
-"""Tunes the siamese method: `ray job submit --working-dir . -- python jobs/tune_siamese.py
-[options]`.
-"""
+"""Tunes siamese: `ray job submit --working-dir . -- python jobs/tune_siamese.py [options]`."""
 
 import sys
 
 from flowerray.cli import main
 
-main(["tune", "siamese", *sys.argv[1:]])
+if __name__ == "__main__":
+    main(["tune", "siamese", *sys.argv[1:]])

@@ -1,9 +1,8 @@
-"""Tunes the triplet method: `ray job submit --working-dir . -- python jobs/tune_triplet.py
-[options]`.
-"""
+"""Tunes triplet: `ray job submit --working-dir . -- python jobs/tune_triplet.py [options]`."""
 
 import sys
 
 from flowerray.cli import main
 
-main(["tune", "triplet", *sys.argv[1:]])
+if __name__ == "__main__":
+    main(["tune", "triplet", *sys.argv[1:]])

@@ -145,6 +145,20 @@ def test_jobs_are_thin() -> None:
         assert "from flowerray.cli import main" in job.read_text()
 
 
+def test_a_job_that_a_pool_imports_again_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that decode are spawned, and each loads the file that was started, under this name:
+    the whole command would run again in it and wait for its parent's lock for ever.
+    """
+    called: list[list[str]] = []
+    monkeypatch.setattr("flowerray.cli.main", called.append)
+    monkeypatch.setattr(sys, "argv", ["job"])
+    for job in sorted((ROOT / "jobs").glob("*.py")):
+        runpy.run_path(str(job), run_name="__mp_main__")
+        assert not called, job
+        runpy.run_path(str(job), run_name="__main__")
+        assert len(called.pop()) >= 1
+
+
 @pytest.mark.parametrize("words", [["--resume", "runs/x"], ["--resume=runs/x"], ["--out", "x"]])
 def test_a_resumed_hardening_keeps_its_own_kind(
     words: list[str], monkeypatch: pytest.MonkeyPatch
@@ -154,6 +168,6 @@ def test_a_resumed_hardening_keeps_its_own_kind(
     for method in ("center", "siamese", "triplet"):
         job = str(ROOT / "jobs" / f"harden_{method}.py")
         monkeypatch.setattr(sys, "argv", [job, *words])
-        runpy.run_path(job)
+        runpy.run_path(job, run_name="__main__")
         kind = ["--harden.kind", "pgd"] if words[0] == "--out" else []
         assert called.pop() == ["train", method, *kind, *words]

@@ -12,8 +12,10 @@ import torch
 from scipy.io import loadmat, savemat
 
 from flowerray.cli import dispatch
+from flowerray.cluster.fit import prepare
+from flowerray.errors import UserError
 from flowerray.files import only_driver
-from tests.small import words
+from tests.small import small, words
 
 Refused = Callable[..., str]
 
@@ -228,6 +230,24 @@ def test_truncated_model(refused: Refused, small_run: Path, tmp_path: Path) -> N
 
 
 # --- words ----------------------------------------------------------------------------------------
+
+
+def test_synchronised_batchnorm_needs_gpus_that_may_be_a_clusters(
+    refused: Refused, small_set: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = words(small_set, resources__workers=2, resources__device="cpu", out=out)
+    said = refused("train", "triplet", *options, "--embedder.no-freeze-bn")
+    assert "--embedder.no-freeze-bn with several workers needs GPUs" in said
+    run = small(small_set)
+    several = run.resources.model_copy(update={"workers": 2, "device": "auto"})
+    embedder = run.embedder.model_copy(update={"freeze_bn": False})
+    run = run.model_copy(update={"resources": several, "embedder": embedder})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match="needs GPUs"):
+        prepare(run, quiet=True)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")  # its driver's machine has none
+    assert prepare(run, quiet=True)[1] > 0
 
 
 def test_unknown_command_and_method(refused: Refused) -> None:

@@ -34,6 +34,22 @@ def test_the_answer_is_measured_once(
     assert precision.faster_precision(embedder, CPU) == first
 
 
+def test_a_rank_that_measures_alone_waits_for_no_other(
+    embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A synchronised BatchNorm talks to the other ranks in train mode."""
+    modes: list[bool] = []
+
+    def measure(copy: Embedder, _: torch.device) -> dict[str, float]:
+        modes.extend(module.training for module in copy.modules())
+        return {"fp32": 1.0, "bf16": 1.0}
+
+    monkeypatch.setattr(precision, "_measure", measure)
+    embedder.train()
+    precision.faster_precision(embedder, CPU)
+    assert modes and not any(modes) and embedder.training
+
+
 @pytest.mark.parametrize(
     ("fp32", "bf16", "choice"),
     [(1.0, 0.5, "bf16"), (1.0, 2.0, "fp32"), (1.0, 1 / 1.1, "fp32"), (1.0, 1 / 1.2, "bf16")],

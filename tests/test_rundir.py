@@ -7,7 +7,7 @@ import pytest
 
 from flowerray.errors import UserError
 from flowerray.files import previous
-from flowerray.rundir import FolderReporter, RunDir, Save
+from flowerray.rundir import FolderReporter, NewRecords, RunDir, Save
 
 
 @pytest.fixture
@@ -111,3 +111,28 @@ def test_only_rank_0_writes(run: RunDir) -> None:
 def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="worker 3 does not see .* all nodes share"):
         FolderReporter(tmp_path / "elsewhere", rank=3, world=4).restore()
+
+
+def test_new_records_are_read_once_and_whole(run: RunDir) -> None:
+    reporter, new = FolderReporter(run.path), NewRecords(run)
+
+    def steps() -> list[int]:
+        return [record["step"] for record in new()]
+
+    assert steps() == []
+    for step in (1, 2, 3):
+        reporter.report(step, 1, {"train/loss": 1 / step})
+    whole = run.metrics.read_text()
+    assert steps() == [1, 2, 3] and steps() == []
+    run.metrics.write_text(whole + '{"step": 4, "epoch": 1, ')
+    assert steps() == []
+    with run.metrics.open("a") as file:
+        file.write('"metrics": {}}\n')
+    assert steps() == [4] and steps() == []
+    run.metrics.write_text(whole.splitlines(keepends=True)[0])  # a resume cut it
+    assert steps() == []
+    reporter.report(2, 1, {"train/loss": 0.25})
+    assert steps() == [2]
+    reporter.report(5, 1, {"a_longer_name_of_a_metric": 0.123456789})
+    run.metrics.write_text(whole + whole)  # cut and grown again between two looks
+    assert steps()[-1] == 3

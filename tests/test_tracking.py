@@ -308,6 +308,44 @@ def test_a_run_deleted_in_the_ui_is_sent_whole_again(runs: Path) -> None:
     assert tracking.run_id(run_dir) != first and logged(run_dir) == curve(range(1, 5))
 
 
+def test_an_experiment_deleted_in_the_ui_is_wanted_again(runs: Path) -> None:
+    first = make_run(runs, records=3)
+    assert tracking.sync(first)
+    api = client(first)
+    api.delete_experiment(api.get_run(tracking.run_id(first)).info.experiment_id)
+    second = make_run(runs, records=2, name="triplet-2")
+    assert tracking.sync(second) and logged(second) == curve(range(1, 3))
+
+
+def test_a_note_that_a_power_cut_left_empty_is_written_anew(runs: Path) -> None:
+    run_dir = make_run(runs, records=2)
+    (run_dir / "mlflow.json").write_text("")
+    assert tracking.sync(run_dir) and logged(run_dir) == curve(range(1, 3))
+
+
+def test_the_end_is_told_before_large_files_which_get_their_time(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = make_run(runs, records=2)
+    assert tracking.sync(run_dir)
+    api, limits = client(run_dir), []
+
+    def slow(*_: Any) -> None:
+        limits.append(int(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]))
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(type(api), "log_artifact", slow)
+    before = os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
+    assert not tracking.finish(run_dir, "FINISHED")
+    assert client(run_dir).get_run(tracking.run_id(run_dir)).info.status == "FINISHED"
+    assert limits == [tracking_server.UPLOAD_SECONDS] and limits[0] > int(before)
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == before
+    monkeypatch.undo()
+    assert tracking.sync(run_dir)
+    base = runs / "mlartifacts" / str(tracking.run_id(run_dir)) / "artifacts"
+    assert (base / "metrics.jsonl").exists()
+
+
 def test_trials_are_nested_even_if_the_study_came_later(runs: Path) -> None:
     study, trial = make_run(runs, name="study"), runs / "study" / "1"
     trial.mkdir()

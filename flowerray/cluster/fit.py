@@ -24,7 +24,7 @@ from flowerray.files import only_driver
 from flowerray.progress import DivergedError
 from flowerray.report.curves import plot_training
 from flowerray.run import Run
-from flowerray.rundir import FolderReporter, RunDir
+from flowerray.rundir import FolderReporter, NewRecords, RunDir
 
 USER_ERROR = "user_error"
 """Key under which a worker hands an error back that a retry would only repeat."""
@@ -126,7 +126,9 @@ def prepare(run: Run, quiet: bool = False, resume: bool = False) -> tuple[dict[s
             f"a batch of P x K = {batch} images cannot be shared equally by {workers} workers: "
             "change --train.classes-per-batch, --train.images-per-class or --resources.workers."
         )
-    if not run.embedder.freeze_bn and workers > 1 and not torch.cuda.is_available():
+    # A cluster's GPUs need not be on the driver's machine.
+    no_gpus = "RAY_ADDRESS" not in os.environ and not torch.cuda.is_available()
+    if not run.embedder.freeze_bn and workers > 1 and (run.resources.device == "cpu" or no_gpus):
         raise UserError(
             "--embedder.no-freeze-bn with several workers needs GPUs, since torch synchronises "
             "BatchNorm only there: use one worker, or freeze it."
@@ -266,11 +268,11 @@ class Progress:
     """
 
     def __init__(self, folder: RunDir, total_steps: int, quiet: bool) -> None:
-        self.folder = folder
         self.quiet = quiet
         live = sys.stderr.isatty() and not quiet
         self.bar = tqdm(total=total_steps, unit="step", disable=not live, dynamic_ncols=True)
-        self.told = len(folder.records())
+        self.new_records = NewRecords(folder)
+        self.new_records()  # what an earlier sitting showed
         self.shown: dict[str, float] = {}
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._follow, name="progress", daemon=True)
@@ -289,9 +291,7 @@ class Progress:
         self._show()
 
     def _show(self) -> None:
-        new = self.folder.records()[self.told :]
-        self.told += len(new)
-        for record in new:
+        for record in self.new_records():
             self.bar.n = record["step"]
             self.shown |= record["metrics"]
             if "epoch/seconds" in record["metrics"] and self.bar.disable and not self.quiet:

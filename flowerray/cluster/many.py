@@ -23,7 +23,7 @@ from flowerray.cluster.worker import pick_device, work
 from flowerray.errors import UserError
 from flowerray.report.curves import plot_training
 from flowerray.run import ResourcesConfig, Run, differences
-from flowerray.rundir import FolderReporter, RunDir
+from flowerray.rundir import FolderReporter, NewRecords, RunDir
 
 POLL = 1.0
 """Seconds between two looks at what the trainings wrote."""
@@ -244,6 +244,8 @@ class Board:
         self.trainings = trainings
         self.quiet = quiet
         self.going = {t.folder.path: t for t in trainings}
+        self.new_records = {t.folder.path: NewRecords(t.folder) for t in trainings}
+        self.steps: dict[Path, int] = {}
         self.steps_ended = 0
         self.sizes: dict[Path, int] = {}
         self.next_sync = 0.0
@@ -254,8 +256,10 @@ class Board:
     def look(self) -> None:
         """Moves the bar; from time to time sends what is new."""
         if not self.bar.disable:
-            records = [t.folder.records() for t in self.going.values()]
-            self.bar.n = self.steps_ended + sum(r[-1]["step"] for r in records if r)
+            for path in self.going:
+                for record in self.new_records[path]():
+                    self.steps[path] = record["step"]
+            self.bar.n = self.steps_ended + sum(self.steps.get(path, 0) for path in self.going)
             over = len(self.trainings) - len(self.going)
             self.bar.set_postfix_str(f"{over} of {len(self.trainings)} trainings ended")
         if time.monotonic() >= self.next_sync:

@@ -64,16 +64,19 @@ def search_space(
     }
     if not knobs:
         raise UserError("every knob was given on the command line, so nothing is left to search.")
-    largest_k = max(
-        knobs.get("train.images_per_class", {}).get("choices", [base.train.images_per_class])
-    )
-    if p := knobs.get("train.classes_per_batch"):
-        p["choices"] = [
-            c
-            for c in p["choices"]
-            if c <= num_classes and c * largest_k <= num_images and c % workers == 0
-        ]
-    return {name: _including(knob, value_of(base, name)) for name, knob in knobs.items()}
+    knobs = {name: _including(knob, value_of(base, name)) for name, knob in knobs.items()}
+
+    def formable(p: int, k: int) -> bool:
+        return p <= num_classes and p * k <= num_images and p * k % workers == 0
+
+    # Any P may meet any K: first the K that the base's P allows, then the P that all these allow.
+    ks = [base.train.images_per_class]
+    if knob := knobs.get("train.images_per_class"):
+        ks = [k for k in knob["choices"] if formable(base.train.classes_per_batch, k)]
+        knob["choices"] = ks
+    if knob := knobs.get("train.classes_per_batch"):
+        knob["choices"] = [p for p in knob["choices"] if all(formable(p, k) for k in ks)]
+    return knobs
 
 
 def _has_use(base: Run, name: str, knob: dict[str, Any]) -> bool:

@@ -63,6 +63,12 @@ def read_folder(
             f"{', '.join(small[:_NAMED])}{more}; add images, or lower --data.train-per-class or "
             "--data.val-per-class."
         )
+    if empty := [name for name, files in found.items() if not files]:
+        raise UserError(
+            f"These class folders in {root} hold no image: {', '.join(empty[:_NAMED])}"
+            f"{f' and {len(empty) - _NAMED} more' if len(empty) > _NAMED else ''}; remove them, or "
+            "fill them."
+        )
     paths, labels_N = _flatten(found)
     parts: dict[str, list[NDArray[np.int64]]] = {"train": [], "val": [], "test": []}
     ends = (train_per_class, train_per_class + val_per_class)

@@ -5,12 +5,14 @@ Letters: H W C an image. Pillow and numpy are all it imports, so that decoding p
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from hashlib import blake2b
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +116,9 @@ def decoding_map(count: int, processes: int | None = None) -> Iterator[Callable]
     Args:
         count: images to come.
         processes: None = one per core where that is worth starting them.
+
+    Raises:
+        UserError: one of the processes died.
     """
     if processes is None:
         processes = (os.cpu_count() or 1) if count >= _WORTH_A_POOL else 1
@@ -123,8 +128,29 @@ def decoding_map(count: int, processes: int | None = None) -> Iterator[Callable]
     # Pillow decodes under the GIL: threads gain nothing. A forked process would inherit the locks
     # of the parent's threads (torch, Ray).
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        yield partial(pool.map, chunksize=16)
+    try:
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
+            yield partial(_map_ahead, pool, 64 * processes)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "A process that decodes images died: free some memory, or put your script's calls "
+            'under `if __name__ == "__main__":`.'
+        ) from error
+
+
+def _map_ahead(
+    pool: ProcessPoolExecutor, ahead: int, function: Callable, items: Iterable
+) -> Iterator:
+    """`pool.map` that is at most two parts of `ahead` items before its reader: decoded images of a
+    large set would fill the memory where the disk is slower than the cores.
+    """
+    rest = iter(items)
+    before: Iterator = iter(())
+    while part := list(islice(rest, ahead)):
+        now = pool.map(function, part, chunksize=16)
+        yield from before
+        before = now
+    yield from before
 
 
 def _decode(source: Path | bytes) -> Image.Image | str:

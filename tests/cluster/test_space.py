@@ -83,9 +83,20 @@ def test_a_zero_beside_a_logarithmic_range_is_not_asked_for() -> None:
 
 def test_batches_that_cannot_be_formed_are_left_out() -> None:
     assert search_space(base(), (), 12, 120)["train.classes_per_batch"]["choices"] == [8, 12]
-    assert search_space(base(), (), 102, 70)["train.classes_per_batch"]["choices"] == [12, 8]
+    assert search_space(base(), (), 102, 70)["train.classes_per_batch"]["choices"] == [8, 12, 16]
     of_three = search_space(base(), (), *FLOWERS, workers=3)
     assert of_three["train.classes_per_batch"]["choices"] == [12, 24]
+    p, k = "train.classes_per_batch", "train.images_per_class"
+    for classes, images, workers, run, fixed in (
+        (12, 60, 1, base(), ()), (17, 85, 1, base(), ()), (102, 50, 1, base(), (p,)),
+        (102, 1020, 4, base(classes_per_batch=9), ()), (102, 60, 1, base(), (k,)),
+    ):  # fmt: skip
+        knobs = search_space(run, fixed, classes, images, workers=workers)
+        ps = knobs.get(p, {"choices": [run.train.classes_per_batch]})["choices"]
+        ks = knobs.get(k, {"choices": [run.train.images_per_class]})["choices"]
+        assert run.train.classes_per_batch in ps and run.train.images_per_class in ks
+        assert all(a <= classes and a * b <= images for a in ps for b in ks), (ps, ks)
+        assert all(a * b % workers == 0 for a in ps for b in ks), (ps, ks)
 
 
 def test_hardening_knobs_that_the_kind_does_not_use_are_left_out() -> None:

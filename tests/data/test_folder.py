@@ -94,6 +94,9 @@ def test_refusals_are_sentences(root: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty \(0\)"):
         read_folder(tmp_path, 1, 1)
+    class_folders(tmp_path, {"iris": 5, "lily": 5})
+    with pytest.raises(UserError, match="hold no image: empty; remove them"):
+        read_folder(tmp_path, 1, 1, protocol="disjoint")
 
 
 @pytest.mark.parametrize("place", ["gr\udcfcn/001.jpg", "a/gr\udcfcn.jpg"])
