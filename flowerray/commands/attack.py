@@ -305,7 +305,8 @@ def keep(model: Model, content: dict[str, Any], subject: Subject, result: Robust
     FolderReporter(folder.path).report(last["step"], last["epoch"], metrics(content))
     shown = {folder.path.name: content}
     if content["beside"] is not None:
-        shown[Path(content["beside"]["run"]).name] = content["beside"]
+        name = Path(content["beside"]["run"]).name
+        shown[f"{name}, beside it" if name in shown else name] = content["beside"]
     plot_robustness(shown, picture_title(content), folder.plots / "robustness.png")
     if rows := fallen(subject, result):
         eps = max(result.examples, key=lambda e: (len(result.examples[e]), -e))

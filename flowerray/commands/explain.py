@@ -37,6 +37,7 @@ from flowerray.explain.layers import find_layers
 from flowerray.explain.localise import read_masks
 from flowerray.explain.sanity import cascade, sanity
 from flowerray.files import write_json
+from flowerray.precision import full_precision
 from flowerray.rundir import FolderReporter
 
 CHECKED = 16
@@ -65,6 +66,7 @@ class ExplainConfig(Config):
     """Of the draws of images."""
 
 
+@full_precision()
 def explain_split(
     model: Model, config: ExplainConfig, out: Path | None, beside: Model | None, quiet: bool = False
 ) -> dict[str, Any]:
@@ -153,8 +155,10 @@ def _judge_model(
     with progress_bar(len(subjects), "judge", quiet) as bar:
         scores = judge(embedder, subjects, methods, config.faithfulness, bar.update)
     gain = gains(scores["chosen"], {k: v for k, v in scores.items() if k != "chosen"})
-    images, reference = (tuning or subjects).batch(0, embedder.projection.weight.device)
-    images, reference = images[:CHECKED], reference[:CHECKED]
+    checked = tuning or subjects
+    rows = checked.spread(CHECKED)
+    images, reference = checked.take(rows, embedder.projection.weight.device)
+    one_class = len(np.unique(checked.labels_N[rows])) == 1
     kinds: dict[str, Saliency] = {"chosen": explainer, "edges": baselines.edges}
     result = {
         "run": model.name,
@@ -175,7 +179,7 @@ def _judge_model(
             name: {
                 key: asdict(check)
                 for key, check in sanity(
-                    embedder, saliency, images, reference, config.faithfulness
+                    embedder, saliency, images, reference, config.faithfulness, one_class
                 ).items()
             }
             for name, saliency in kinds.items()

@@ -23,11 +23,13 @@ from flowerray.errors import UserError
 from flowerray.explain.layers import find_layers
 from flowerray.explain.tcav import TcavConfig, tcav
 from flowerray.files import write_json
+from flowerray.precision import full_precision
 
 POOL = 200
 """Training images that random sets are drawn from."""
 
 
+@full_precision()
 def explain_concepts(
     model: Model,
     folders: Path,

@@ -22,12 +22,14 @@ from flowerray.explain.concepts import Concepts, ConceptsConfig, fit_concepts, s
 from flowerray.explain.draw import ConceptStrip, Pair, best_matches, draw_pair
 from flowerray.explain.layers import find_layers
 from flowerray.files import atomic_file, refuse_unwritable
+from flowerray.precision import full_precision
 
 SHOWN = 2
 """Concepts of each kind in the picture: what both images have most of, then, of the others, those
 whose removal changes the similarity most."""
 
 
+@full_precision()
 def explain_pair(
     model: Model,
     first: Path,
@@ -127,8 +129,12 @@ def pick_explainer(
     """
     file = folder / "faithfulness.json"
     if method is None and layer is None and file.exists():
-        chosen = json.loads(file.read_text())["chosen"]
-        return Explainer(chosen["method"], chosen["layer"], chosen["norm"])
+        content = json.loads(file.read_text())
+        # A folder that --out names may hold the choice for another model.
+        own = model.folder is not None and folder == model.folder.path / "explanations"
+        if own or content["run"] == model.name:
+            chosen = content["chosen"]
+            return Explainer(chosen["method"], chosen["layer"], chosen["norm"])
     if method is None:
         try:
             if layer is None:

@@ -12,6 +12,7 @@ from flowerray import checkpoint, tracking
 from flowerray.data.images import eval_image, resize_side
 from flowerray.data.store import Store, build_store
 from flowerray.model import Embedder
+from flowerray.precision import full_precision
 from flowerray.run import Run
 from flowerray.rundir import RunDir
 
@@ -56,6 +57,7 @@ def store_builder(image_size: int, quiet: bool) -> Callable[[Sequence[Path]], St
     return build
 
 
+@full_precision()
 def embed_files(embedder: Embedder, files: Sequence[Path]) -> NDArray[np.float64]:
     """Unit embeddings (N, D) of image files, with the evaluation transform.
 

@@ -80,7 +80,8 @@ def make_subjects(
     if dataset.masks is not None:
         masks = read_masks([dataset.masks[i] for i in indices], size)
     images = store.centre(np.arange(len(store)), size)
-    return Subjects(images, reference, masks, tuple(dataset.paths[i] for i in indices))
+    paths = tuple(dataset.paths[i] for i in indices)
+    return Subjects(images, reference, masks, paths, labels_N)
 
 
 def progress_bar(total: int, name: str, quiet: bool) -> Any:

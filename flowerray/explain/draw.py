@@ -273,7 +273,8 @@ def _bare(axis: Any) -> None:
 
 
 def _short(text: str, longest: int = 34) -> str:
-    return text if len(text) <= longest else "…" + text[-longest + 1 :]
+    text = text if len(text) <= longest else "…" + text[-longest + 1 :]
+    return text.replace("$", r"\$")  # two of them would be read as mathematics
 
 
 def _save(figure: Any, out_png: Path) -> Path:

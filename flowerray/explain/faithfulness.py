@@ -68,12 +68,14 @@ def faithfulness(
     reference_D: Tensor,
     maps_MHW: NDArray,
     config: FaithfulnessConfig,
+    road: bool = True,
 ) -> list[Scores]:
     """Scores several maps of one image on its cosine to the reference.
 
     Args:
         image_CHW: float pixels in [0,1], on the embedder's device.
         maps_MHW: in the image's resolution.
+        road: without it ROAD's two scores are NaN, and four fifths of the time are saved.
     """
     grey = embedder.mean.view(3, 1, 1).to(image_CHW).expand_as(image_CHW)
     smooth = blurred(image_CHW)
@@ -82,28 +84,30 @@ def faithfulness(
     for map_HW in maps_MHW:
         order = ranking(map_HW, config.seed)
         first_VHW = _first(order, shares, map_HW.shape).to(image_CHW.device)[:, None]
-        road = np.asarray(config.road)
-        most_VHW = _first(order, road, map_HW.shape).to(image_CHW.device)
-        least_VHW = _first(order[::-1].copy(), road, map_HW.shape).to(image_CHW.device)
-        holes = torch.cat([most_VHW, least_VHW])
-        variants = torch.cat(
-            [
-                torch.where(first_VHW, grey, image_CHW),
-                torch.where(first_VHW, image_CHW, smooth),
-                impute(image_CHW, holes, config.noise, config.seed),
-            ]
-        )
+        parts = [
+            torch.where(first_VHW, grey, image_CHW),
+            torch.where(first_VHW, image_CHW, smooth),
+        ]
+        if road:
+            removed = np.asarray(config.road)
+            most_VHW = _first(order, removed, map_HW.shape).to(image_CHW.device)
+            least_VHW = _first(order[::-1].copy(), removed, map_HW.shape).to(image_CHW.device)
+            holes = torch.cat([most_VHW, least_VHW])
+            parts.append(impute(image_CHW, holes, config.noise, config.seed))
+        variants = torch.cat(parts)
         with protected(embedder), torch.no_grad():
             value = (embedder(variants) @ reference_D.to(variants)).cpu().double().numpy()
-        steps, kinds = len(shares), len(road)
-        deletion, insertion, most, least = np.split(value, [steps, 2 * steps, 2 * steps + kinds])
+        steps = len(shares)
+        deletion, insertion, imputed = np.split(value, [steps, 2 * steps])
+        # Shares of the most relevant pixels first, then as many of the least relevant.
+        most, least = imputed.reshape(2, -1).mean(1) if road else (np.nan, np.nan)
         whole = value[0]
         found.append(
             Scores(
                 float(np.trapezoid(deletion, shares)),
                 float(np.trapezoid(insertion, shares)),
-                float(whole - most.mean()),
-                float(whole - least.mean()),
+                float(whole - most),
+                float(whole - least),
             )
         )
     return found
@@ -134,7 +138,7 @@ def impute(image_CHW: Tensor, holes_VHW: Tensor, noise: float, seed: int = 0) ->
 
     Returns:
         (V, C, H, W) in [0,1]. The linear system is solved by conjugate gradients from a coarse
-        filling, to a hundredth of the noise that comes on top.
+        filling, to about a third of the noise that comes on top (rms, 80 % removed).
     """
     hole = holes_VHW[:, None].to(image_CHW.dtype)
     known = 1 - hole

@@ -44,15 +44,27 @@ class Subjects:
     """Unit norm: the prototypes of their classes."""
     masks_NHW: NDArray[np.bool_] | None
     paths: tuple[Path, ...]
+    labels_N: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.images_NCHW)
 
     def batch(self, start: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Up to 16 images as floats in [0,1], and their references."""
-        images = self.images_NCHW[start : start + _BATCH].to(device).float().div(255)
-        reference = torch.from_numpy(self.reference_ND[start : start + _BATCH]).to(device)
-        return images, reference
+        return self.take(np.arange(start, min(start + _BATCH, len(self))), device)
+
+    def take(self, index_B: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images as floats in [0,1], and their references."""
+        images = self.images_NCHW[torch.from_numpy(index_B)].to(device).float().div(255)
+        return images, torch.from_numpy(self.reference_ND[index_B]).to(device)
+
+    def spread(self, count: int) -> NDArray[np.int64]:
+        """Up to so many images, of each class in turn."""
+        turn_N = np.zeros(len(self), np.int64)
+        for label in np.unique(self.labels_N):
+            own = self.labels_N == label
+            turn_N[own] = np.arange(own.sum())
+        return np.lexsort((self.labels_N, turn_N))[:count]
 
 
 @dataclass(frozen=True)
@@ -216,7 +228,9 @@ def _worth(
     if subjects.masks_NHW is not None:
         mask = subjects.masks_NHW[index]
         return (energy(map_HW, mask) + pointing(map_HW, mask)) / 2
-    score: Scores = faithfulness(embedder, image_CHW, reference_D, map_HW[None], config)[0]
+    score: Scores = faithfulness(
+        embedder, image_CHW, reference_D, map_HW[None], config, road=False
+    )[0]
     return score.insertion - score.deletion
 
 

@@ -80,7 +80,11 @@ def to_map(backbone: nn.Module, output: Any) -> Tensor | None:
     if not isinstance(output, Tensor) or not output.is_floating_point():
         return None
     if output.ndim == 4:
-        return output.permute(0, 3, 1, 2) if _channels_last(backbone) else output
+        maps = output.permute(0, 3, 1, 2) if _channels_last(backbone) else output
+        return maps if maps.shape[2] == maps.shape[3] else None  # some keep channels last unsaid
+    if output.ndim == 3 and (last := getattr(backbone, "tokens_spatial_shape_final", None)):
+        if output.shape[1] != math.prod(last):
+            return None  # Hiera: before its last stage tokens stand in another order
     grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
     if output.ndim != 3:
         return None

@@ -38,12 +38,15 @@ def sanity(
     images_BCHW: Tensor,
     reference_BD: Tensor,
     config: FaithfulnessConfig | None = None,
+    one_class: bool = False,
 ) -> dict[str, Check]:
     """Runs every check on a few images.
 
     Args:
         images_BCHW: float pixels in [0,1], at least two.
-        reference_BD: their references, not all the same.
+        reference_BD: their references. Each is exchanged with the one before it, so neighbours
+            should be of different classes; where all are of one class, say so.
+        one_class: leaves the check `reference` out, which compares a class with itself.
 
     Returns:
         Check by name. `randomised` is the mean rank correlation of the maps with those of a model
@@ -77,6 +80,8 @@ def sanity(
         "repeated": Check(repeated, repeated == 0.0, "0"),
         "order": Check(order, order > 0.0, "above 0"),
     }
+    if one_class:
+        del found["reference"]
     if isinstance(saliency, Explainer) and saliency.method == "decomposition":
         with protected(embedder), torch.no_grad():
             cosine_B = (embedder(images_BCHW) * reference_BD).sum(1).cpu().numpy()

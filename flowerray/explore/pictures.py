@@ -122,6 +122,8 @@ def map_panels(
     figure = Figure(figsize=(10.0, 4.5 * len(maps)), dpi=120, layout="constrained")
     grid = figure.subplots(len(maps), 2, squeeze=False)
     shown = list(highlighted)[: len(_PALETTE)]
+    names = [_short(classes[label], 26) for label in shown]
+    handles: list[Any] = []
     for (title, found), pair in zip(maps.items(), grid, strict=True):
         shares = " + ".join(f"{share:.0%}" for share in found.explained)
         kinds = ((f"PCA of {title} ({shares} of the variance)", found.pca_M2),
@@ -131,16 +133,15 @@ def map_panels(
             axes.scatter(*points[rest].T, s=7, color=_GREY, alpha=0.6, linewidths=0)
             for label, colour in zip(shown, _PALETTE, strict=False):
                 own = labels_M == label
-                name = _short(classes[label], 26)
-                axes.scatter(*points[own].T, s=16, color=colour, linewidths=0, label=name)
+                handles.append(axes.scatter(*points[own].T, s=16, color=colour, linewidths=0))
             axes.set_title(heading, fontsize=10, loc="left")
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set_color(_GRID)
     if shown:
-        handles, names = grid[0][0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(shown)),
-                      frameon=False, fontsize=9, markerscale=1.6)  # fmt: skip
+        # Given by hand: a label that starts with "_" is otherwise kept out of legends.
+        figure.legend(handles[: len(shown)], names, loc="outside lower center",
+                      ncols=min(4, len(shown)), frameon=False, fontsize=9, markerscale=1.6)  # fmt: skip
     return figure
 
 
@@ -194,4 +195,5 @@ def _plain(axes: Any) -> None:
 
 
 def _short(text: str, length: int = 24) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+    text = text if len(text) <= length else text[: length - 1] + "…"
+    return text.replace("$", r"\$")  # two of them would be read as mathematics

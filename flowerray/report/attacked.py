@@ -43,6 +43,12 @@ class Battle:
         found = {e for rows in self.records.values() for r in rows for e in r["worst_case"]}
         return sorted(found, key=float)
 
+    @property
+    def shared_eps(self) -> list[str]:
+        """The radii that every record has, ascending."""
+        records = [r for rows in self.records.values() for r in rows]
+        return [e for e in self.eps if all(e in r["worst_case"] for r in records)]
+
 
 def attacked(setting: Setting) -> list[Block]:
     """Tables, curves, audits and fallen queries."""
@@ -81,7 +87,8 @@ def worst_case(records: Sequence[Record], eps: str, key: str = "recall_at_1") ->
     if not at:
         return None
     if len(at) == 1 and key == "recall_at_1":
-        return Interval(at[0]["n"], at[0][key], *at[0]["ci"])
+        low, high = (np.nan if end is None else end for end in at[0]["ci"])
+        return Interval(at[0]["n"], at[0][key], low, high)
     found = t_interval([score[key] for score in at])
     return Interval(found.n, found.mean, max(found.low, 0.0), min(found.high, 1.0))
 
@@ -139,13 +146,15 @@ def _worst_case(battle: Battle) -> Table:
     best = {e: highest(found) for e, found in columns.items()}
     rows: list[list[str | float | None]] = []
     for number, (label, records) in enumerate(battle.records.items()):
-        expected = t_interval([r["expected_robustness"]["recall_at_1"] for r in records])
+        at = [r["worst_case"][e]["recall_at_1"] for r in records for e in battle.shared_eps]
         cells = [cell(columns[e][number], best[e]) for e in battle.eps]
-        rows.append([_shout(label, records), str(len(records)), *cells, f"{expected.mean:.3f}"])
+        expected = float(np.mean(at)) if at else None
+        rows.append([_shout(label, records), str(len(records)), *cells, expected])
     names = ["clean" if float(e) == 0 else f"{e}/255" for e in battle.eps]
     caption = (
         "R@1 in the worst case over all attacks, by radius. Mean and 95 % interval: Student's t "
-        "over seeds, with one seed the bootstrap over queries. Expected: mean over the radii."
+        "over seeds, with one seed the bootstrap over queries. Expected: mean over the radii that "
+        f"all were attacked at ({', '.join(battle.shared_eps) or 'none'})."
     )
     return Table(["", "seeds", *names, "expected"], rows, caption)
 

@@ -182,7 +182,30 @@ def group(entries: Sequence[Entry]) -> list[Setting]:
     settings: dict[str, list[Entry]] = {}
     for entry in entries:
         settings.setdefault(entry.setting, []).append(entry)
-    return [Setting(_title(part), _variants(part)) for part in settings.values()]
+    found = []
+    for part in settings.values():
+        kept, notes = _one_a_seed(part)
+        found.append(Setting(_title(part), _variants(kept), notes=notes))
+    return found
+
+
+def _one_a_seed(entries: list[Entry]) -> tuple[list[Entry], tuple[str, ...]]:
+    """One run of each choice and seed, the finished and newest one, and a note on the others: a
+    training repeats itself exactly, so that a copy would pass for a seed and narrow the interval.
+    """
+
+    def rank(entry: Entry) -> tuple[bool, float]:
+        return entry.finished, entry.folder.run_json.stat().st_mtime
+
+    best: dict[tuple[str, int], Entry] = {}
+    for entry in entries:
+        key = json.dumps(_choices(entry), sort_keys=True), entry.seed
+        best[key] = max(best.get(key, entry), entry, key=rank)
+    kept = [entry for entry in entries if entry in best.values()]
+    if len(kept) == len(entries):
+        return kept, ()
+    names = ", ".join(str(entry.folder.path) for entry in entries if entry not in kept)
+    return kept, (f"Left out, since a newer run has the same options and seed: {names}.",)
 
 
 def _variants(entries: list[Entry]) -> tuple[Variant, ...]:

@@ -246,10 +246,7 @@ def _figure(picture: Picture, number: int) -> Any:
 def _inline(svg: str, alt: str, prefix: str) -> str:
     """The `svg` element alone, its ids made the page's only ones."""
     body = svg[svg.index("<svg") :]
-    for name in set(re.findall(r'\bid="([^"]+)"', body)):
-        quoted = re.escape(name)
-        body = re.sub(rf'\bid="{quoted}"', f'id="{prefix}{name}"', body)
-        body = re.sub(rf'(href="|url\()#{quoted}(?=["\)])', rf"\g<1>#{prefix}{name}", body)
+    body = re.sub(r'(\bid="|href="#|url\(#)(?=[^")]+["\)])', rf"\g<1>{prefix}", body)
     found = re.search(r'width="([\d.]+)(pt)?"', body)
     points = float(found[1]) * (4 / 3 if found[2] else 1) if found else 0
     wide = ' class="wide"' if points > WIDE else ""

@@ -1,6 +1,7 @@
 """`flowerray attack`: what it keeps in a RUN, what it prints, and the model beside it."""
 
 import json
+import shutil
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -15,7 +16,7 @@ from flowerray.cli import dispatch
 from flowerray.commands import attack as command
 from flowerray.commands.attack import attack_model, prepare, standard_of
 from flowerray.commands.attack_record import metrics
-from flowerray.commands.models import Model
+from flowerray.commands.models import Model, open_model
 from flowerray.data.source import open_dataset
 from flowerray.errors import UserError
 from flowerray.evaluate.attack_config import AttackConfig
@@ -101,6 +102,19 @@ def test_disjoint_classes_are_searched_among_themselves(model: Model) -> None:
     disjoint = replace(model, folder=None, run=model.run.model_copy(update={"data": data}))
     config = QUICK.model_copy(update={"eps": (0.0,), "max_pairs": 0})
     assert attack_model(disjoint, config, quiet=True)["gallery"] == "self"
+
+
+def test_a_model_beside_of_the_same_name_hides_nothing(
+    small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """robust/seed0 beside clean/seed0."""
+    paths = [shutil.copytree(small_run, tmp_path / kind / "seed0") for kind in ("robust", "clean")]
+    drawn: list[dict[str, Any]] = []
+    monkeypatch.setattr(command, "plot_robustness", lambda shown, *_: drawn.append(shown))
+    config = QUICK.model_copy(update={"max_pairs": 0, "eps": (0.0,)})
+    model = open_model(str(paths[0]), torch.device("cpu"))
+    content = attack_model(model, config, beside=str(paths[1]), quiet=True)
+    assert drawn == [{"seed0": content, "seed0, beside it": content["beside"]}]
 
 
 def test_notebooks_preset(model: Model) -> None:

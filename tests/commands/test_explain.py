@@ -73,6 +73,19 @@ def test_a_pair(model: Model, pictures: list[Path]) -> None:
     assert kept.stat().st_mtime_ns == stamp, "concepts are fitted once"
 
 
+def test_another_models_choice_is_not_taken(
+    model: Model, pictures: list[Path], tmp_path: Path
+) -> None:
+    """`--out` may be shared; the layer there may not even exist here."""
+    chosen = {"method": "gradcam", "layer": "layer4", "norm": "free"}
+    (tmp_path / "faithfulness.json").write_text(json.dumps({"run": "another", "chosen": chosen}))
+    found = explain_pair(
+        model, pictures[0], pictures[30], method=None, layer=None, concepts=None, out=tmp_path,
+        quiet=True,
+    )  # fmt: skip
+    assert found["method"] == "decomposition"
+
+
 def test_a_head_that_is_not_additive(model: Model, pictures: list[Path], tmp_path: Path) -> None:
     other = replace(model, embedder=embedder("test_convnext"))
     found = explain_pair(

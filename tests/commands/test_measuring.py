@@ -11,7 +11,7 @@ from PIL import Image
 
 from flowerray.cli import dispatch
 from flowerray.commands import measuring
-from flowerray.commands.models import Model, open_model
+from flowerray.commands.models import Model, embed_files, open_model
 from flowerray.data.images import eval_image
 from flowerray.data.source import DataConfig
 from flowerray.errors import UserError
@@ -24,6 +24,22 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def pictures(small_set: Path) -> list[Path]:
     return sorted((small_set / "jpg").iterdir())
+
+
+def test_pairs_are_compared_in_full_precision(model: Model, small_set: Path) -> None:
+    """The gallery and the threshold are; TF32 would round one side."""
+    allowed: list[tuple[bool, bool]] = []
+    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    hook = model.embedder.register_forward_hook(
+        lambda *_: allowed.append((flags[0].allow_tf32, flags[1].allow_tf32))
+    )
+    before = flags[0].allow_tf32
+    picture = next((small_set / "jpg").iterdir())
+    try:
+        embed_files(model.embedder, [picture, picture])
+    finally:
+        hook.remove()
+    assert allowed == [(False, False)] and flags[0].allow_tf32 == before
 
 
 def test_open_model(model: Model, run: RunDir, tmp_path: Path) -> None:

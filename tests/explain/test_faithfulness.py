@@ -135,3 +135,14 @@ def test_scores_are_those_of_a_plain_loop() -> None:
         area = sum((a + b) / 2 / 4 for a, b in zip(curve[:-1], curve[1:], strict=True))
         assert value == pytest.approx(area, abs=1e-5)
     assert found == faithfulness(model, image, reference_D, map_HW[None], config)[0]
+
+
+def test_without_road_the_other_scores_are_the_same() -> None:
+    model, batch = embedder("test_resnet"), images(2)
+    reference, maps = embed(model, batch[1:])[0], np.random.default_rng(0).random((2, 64, 64))
+    config = FaithfulnessConfig(steps=3)
+    whole = faithfulness(model, batch[0], reference, maps, config)
+    short = faithfulness(model, batch[0], reference, maps, config, road=False)
+    for one, two in zip(whole, short, strict=True):
+        assert (one.deletion, one.insertion) == pytest.approx((two.deletion, two.insertion))
+        assert np.isfinite(one.road_morf) and np.isnan([two.road_morf, two.road_lerf]).all()

@@ -35,7 +35,9 @@ def subjects(masks: bool = True) -> Subjects:
     mask[:, 10:40, 20:50] = True
     reference = embed(MODEL, batch).roll(1, 0).numpy()
     paths = tuple(Path(f"{n}.jpg") for n in range(18))
-    return Subjects((batch * 255).to(torch.uint8), reference, mask if masks else None, paths)
+    labels = np.repeat(np.arange(6), 3)
+    pixels = (batch * 255).to(torch.uint8)
+    return Subjects(pixels, reference, mask if masks else None, paths, labels)
 
 
 def test_options() -> None:
@@ -110,3 +112,15 @@ def test_the_gaussian_is_tuned_too() -> None:
     given.masks_NHW[:] = False
     given.masks_NHW[:, 28:36, 28:36] = True
     assert choose_gaussian(MODEL, given) == min(SIGMAS)
+
+
+def test_images_of_each_class_in_turn() -> None:
+    """The first 16 images of a sorted split are of one or two classes."""
+    found = subjects()
+    rows = found.spread(16)
+    assert len(set(rows.tolist())) == 16
+    assert found.labels_N[rows].tolist() == [*range(6), *range(6), *range(4)]
+    pixels, reference = found.take(rows, torch.device("cpu"))
+    assert torch.equal(pixels[5], found.images_NCHW[15].float() / 255)
+    assert torch.equal(reference[5], torch.from_numpy(found.reference_ND[15]))
+    assert len(found.batch(16, torch.device("cpu"))[0]) == 2

@@ -1,5 +1,7 @@
 """Which layer a map comes from, over timm's families, and that nothing is left on the model."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -128,6 +130,11 @@ def test_what_is_no_map() -> None:
     assert layers.to_map(backbone, torch.zeros(2, 8)) is None
     assert layers.to_map(backbone, [torch.zeros(2, 8, 3, 3)]) is None
     assert layers.to_map(backbone, torch.zeros(2, 17, 8)) is None
+    # NesT and VOLO keep channels last and do not say so.
+    assert layers.to_map(backbone, torch.zeros(2, 7, 7, 12)) is None
+    hiera = SimpleNamespace(tokens_spatial_shape_final=[2, 2])  # unrolled before the last stage
+    assert layers.to_map(hiera, torch.zeros(2, 16, 8)) is None  # type: ignore[arg-type]
+    assert layers.to_map(hiera, torch.zeros(2, 4, 8)) is not None  # type: ignore[arg-type]
     vit = embedder("test_vit").backbone
     tokens = torch.arange(2 * 17 * 4.0).view(2, 17, 4)
     found = layers.to_map(vit, tokens)

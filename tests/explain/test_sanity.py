@@ -55,6 +55,14 @@ def test_ours_passes(model: Embedder, batch: torch.Tensor, reference: torch.Tens
     assert all(found[name].passed for name in needed), found
 
 
+def test_one_class_has_no_other_reference(
+    model: Embedder, batch: torch.Tensor, reference: torch.Tensor
+) -> None:
+    same = reference[:1].expand(len(batch), -1)
+    found = sanity(model, Explainer("decomposition"), batch, same, FAST, one_class=True)
+    assert "reference" not in found and found["complete"].passed
+
+
 def test_an_edge_detector_fails(
     model: Embedder, batch: torch.Tensor, reference: torch.Tensor
 ) -> None:

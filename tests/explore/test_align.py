@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from flowerray.explore import align
 from flowerray.explore.align import agreement, plausible
 
 
@@ -62,8 +63,11 @@ def test_half_of_an_image_is_not_its_duplicate() -> None:
     assert agreement(thumbnail(whole), thumbnail(whole[:, 80:])) < 0.85
 
 
-def test_plausible_tells_the_way_round() -> None:
+def test_plausible_tells_the_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = thumbnail(smooth(4))
     three = np.stack([whole, np.ascontiguousarray(whole[:, ::-1]), thumbnail(smooth(5))])
     found = plausible(three, np.array([[0, 0], [0, 1], [0, 2]]))
     assert found.tolist() == [[True, False], [False, True], [False, False]]
+    many = np.array([[0, n % 3] for n in range(100)])
+    monkeypatch.setattr(align, "_PAIRS", 7)  # at a time
+    assert np.array_equal(plausible(three, many), found[np.arange(100) % 3])

@@ -1,6 +1,7 @@
 """Tables and pictures of an exploration whose content is known."""
 
 import csv
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ from PIL import Image
 
 from flowerray.data.folder import read_folder
 from flowerray.explore.exploration import Exploration, explore
-from flowerray.explore.maps import MapConfig
+from flowerray.explore.maps import Map, MapConfig
+from flowerray.explore.pictures import class_bars, map_panels
 from flowerray.explore.results import highlighted, write_pictures, write_tables
 from flowerray.explore.survey import take_survey
 from tests.data.pictures import class_folders
@@ -66,3 +68,15 @@ def test_pictures(found: Exploration, tmp_path: Path) -> None:
         with Image.open(path) as image:
             assert min(image.size) > 100 and len(image.convert("L").getcolors() or "") > 2, path
     assert sorted(highlighted(found)) == [0, 1, 2]
+
+
+def test_names_that_a_plot_would_read_as_mathematics_or_hide() -> None:
+    names = ["a$b_c_d$", "_hidden", "plain"]
+    figure = class_bars(dict.fromkeys(names, 3))
+    figure.savefig(io.BytesIO(), format="png")
+    points = np.random.default_rng(0).random((30, 2))
+    maps = {"pixels": Map(points, (0.5, 0.2), points)}
+    figure = map_panels(maps, np.arange(30) % 3, names, [0, 1, 2])
+    figure.savefig(io.BytesIO(), format="png")
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [r"a\$b_c_d\$", "_hidden", "plain"]

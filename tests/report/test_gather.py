@@ -1,5 +1,6 @@
 """Which runs are found, and which numbers may stand together."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,21 @@ def test_seeds_make_a_variant_and_options_part_them(tmp_path: Path) -> None:
             ("triplet robust (pgd)", [0]),
         ]
     ]
+
+
+def test_a_copy_of_a_run_is_no_other_seed(tmp_path: Path) -> None:
+    """A training repeats itself exactly: two of them would make an interval of no width."""
+    first = make_run(tmp_path / "first", hits=0.5)
+    again = make_run(tmp_path / "again", hits=0.5)
+    other = make_run(tmp_path / "other", seed=1, hits=0.5)
+    os.utime(again / "run.json", (2e9, 2e9))
+    assert labels(first, again, other) == [[("triplet", [0, 1])]]
+    (setting,) = group([read_entry(path) for path in (again, first, other)])
+    assert [entry.folder.path for entry in setting.entries] == [again, other]
+    assert f"Left out, since a newer run has the same options and seed: {first}." in setting.notes
+    (first / "best_model_triplet_loss.pth").touch()  # that one came to its end
+    (setting,) = group([read_entry(path) for path in (again, first, other)])
+    assert [entry.folder.path for entry in setting.entries] == [first, other]
 
 
 def test_a_run_from_before_hardening_is_of_the_same_variant(tmp_path: Path) -> None:

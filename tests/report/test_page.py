@@ -24,6 +24,7 @@ from flowerray.report.page import (
     Pictures,
     Table,
     Text,
+    _inline,
 )
 
 VOID = {"meta", "link", "img", "br", "path", "use"}
@@ -191,3 +192,13 @@ def test_faults_of_the_user(tmp_path: Path) -> None:
         Picture(b"", "")
     with pytest.raises(AssertionError, match="length"):
         Table(["a", "b"], [["only one"]])
+
+
+def test_inlined_pictures_share_no_ids() -> None:
+    svg = (
+        '<?xml version="1.0"?><svg width="10pt"><defs><path id="m1" d="M0"/><clipPath id="m1-a"/>'
+        '</defs><use xlink:href="#m1"/><g clip-path="url(#m1-a)"/><text>id="m1" #m1</text></svg>'
+    )
+    found = _inline(svg, "alt", "v7-")
+    assert re.findall(r'<\w+ id="([^"]+)"', found) == ["v7-m1", "v7-m1-a"]
+    assert 'xlink:href="#v7-m1"' in found and "url(#v7-m1-a)" in found

@@ -88,7 +88,7 @@ def test_a_failed_audit_is_shouted(tmp_path: Path) -> None:
     worst = tables(blocks)[0]
     assert list(worst.header) == ["", "seeds", "clean", "2/255", "expected"]
     assert [row[0] for row in worst.rows] == ["triplet", "triplet robust (pgd) (AUDIT FAILED)"]
-    assert worst.rows[0][3] == "0.100 [0.100, 0.900]" and worst.rows[1][4] == "0.900"
+    assert worst.rows[0][3] == "0.100 [0.100, 0.900]" and worst.rows[1][4] == 0.9
     paired = tables(blocks)[1]
     assert [row[2] for row in paired.rows] == ["2/255"]
     assert str(paired.rows[0][3]).startswith("+0.700 [")
@@ -105,6 +105,22 @@ def test_a_passed_audit_is_not(tmp_path: Path) -> None:
     assert "FAILED" not in said(blocks)
     (row,) = tables(blocks)[0].rows
     assert row[1] == "2" and str(row[3]).startswith("0.300 [0.000, 1.000]")
+
+
+def test_the_expected_column_is_over_radii_that_all_have(tmp_path: Path) -> None:
+    """A run that was also attacked at a hard radius would look weaker beside one that was not."""
+    runs = [make_run(tmp_path / "t", right=0.4), make_run(tmp_path / "s", "siamese", right=0.4)]
+    file = runs[1] / "robustness.json"
+    content = json.loads(file.read_text())
+    (record,) = content["results"]
+    record["worst_case"]["8"] = {**record["worst_case"]["2"], "recall_at_1": 0.0}
+    record["worst_case"]["2"]["ci"] = [None, None]  # what one query gives
+    file.write_text(json.dumps(content))
+    table = tables(attacked.attacked(setting(*runs)))[0]
+    assert list(table.header)[2:] == ["clean", "2/255", "8/255", "expected"]
+    assert [row[-1] for row in table.rows] == [0.7, 0.7]
+    assert "all were attacked at (0, 2)" in table.caption
+    assert table.rows[0][3] == "0.400"
 
 
 def test_attacks_of_another_kind_are_another_table(tmp_path: Path) -> None:
