@@ -140,8 +140,10 @@ def map_panels(
             axes.spines[:].set_color(_GRID)
     if shown:
         # Given by hand: a label that starts with "_" is otherwise kept out of legends.
-        figure.legend(handles[: len(shown)], names, loc="outside lower center",
-                      ncols=min(4, len(shown)), frameon=False, fontsize=9, markerscale=1.6)  # fmt: skip
+        figure.legend(
+            handles[: len(shown)], names, loc="outside lower center", ncols=min(4, len(shown)),
+            frameon=False, fontsize=9, markerscale=1.6,
+        )  # fmt: skip
     return figure
 
 
