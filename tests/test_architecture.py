@@ -17,7 +17,8 @@ ROOT = PACKAGE.parent
 # The data flow: a part imports only parts that stand before it.
 ORDER = [
     "errors", "config", "files", "text", "memory", "description",
-    "data/images", "data/dataset", "data/splits", "data/download", "data/oxford", "data/folder",
+    "data/pool", "data/images", "data/dataset", "data/splits", "data/download", "data/oxford",
+    "data/folder",
     "data/species", "data/sprites", "data/scenery", "data/painter", "data/synthetic",
     "data/source", "data/store", "data/batches", "data/augment",
     "fold", "model", "attacks/pgd", "attacks/logits", "attacks/objectives", "attacks",

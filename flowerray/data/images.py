@@ -3,11 +3,9 @@
 Letters: H W C an image. Pillow and numpy are all it imports, so that decoding processes start fast.
 """
 
-import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from hashlib import blake2b
@@ -19,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from flowerray.data.pool import spawned
 from flowerray.errors import UserError
 
 LONGEST = 2
@@ -125,17 +124,8 @@ def decoding_map(count: int, processes: int | None = None) -> Iterator[Callable]
     if processes == 1:
         yield map
         return
-    # Pillow decodes under the GIL: threads gain nothing. A forked process would inherit the locks
-    # of the parent's threads (torch, Ray).
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(processes, mp_context=context) as pool:
-            yield partial(_map_ahead, pool, 64 * processes)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "A process that decodes images died: free some memory, or put your script's calls "
-            'under `if __name__ == "__main__":`.'
-        ) from error
+    with spawned(processes, "decodes images") as pool:  # Pillow holds the GIL: no threads
+        yield partial(_map_ahead, pool, 64 * processes)
 
 
 def _map_ahead(

@@ -6,11 +6,8 @@ numbered class by class, as Oxford's.
 """
 
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from tqdm import tqdm
 
 from flowerray.config import Config
 from flowerray.data.painter import paint
+from flowerray.data.pool import spawned
 from flowerray.data.species import names, species_table
 from flowerray.errors import UserError
 from flowerray.files import atomic_folder, write_json
@@ -98,11 +96,6 @@ def synthesize(
                     for done in run(_render, [(folder, *chunk) for chunk in chunks]):
                         bar.update(done)
             _write_tables(folder, sizes, config)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "A process that paints the synthetic set died: free some memory, or put your script's "
-            'calls under `if __name__ == "__main__":`.'
-        ) from error
     except OSError as error:
         raise UserError(
             f"The synthetic set cannot be written to {out} ({error}); "
@@ -134,8 +127,7 @@ def _mapper(processes: int) -> Iterator:
     if processes == 1:
         yield map
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_one_thread) as pool:
+    with spawned(processes, "paints the synthetic set", _one_thread) as pool:
         yield pool.map
 
 

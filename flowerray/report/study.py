@@ -162,7 +162,7 @@ def importances(rows: Sequence[Row], distributions: Mapping[str, Any]) -> dict[s
     if len(rows) < FEWEST or max(values) - min(values) < 1e-9:
         return {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # Optuna's notes on experimental parts
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = optuna.create_study(direction="maximize")
         for row, value in zip(rows, values, strict=True):

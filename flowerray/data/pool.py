@@ -1,0 +1,34 @@
+"""Processes that share the work of decoding and painting images."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+
+from flowerray.errors import UserError
+
+
+@contextmanager
+def spawned(
+    processes: int, work: str, initializer: Callable[[], None] | None = None
+) -> Iterator[ProcessPoolExecutor]:
+    """A pool of new processes: forked ones would inherit the locks of the parent's threads (torch,
+    Ray).
+
+    Args:
+        work: what each does, for the message: "decodes images".
+        initializer: called first in each.
+
+    Raises:
+        UserError: one of them died.
+    """
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(processes, mp_context=context, initializer=initializer) as pool:
+            yield pool
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"A process that {work} died: free some memory, or put your script's calls under "
+            '`if __name__ == "__main__":`.'
+        ) from error
