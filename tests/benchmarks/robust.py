@@ -1,12 +1,13 @@
 """The robust version of each method beside its standard twin, over seeds, under the same attacks.
 
     uv run python -m tests.benchmarks.robust --out DIR [--root DATA] [--seeds 0 1 2] [--audit]
+        [--base-epochs 12] [--own-epochs 4]
 
-For each seed: the three standard models; a base, the standard `center` hardened in 12 epochs; and
-from it the robust version of each method, in 4 epochs of its own. Then every robust model is
-attacked beside its twin, on the test split. Each training and attack is a RUN below `--out`; what
-is there already is not made again, so the command may be stopped and repeated. Writes
-DIR/robust.json and prints the table.
+For each seed: the three standard models; a base, the standard `center` hardened for
+`--base-epochs`; and from it the robust version of each method, trained for `--own-epochs`. Then
+every robust model is attacked beside its twin, on the test split. Each training and attack is a RUN
+below `--out`; what is there already is not made again, so the command may be stopped and repeated.
+Writes DIR/robust.json and prints the table.
 """
 
 import argparse
@@ -21,8 +22,8 @@ from tests.benchmarks.command import about, flowerray
 
 METHODS = ("center", "siamese", "triplet")
 HARDEN = ["--harden.kind", "pgd", "--harden.epsilon", "4"]
-FIRST = [*HARDEN, "--train.lr", "7e-4", "--train.epochs", "12"]
-NEXT = [*HARDEN, "--train.lr", "5e-4", "--train.epochs", "4", "--harden.ramp", "0"]
+BASE = [*HARDEN, "--train.lr", "7e-4"]
+OWN = [*HARDEN, "--train.lr", "5e-4", "--harden.ramp", "0"]
 ATTACK = [
     "--attacks", "margin,apgd-ce,apgd-dlr", "--eps", "0,2,4,8", "--max-queries", "512",
     "--steps", "20", "--restarts", "3", "--max-pairs", "0",
@@ -35,6 +36,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--root", type=Path, help="data set; by default the synthetic one")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--base-epochs", default="12")
+    parser.add_argument("--own-epochs", default="4")
     parser.add_argument("--audit", action="store_true", help="of each robust model; slow")
     options, extra = parser.parse_known_args()
     out = options.out.absolute()
@@ -46,13 +49,15 @@ def main() -> None:
     pairs: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for seed in options.seeds:
         words = [*common, "--train.seed", str(seed)]
+        first = [*BASE, "--train.epochs", options.base_epochs]
+        then = [*OWN, "--train.epochs", options.own_epochs]
         for method in METHODS:
             train(method, out / f"{method}-seed{seed}", words)
         base = out / f"base-seed{seed}"
-        train("center", base, [*words, "--init", str(out / f"center-seed{seed}"), *FIRST])
+        train("center", base, [*words, "--init", str(out / f"center-seed{seed}"), *first])
         for method in METHODS:
             twin, robust = out / f"{method}-seed{seed}", out / f"robust-{method}-seed{seed}"
-            train(method, robust, [*words, "--init", str(base), *NEXT])
+            train(method, robust, [*words, "--init", str(base), *then])
             if not (robust / "robustness.json").exists():
                 attack = ["attack", str(robust), "--beside", str(twin), *ATTACK, *audit]
                 flowerray(attack, robust.with_suffix(".log"))
