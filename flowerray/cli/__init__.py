@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
+from flowerray.data.pool import leave_unguarded
 from flowerray.errors import UserError
 from flowerray.memory import keep_freed_memory
 
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs one command and exits: 0 done, 2 the user's mistake (one sentence on standard error),
     130 interrupted.
     """
+    leave_unguarded()
     words = list(sys.argv[1:] if argv is None else argv)
     keep_freed_memory()
     signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop` and cluster schedulers send it

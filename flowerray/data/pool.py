@@ -9,6 +9,14 @@ from contextlib import contextmanager
 from flowerray.errors import UserError
 
 
+def leave_unguarded() -> None:
+    """Ends a new process that runs its parent's script once more, because that has no main guard,
+    instead of letting it wait for a lock that the parent holds. `spawned` then says so there.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing asks
+        raise SystemExit(1)
+
+
 @contextmanager
 def spawned(
     processes: int, work: str, initializer: Callable[[], None] | None = None

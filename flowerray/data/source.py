@@ -14,6 +14,7 @@ from flowerray.config import Config
 from flowerray.data import folder, oxford
 from flowerray.data.dataset import Dataset
 from flowerray.data.images import decoding_map, examine
+from flowerray.data.pool import leave_unguarded
 from flowerray.data.splits import Protocol
 from flowerray.data.synthetic import VERSION, SyntheticConfig, synthesize
 from flowerray.errors import UserError
@@ -127,6 +128,7 @@ def _synthetic_root(config: SyntheticConfig, progress: bool) -> Path:
         f"-scale-{config.scale}-{config.size}px"
     )
     root = files.home() / "synthetic" / name
+    leave_unguarded()
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(root.with_name(f"{name}.lock")):  # several workers of a node may ask at once

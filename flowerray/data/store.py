@@ -8,13 +8,15 @@ Letters: N images, B of a batch, C H W an image.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,14 +33,19 @@ from flowerray.data.images import (
     load_or_fault,
     resize_side,
 )
+from flowerray.data.pool import leave_unguarded
 from flowerray.errors import UserError
-from flowerray.files import atomic_folder, home, write_json
+from flowerray.files import atomic_file, atomic_folder, home, write_json
 
 __all__ = ["Store", "build_store", "eval_image", "load_image", "resize_side"]
 
 STORE_VERSION = 1
 """Rises when the same files would give other pixels."""
+T = TypeVar("T")
 _NAMED = 10  # bad files that an error lists
+_SETTLED = (
+    2 * 10**9
+)  # nanoseconds until a file's time tells another change: such clocks tick slowly
 
 
 class Store:
@@ -127,10 +134,11 @@ def build_store(
     """
     paths = [Path(path) for path in paths]
     assert paths, "a store needs at least one image"
-    key = _key(paths, shorter_side)
+    key = _key(paths, shorter_side, progress)
     folder = home() / "stores" / key
     if _read_meta(folder) is not None:
         return Store(folder)
+    leave_unguarded()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{key}.lock")):
@@ -147,9 +155,55 @@ def build_store(
     return Store(folder)
 
 
-def _key(paths: list[Path], shorter_side: int) -> str:
+def _key(paths: list[Path], shorter_side: int, progress: bool) -> str:
+    """Hash of the files' bytes, their order, the side and the version.
+
+    The bytes are read once: a note beside the stores keeps the key for as long as no file changes
+    its place, size or times.
+    """
+    stamps = list(_in_threads(_stamp, paths))
+    changed = max((stamp[-1] for stamp in stamps), default=0)
+    facts = f"{STORE_VERSION} {shorter_side} {stamps}"
+    name = blake2b(facts.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+    note = home() / "stores" / "known" / name
+    with suppress(OSError):
+        return note.read_text()
+    key = _content_key(paths, shorter_side, progress)
+    if changed < time.time_ns() - _SETTLED:
+        with suppress(OSError):  # it would only have saved time
+            note.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(note) as temporary:
+                temporary.write_text(key)
+    return key
+
+
+def _stamp(path: Path) -> tuple[str, int, int, int, int]:
+    """What tells that a file is the one that was read before; last, when it changed."""
+    with suppress(OSError):
+        found = path.stat()
+        times = found.st_mtime_ns, found.st_ctime_ns  # the second is out of a user's reach
+        return str(path.absolute()), found.st_ino, found.st_size, *times
+    return str(path.absolute()), 0, 0, 0, time.time_ns()
+
+
+def _in_threads(function: Callable[[Path], T], paths: list[Path]) -> Iterator[T]:
+    """`map` over threads, in parts: a million single tasks would need gigabytes."""
+    parts = [paths[i : i + 256] for i in range(0, len(paths), 256)]
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_digest, paths))
+        for results in pool.map(lambda part: [function(path) for path in part], parts):
+            yield from results
+
+
+def _content_key(paths: list[Path], shorter_side: int, progress: bool) -> str:
+    bar = tqdm(
+        total=len(paths), desc="reading images", unit="img", delay=2, leave=False,
+        disable=None if progress else True,
+    )  # fmt: skip
+    digests = []
+    with bar:
+        for digest in _in_threads(_digest, paths):
+            digests.append(digest)
+            bar.update()
     _refuse_bad(paths, [digest if isinstance(digest, str) else None for digest in digests])
     total = blake2b(f"{STORE_VERSION} {shorter_side} ".encode(), digest_size=16)
     for digest in digests:

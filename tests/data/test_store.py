@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from flowerray.data import store
 from flowerray.data.store import Store, build_store, eval_image, load_image, resize_side
 from flowerray.errors import UserError
 from flowerray.files import home
@@ -74,6 +75,50 @@ def test_pixels_equal_pillow_resize_then_crop(paths: list[Path]) -> None:
             resized_HWC = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
         assert np.array_equal(load_image(path, 18), resized_HWC)
         assert np.array_equal(eval_image(path, 16), resized_HWC[rows, columns].transpose(2, 0, 1))
+
+
+def watch_reading(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files whose bytes are hashed from now on."""
+    read: list[Path] = []
+    digest = store._digest
+
+    def watched(path: Path) -> bytes | str:
+        read.append(path)
+        return digest(path)
+
+    monkeypatch.setattr(store, "_digest", watched)
+    return read
+
+
+def test_files_that_did_not_change_are_not_read_again(
+    paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_SETTLED", 0)
+    read = watch_reading(monkeypatch)
+    time.sleep(0.05)  # a tick of the file system's clock
+    first = build(paths)
+    assert sorted(read) == paths
+    read.clear()
+    assert build(paths).folder == first.folder and not read
+    assert build(paths, 20).folder != first.folder  # another side is another store
+    read.clear()
+
+    old = paths[0].stat()
+    data = bytearray(paths[0].read_bytes())
+    data[data.index(b"\xff\xdb") + 5] ^= 1  # another picture of as many bytes and the same time
+    paths[0].write_bytes(data)
+    os.utime(paths[0], ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert build(paths).fingerprint != first.fingerprint and read
+
+
+def test_a_file_that_changed_just_now_is_read_again(
+    paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second change within a tick of the file system's clock would not be seen."""
+    build(paths)
+    read = watch_reading(monkeypatch)
+    build(paths)
+    assert sorted(read) == paths
 
 
 def test_shrinking_averages_instead_of_skipping() -> None:
@@ -269,9 +314,9 @@ def test_builders_of_one_key_decode_once_and_all_succeed(
     with ThreadPoolExecutor(6) as pool:
         stores = list(pool.map(lambda _: build(paths), range(6)))
     assert decoded == paths
-    assert len({store.folder for store in stores}) == 1
-    for store in stores:
-        assert np.array_equal(store.image(5), load_image(paths[5], 18))
+    assert len({found.folder for found in stores}) == 1
+    for found in stores:
+        assert np.array_equal(found.image(5), load_image(paths[5], 18))
 
 
 def test_a_killed_builder_leaves_nothing_half_valid(

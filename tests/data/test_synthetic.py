@@ -1,6 +1,7 @@
 """The synthetic set: deterministic, shaped like Oxford's, never half written, not just colour."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from flowerray.data.painter import paint
 from flowerray.data.species import names, species_table
 from flowerray.data.synthetic import MASK_BACKGROUND, SyntheticConfig, class_sizes, synthesize
 from flowerray.errors import UserError
+from tests.data.pictures import save_picture
 
 TINY = SyntheticConfig(classes=3, scale=0.01, size=64)  # 24 images a class
 
@@ -209,15 +211,35 @@ def test_an_unwritable_place_is_one_sentence(tmp_path: Path) -> None:
         synthesize(tmp_path / "file" / "set", TINY, progress=False, processes=1)
 
 
-def test_a_script_without_a_main_guard_is_told(tmp_path: Path) -> None:
+CALLS = {
+    "paints": "synthesize(folder / 'set', config, progress=False, processes=2)",
+    "paints the default set": "open_dataset(DataConfig(synthetic=config))",
+    "decodes": "build_store(sorted((folder / 'images').iterdir()), 32, processes=2)",
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_script_without_a_main_guard_is_told(call: str, tmp_path: Path) -> None:
+    """Its child processes would run it again, and wait for the parent's locks for ever."""
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        save_picture(tmp_path / "images" / f"{i}.jpg", i, 40, 40)
     script = tmp_path / "script.py"
     script.write_text(
+        "import os\n"
         "from pathlib import Path\n"
+        "from flowerray.data.source import DataConfig, open_dataset\n"
+        "from flowerray.data.store import build_store\n"
         "from flowerray.data.synthetic import SyntheticConfig, synthesize\n"
-        f"config = SyntheticConfig(classes=3, scale=0.01, size=64)\n"
-        f"synthesize(Path({str(tmp_path / 'set')!r}), config, progress=False, processes=2)\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "os.cpu_count = lambda: 2\n"
+        "config = SyntheticConfig(classes=3, scale=0.01, size=64)\n"
+        f"{call}\n"
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    home = {**os.environ, "FLOWERRAY_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=120, env=home
+    )
     assert done.returncode != 0
     assert "__main__" in done.stderr.strip().splitlines()[-1]
     assert not (tmp_path / "set").exists()
