@@ -1,6 +1,7 @@
 """What every test shares: quiet libraries, a private FLOWERRAY_HOME, small rendered sets."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,3 +78,20 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     store = build_store(paths, resize_side(32), progress=False)
     targets = np.repeat(np.arange(10), 5).tolist()
     return {"store": str(store.folder), "targets": targets}
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database that `prepare` made once; its migrations take seconds."""
+    from flowerray import tracking
+
+    folder = tmp_path_factory.mktemp("prepared")
+    assert tracking.prepare(folder / "run")
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def runs(tmp_path: Path, database: Path) -> Path:
+    """A folder of runs with a database; its experiment `here` keeps artifacts in it."""
+    shutil.copy(database, tmp_path / "mlflow.db")
+    return tmp_path

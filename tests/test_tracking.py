@@ -1,6 +1,5 @@
 """Tracking: what MLflow ends up with, and that no fault of it reaches a training."""
 
-import io
 import json
 import logging
 import os
@@ -11,79 +10,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from flowerray import tracking, tracking_server
 from flowerray.errors import UserError
-
-RUN = {
-    "flowerray": "0.1.0",
-    "method": {"name": "triplet", "margin": 0.2},
-    "data": {"root": None, "protocol": "official"},
-    "embedder": {"backbone": "test_efficientnet", "dim": 16, "image_size": 32, "weights": "none"},
-    "resources": {"workers": 1},
-}
+from tests.tracked import RUN, append, client, curve, logged, make_run, record
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def fresh() -> None:
+    """Each test hears its own warnings."""
     tracking._warned.clear()
-
-
-@pytest.fixture(scope="session")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database that `prepare` made once; its migrations take seconds."""
-    folder = tmp_path_factory.mktemp("prepared")
-    assert tracking.prepare(folder / "run")
-    return folder / "mlflow.db"
-
-
-@pytest.fixture
-def runs(tmp_path: Path, database: Path) -> Path:
-    """A folder of runs with a database; its experiment `here` keeps artifacts in it."""
-    shutil.copy(database, tmp_path / "mlflow.db")
-    return tmp_path
-
-
-def make_run(folder: Path, records: int = 0, name: str = "triplet-1") -> Path:
-    """A RUN folder of a training under way."""
-    run_dir = folder / name
-    run_dir.mkdir(parents=True)
-    (run_dir / "run.json").write_text(json.dumps(RUN))
-    append(run_dir, range(1, records + 1))
-    tracking.start(run_dir, name, RUN, {"data.fingerprint": "abc"}, experiment="here")
-    return run_dir
-
-
-def record(step: int, sitting: int = 0) -> str:
-    metrics = {"train/loss": 1 / step, "system/cpu_utilization_percentage": 50.0}
-    content = {"step": step, "epoch": 1, "time": 1000.5 + step + 100 * sitting, "metrics": metrics}
-    return json.dumps(content) + "\n"
-
-
-def append(run_dir: Path, steps: range, sitting: int = 0) -> None:
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.writelines(record(step, sitting) for step in steps)
-
-
-def client(run_dir: Path) -> Any:
-    return tracking_server.connect(tracking.tracking_uri(run_dir))
-
-
-def logged(run_dir: Path, metric: str = "train/loss") -> list[tuple[int, float]]:
-    run_id = tracking.run_id(run_dir)
-    return sorted((m.step, m.value) for m in client(run_dir).get_metric_history(run_id, metric))
-
-
-def curve(steps: range) -> list[tuple[int, float]]:
-    return [(step, 1 / step) for step in steps]
 
 
 def closed_port() -> str:
@@ -128,103 +69,6 @@ def test_importing_and_starting_load_no_mlflow(tmp_path: Path) -> None:
         "assert not {'mlflow', 'torch', 'ray'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# ---- the database
-
-
-def test_prepare_makes_database_and_experiment(database: Path) -> None:
-    with sqlite3.connect(database) as connection:
-        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        query = "SELECT artifact_location FROM experiments WHERE name = 'flowerray'"
-        assert connection.execute(query).fetchone() == (f"file://{database.parent}/mlartifacts",)
-
-
-def test_a_fresh_database_is_opened_by_one_driver_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inside: list[int] = []
-    most: list[int] = []
-
-    class SlowClient:
-        """Stands in for the migrations."""
-
-        def __init__(self) -> None:
-            inside.append(1)
-            most.append(len(inside))
-            time.sleep(0.02)
-
-        def get_experiment_by_name(self, name: str) -> None:
-            return None
-
-        def create_experiment(self, name: str, artifact_location: str) -> str:
-            inside.pop()
-            return "1"
-
-    monkeypatch.setattr(tracking_server, "connect", lambda uri: SlowClient())
-    with ThreadPoolExecutor(6) as pool:
-        made = list(pool.map(lambda i: tracking.prepare(tmp_path / "runs" / str(i)), range(6)))
-    assert made == [True] * 6 and most == [1] * 6
-
-
-RACE = """
-import sys, time, pathlib
-from flowerray import tracking
-import mlflow
-ready, go, run = map(pathlib.Path, sys.argv[1:])
-ready.touch()
-while not go.exists(): time.sleep(0.01)
-sys.exit(not tracking.prepare(run))
-"""
-
-
-@pytest.mark.slow
-def test_four_drivers_prepare_at_once(tmp_path: Path) -> None:
-    """The same with MLflow itself, whose migrations break each other without a lock."""
-    go, runs = tmp_path / "go", tmp_path / "runs"
-    ready = [tmp_path / f"ready{i}" for i in range(4)]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", RACE, str(file), str(go), str(runs / str(i))],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for i, file in enumerate(ready)
-    ]
-    while not all(file.exists() for file in ready) and all(p.poll() is None for p in started):
-        time.sleep(0.05)
-    go.touch()
-    for process in started:
-        out, err = process.communicate(timeout=200)
-        assert process.returncode == 0, err
-        assert out == "" == err  # neither MLflow's nor alembic's chatter
-    with sqlite3.connect(runs / "mlflow.db") as connection:
-        query = "SELECT count(*) FROM experiments WHERE name = 'flowerray'"
-        assert connection.execute(query).fetchone() == (1,)
-
-
-FLOW = """
-import sys, pathlib
-from flowerray import tracking
-run = pathlib.Path(sys.argv[1])
-with tracking.LiveTracking(run):
-    pass
-assert tracking.finish(run)
-assert tracking.register(run, "flowers", "champion") == "1"
-assert tracking.resolve("models:/flowers@champion").suffix == ".pth"
-"""
-
-
-@pytest.mark.slow
-def test_mlflow_prints_nothing(tmp_path: Path, export: bytes) -> None:
-    """From a fresh database to a registered model, without a line of MLflow's own."""
-    run_dir = make_run(tmp_path, records=2)
-    (run_dir / "best_model_triplet_loss.pth").write_bytes(export)
-    done = subprocess.run(
-        [sys.executable, "-c", FLOW, str(run_dir)], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # ---- what MLflow ends up with
@@ -509,109 +353,6 @@ def test_live_tracking_survives_any_fault_and_the_blocks_own_error_passes(
     with pytest.raises(KeyError), tracking.LiveTracking(run_dir, every=0.01):
         time.sleep(0.1)
         raise KeyError("the training's own")
-
-
-# ---- the model
-
-
-@pytest.fixture(scope="module")
-def export() -> bytes:
-    """A real exported file of a tiny embedder with random weights."""
-    import torch
-
-    from flowerray.model import Embedder, EmbedderConfig
-
-    config = EmbedderConfig(**RUN["embedder"])  # type: ignore[arg-type]
-    file = io.BytesIO()
-    content = {
-        "embedder": Embedder(config).state_dict(),
-        "method": {},
-        "run": json.dumps(RUN),
-        "threshold": 0.5,
-        "classes": ["a", "b"],
-    }
-    torch.save(content, file)
-    return file.getvalue()
-
-
-def jpegs(n: int) -> list[bytes]:
-    rng = np.random.default_rng(0)
-    files = []
-    for i in range(n):
-        pixels = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(pixels).resize((80 + i, 60)).save(file, "PNG" if i == 0 else "JPEG")
-        files.append(file.getvalue())
-    return files
-
-
-def test_the_model_turns_image_files_into_embeddings(
-    runs: Path, export: bytes, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    import mlflow
-    import pandas as pd
-    import torch
-
-    import flowerray
-    from flowerray import pyfunc
-    from flowerray.data.store import eval_image
-
-    run_dir = make_run(runs, records=1)
-    path = run_dir / "best_model_triplet_loss.pth"
-    path.write_bytes(export)
-    assert tracking.finish(run_dir)
-    assert tracking.register(run_dir, "flowers", "champion") == "1"
-    assert tracking.register(run_dir, "flowers", "champion") == "2"
-    run = client(run_dir).get_run(tracking.run_id(run_dir))
-    assert len(run.outputs.model_outputs) == 1
-
-    uri = tracking.tracking_uri(run_dir)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.setattr(pyfunc, "BATCH", 2)
-    files = jpegs(5)
-    state = tracking.State.read(run_dir)
-    assert state.model_uri is not None
-    embedder = flowerray.load(path)
-    images = np.stack([eval_image(file, 32) for file in files])
-    with torch.inference_mode():
-        expected = embedder(torch.from_numpy(images).float() / 255).numpy()
-    for address in (state.model_uri, "models:/flowers@champion", "models:/flowers/1"):
-        model = mlflow.pyfunc.load_model(address)
-        found = model.predict(pd.DataFrame({"image": files}))
-        assert found.dtype == np.float32 and found.shape == (5, 16)
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-        resolved = tracking.resolve(address)
-        assert resolved.name == path.name and resolved.read_bytes() == export
-    with monkeypatch.context() as away:  # the database beside the runs is found by itself
-        away.delenv("MLFLOW_TRACKING_URI")
-        away.setenv("FLOWERRAY_HOME", str(run_dir.parent / "home"))
-        away.chdir(run_dir.parent)
-        assert tracking.resolve("models:/flowers@champion").read_bytes() == export
-        assert "MLFLOW_TRACKING_URI" not in os.environ
-    signature = model.metadata.signature
-    assert [(c.name, c.type.name) for c in signature.inputs] == [("image", "binary")]
-    assert signature.outputs.inputs[0].shape == (-1, 16)
-    assert model.predict(pd.DataFrame({"image": []}, dtype=object)).shape == (0, 16)
-
-    folder = tracking.resolve(f"runs:/{run.info.run_id}")
-    assert sorted(p.name for p in folder.iterdir()) == [path.name, "metrics.jsonl", "run.json"]
-    flowerray.load(folder)
-    assert tracking.resolve(f"runs:/{run.info.run_id}/{path.name}").read_bytes() == export
-    for missing in ("models:/none@champion", "runs:/0123456789abcdef0123456789abcdef"):
-        with pytest.raises(UserError, match="cannot be fetched from MLflow"):
-            tracking.resolve(missing)
-    with pytest.raises(UserError, match="holds 0 flowerray models"):
-        tracking.resolve(f"runs:/{run.info.run_id}/metrics.jsonl")
-    assert capfd.readouterr() == ("", "")
-
-
-def test_resolve_of_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracking.resolve(str(tmp_path)) == tmp_path
-    with pytest.raises(UserError, match="is not there: give a RUN folder"):
-        tracking.resolve(str(tmp_path / "none"))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="set MLFLOW_TRACKING_URI"):
-        tracking.resolve("models:/flowers@champion")
 
 
 def test_nothing_to_register_is_a_warning(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
