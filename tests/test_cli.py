@@ -268,6 +268,39 @@ def test_evaluate_another_folder(say: Say, run: Path, small_set: Path, tmp_path:
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_the_runs_own_set_by_another_path_is_measured_as_its_own(
+    say: Say, run: Path, small_set: Path, tmp_path: Path
+) -> None:
+    """Its training images must not become queries of "another" set."""
+    (tmp_path / "link").symlink_to(small_set)
+    shutil.copytree(small_set, tmp_path / "moved")
+    own = json.loads(say("evaluate", run, "--json")[0])
+    for name in ("link", "moved"):
+        found = json.loads(say("evaluate", run, "--json", "--data.root", tmp_path / name)[0])
+        for key in ("gallery", "num_queries", "num_gallery", "recall_at_1"):
+            assert found[key] == own[key], (name, key)
+
+
+def test_a_gallery_may_be_in_oxfords_layout(
+    say: Say, run: Path, small_set: Path, tmp_path: Path
+) -> None:
+    """Its masks are no images, and its folder `jpg` is no class."""
+    shutil.copytree(small_set, tmp_path / "set")
+    found = json.loads(say("evaluate", run, "--json", "--gallery", tmp_path / "set")[0])
+    assert found["num_gallery"] == 6 * 24 and found["num_queries_without_match"] == 0
+
+
+def test_attack_options_that_would_do_nothing(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong, sentence in (
+        (["--perturb", "gallery", "--attacks", "margin"], "--attacks: no use with --perturb"),
+        (["--audit-queries", "16"], "--audit-queries: no use without --audit or --ers"),
+    ):
+        assert dispatch(["attack", str(run), *wrong]) == 2
+        assert sentence in capsys.readouterr().err
+
+
 def test_paths_are_absolute_before_a_worker_sees_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_run: Path
 ) -> None:

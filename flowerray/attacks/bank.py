@@ -135,7 +135,7 @@ def run(
         logits = MaxSimLogits(embedder, gallery_GD, gallery_labels_G)
         scene = _Scene(
             embedder=embedder,
-            logits=logits.to(images_BCHW.device),
+            logits=logits,
             gallery_GD=gallery_GD,
             gallery_labels_G=gallery_labels_G.detach().clone(),
             images_BCHW=images_BCHW,
@@ -267,15 +267,22 @@ def _pgd(scene: _Scene) -> Tensor:
 
 
 def _shift(scene: _Scene) -> Tensor:
+    """The largest shift need not be the wrong decision: a start that led to one is kept."""
     with torch.no_grad():
         clean_BD = scene.embedder(scene.images_BCHW)
-    return pgd(
-        shift(scene.embedder, clean_BD),
-        scene.images_BCHW,
-        scene.pgd_config(),
-        seed=(scene.seed,),
-        positions=scene.positions,
-    ).images_BCHW
+    result_BCHW = scene.images_BCHW.clone()
+    index_N = torch.arange(len(result_BCHW), device=result_BCHW.device)
+    config = scene.pgd_config().model_copy(update={"restarts": 1})
+    for restart in range(scene.budget.restarts):
+        left = scene.take(index_N)
+        aim = shift(scene.embedder, clean_BD[index_N])
+        seed = (scene.seed, restart)
+        found = pgd(aim, left.images_BCHW, config, seed=seed, positions=left.positions)
+        result_BCHW[index_N] = found.images_BCHW
+        index_N = index_N[left.right(found.images_BCHW)]
+        if not len(index_N):
+            break
+    return result_BCHW
 
 
 def _margin(scene: _Scene) -> Tensor:

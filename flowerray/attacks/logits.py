@@ -1,7 +1,7 @@
 """An embedder and a gallery as a classifier, so that attacks on classifiers attack retrieval.
 
 Letters: B images, C channels of an image and classes of logits, H W pixels, D embedding dimensions,
-G gallery items, K items of the largest class, Q queries.
+G gallery items, Q queries.
 """
 
 import torch
@@ -14,8 +14,12 @@ TEMPERATURE = 10.0
 looks like robustness; cross-entropy is an honest guide up to about 10."""
 
 _TIE = 1e-13
-"""What each place in the gallery takes from a score: far below what float32 embeddings can tell
-apart, and above float64's rounding, so that equal distances rank by gallery index."""
+"""What each place in the gallery takes from a score: above float64's rounding, so that equal
+distances rank by gallery index, and, up to 100,000 items, far below what float32 embeddings can
+tell apart (6e-8)."""
+
+_BLOCK = 2**24
+"""Distances held at a time."""
 
 
 class MaxSimLogits(nn.Module):
@@ -27,8 +31,11 @@ class MaxSimLogits(nn.Module):
     attacked images themselves (`refuse_own_images`).
     """
 
-    gallery_CKD: Tensor
-    offset_CK: Tensor
+    gallery_GD: Tensor
+    """float64, in the gallery's order."""
+    offset_G: Tensor
+    class_G: Tensor
+    """The logits' column of each item."""
     classes_C: Tensor
 
     def __init__(
@@ -38,7 +45,7 @@ class MaxSimLogits(nn.Module):
         gallery_labels_G: Tensor,
         temperature: float = TEMPERATURE,
     ) -> None:
-        """Sorts the gallery by class.
+        """Keeps the gallery in float64.
 
         Args:
             embedder: pixels in [0,1] -> unit emb_BD; it is not copied.
@@ -56,21 +63,17 @@ class MaxSimLogits(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             exact_GD = gallery_GD.detach().clone().double()
             labels_G = gallery_labels_G.detach().clone().to(exact_GD.device)
-            classes_C, class_G, count_C = labels_G.unique(return_inverse=True, return_counts=True)
+            classes_C, class_G = labels_G.unique(return_inverse=True)
             if len(classes_C) < 2:
                 raise UserError(
                     "The gallery holds a single class, so that no attack can change a decision: "
                     "give a gallery of at least two classes."
                 )
-            order_G = torch.sort(class_G, stable=True).indices
-            # Short classes repeat their first item, which changes no maximum.
-            place_K = torch.arange(int(count_C.max()), device=exact_GD.device)
-            place_CK = place_K.where(place_K < count_C[:, None], 0)
-            items_CK = order_G[(count_C.cumsum(0) - count_C)[:, None] + place_CK]
-            gallery_CKD = exact_GD[items_CK]
-            offset_CK = 0.5 * gallery_CKD.square().sum(2) - 0.5 + _TIE * items_CK
-        self.register_buffer("gallery_CKD", gallery_CKD, persistent=False)
-        self.register_buffer("offset_CK", offset_CK, persistent=False)
+            place_G = torch.arange(len(exact_GD), device=exact_GD.device)
+            offset_G = 0.5 * exact_GD.square().sum(1) - 0.5 + _TIE * place_G
+        self.register_buffer("gallery_GD", exact_GD, persistent=False)
+        self.register_buffer("offset_G", offset_G, persistent=False)
+        self.register_buffer("class_G", class_G, persistent=False)
         self.register_buffer("classes_C", classes_C, persistent=False)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -80,10 +83,11 @@ class MaxSimLogits(nn.Module):
         with torch.autocast(emb_BD.device.type, enabled=False):
             # -|q - g|^2 / 2 up to a constant of the query: for unit vectors their cosine, and in
             # float64 the order of the distances also where rounding left them not quite unit.
-            similarity_BCK = (
-                emb_BD.double() @ self.gallery_CKD.flatten(0, 1).T - self.offset_CK.flatten()
-            ).unflatten(1, self.offset_CK.shape)
-            exact_BC = self.temperature * similarity_BCK.amax(2)
+            similarity_BG = emb_BD.double() @ self.gallery_GD.T - self.offset_G
+            lowest_BC = similarity_BG.new_full((len(emb_BD), len(self.classes_C)), -torch.inf)
+            exact_BC = self.temperature * lowest_BC.scatter_reduce(
+                1, self.class_G.expand_as(similarity_BG), similarity_BG, "amax"
+            )
             logits_BC = exact_BC.to(self.dtype)
             return logits_BC + _lift(exact_BC.detach(), logits_BC.detach())
 
@@ -125,10 +129,13 @@ def refuse_own_images(query_QD: Tensor, gallery_GD: Tensor) -> None:
     """
     if not len(query_QD):
         return
-    distance_QG = torch.cdist(query_QD, gallery_GD, compute_mode="donot_use_mm_for_euclid_dist")
-    itself_Q = (distance_QG.amin(1) < 1e-5) & (distance_QG.median(1).values > 1e-3)
-    if int(itself_Q.sum()) * 2 > len(query_QD):
+    itself = 0
+    for part_QD in query_QD.split(max(1, _BLOCK // max(1, len(gallery_GD)))):
+        distance_QG = torch.cdist(part_QD, gallery_GD, compute_mode="donot_use_mm_for_euclid_dist")
+        most_are_apart_Q = (distance_QG > 1e-3).sum(1) * 2 > len(gallery_GD)
+        itself += int(((distance_QG.amin(1) < 1e-5) & most_are_apart_Q).sum())
+    if itself * 2 > len(query_QD):
         raise UserError(
-            f"{int(itself_Q.sum())} of {len(query_QD)} attacked images are in the gallery "
+            f"{itself} of {len(query_QD)} attacked images are in the gallery "
             "themselves, where each would find its clean self: leave them out of the gallery."
         )

@@ -123,8 +123,9 @@ def pgd(
             objective must be an Aim.
 
     Raises:
-        UserError: pixels outside [0,1]; an objective that needs a random start without one; a value
-            that is not finite.
+        UserError: pixels outside [0,1]; an objective that needs a random start without one; with
+            `keep_best`, a value or a gradient that is not finite, since the attack would pass by
+            what it cannot see.
     """
     check_pixels(images_BCHW)
     aim = objective if isinstance(objective, Aim) else None
@@ -147,13 +148,15 @@ def pgd(
             start_BCHW = _start(images_BCHW, config, (*seed, 0), positions)
             return _climb(objective, images_BCHW, start_BCHW, config)
         best = Attacked(images_BCHW, images_BCHW.new_full((len(images_BCHW),), -torch.inf))
+        lost = torch.zeros((), dtype=torch.bool, device=images_BCHW.device)
         for restart in range(config.restarts):
             start_BCHW = _start(images_BCHW, config, (*seed, restart), positions)
-            best = _keep_best(objective, images_BCHW, start_BCHW, config, best, stop_above)
-    if not bool(best.value_B.isfinite().all()):
-        raise UserError(
-            "The attacked model's output is not finite for some images: check the model's weights."
-        )
+            best = _keep_best(objective, images_BCHW, start_BCHW, config, best, lost, stop_above)
+    for what, broken in (("output", ~best.value_B.isfinite().all()), ("gradient", lost)):
+        if bool(broken):
+            raise UserError(
+                f"The attacked model's {what} is not finite for some images: check its weights."
+            )
     return best
 
 
@@ -294,9 +297,12 @@ def _keep_best(
     start_BCHW: Tensor,
     config: PGDConfig,
     best: Attacked,
+    lost: Tensor,
     stop_above: float | None,
 ) -> Attacked:
-    """One start: the best of its points and of those before it."""
+    """One start: the best of its points and of those before it. `lost` turns True where a gradient
+    is not finite.
+    """
     best_BCHW, best_B = best.images_BCHW.clone(), best.value_B.clone()
     index_N = torch.arange(len(images_BCHW), device=images_BCHW.device)
     points_NCHW, clean_NCHW, narrowed = start_BCHW, images_BCHW, objective
@@ -312,6 +318,7 @@ def _keep_best(
                 break
         if step < config.steps:
             value_N, grad_NCHW = _gradient(narrowed, points_NCHW)
+            lost |= ~grad_NCHW.isfinite().all()
         else:
             with torch.no_grad():
                 value_N = narrowed(points_NCHW)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from flowerray.cli.options import end_of_logging, parse, peek, pick_device
+from flowerray.cli.options import end_of_logging, parse, peek, pick_device, refuse
 from flowerray.errors import UserError
 
 
@@ -52,6 +52,12 @@ def attack(words: list[str]) -> int:
     options = parse(Options, words, "attack", about, default=start)
     if options.run is None:
         raise UserError("name a RUN to attack: flowerray attack RUN.")
+
+    if options.perturb == "gallery":
+        unused = ("attacks", "targets", "black_box_queries", "independent", "max_pairs")
+        refuse(words, unused, "no use with --perturb gallery, where queries and pairs stay clean.")
+    if not (options.audit or options.ers):
+        refuse(words, ("audit_queries",), "no use without --audit or --ers.")
 
     from flowerray.commands import attack as command
     from flowerray.commands.models import open_model

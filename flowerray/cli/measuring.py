@@ -61,7 +61,7 @@ def evaluate(words: list[str]) -> int:
     from flowerray import tables
     from flowerray.commands import measuring
 
-    other = model is not None and data.root not in (None, model.run.data.root)
+    other = model is not None and measuring.is_another_set(model, data.root)
     whole = other and not given(words, SPLITS)
     if options.frozen:
         measurement = measuring.evaluate_frozen(

@@ -137,6 +137,7 @@ def summary(run: Run, folder: RunDir) -> dict[str, Any]:
     last = folder.checkpoint()
     assert last is not None, "a finished training has saved a checkpoint"
     progress = checkpoint.load_state(last, torch.device("cpu"))["progress"]
+    map_at_r = progress["best_map_at_r"]
     found = json.loads(folder.thresholds.read_text())
     name = methods.get(run.method_name).export_name
     return {
@@ -144,7 +145,7 @@ def summary(run: Run, folder: RunDir) -> dict[str, Any]:
         "model": str(next(folder.path.glob(f"*_model_{name}.pth"))),
         "threshold": found["threshold"],
         "best_epoch": found["best_epoch"],
-        "val_map_at_r": progress["best"] if math.isfinite(progress["best"]) else None,
+        "val_map_at_r": map_at_r if math.isfinite(map_at_r) else None,
         "epochs": progress["epoch"],
         "steps": progress["step"],
         "images": progress["step"] * run.train.classes_per_batch * run.train.images_per_class,

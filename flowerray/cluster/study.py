@@ -35,7 +35,8 @@ class StudyConfig(Config):
     """Who proposes: tpe = multivariate tree-structured Parzen estimator, nsga2 = evolution, cmaes =
     covariance matrix adaptation (numbers only; choices are drawn)."""
     pruner: Literal["asha", "none"] = "asha"
-    """asha = a trial goes on past an epoch of 2, 6, 18 ... only among the best third there."""
+    """asha = a trial goes on past an epoch of 2, 6, 18 ... only among the best third there (by the
+    sum of the objectives); none = every trial is trained to its end."""
     objective: Literal["map", "pareto"] = "map"
     """map = val MAP@R; pareto = val MAP@R and adversarial R@1, for hardened trainings."""
     seed: int = Field(0, ge=0, lt=2**31)

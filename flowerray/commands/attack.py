@@ -125,7 +125,10 @@ def standard_of(model: Model) -> str | None:
         init = run.init
         if init is None or not init.exists():
             return None
-        run = Run.from_dict(checkpoint.load_export(init)["run"])
+        try:
+            run = Run.from_dict(checkpoint.load_export(init)["run"])
+        except UserError:  # a folder without its model is no longer there either
+            return None
         if not run.harden.on:
             return str(init)
     return None
@@ -259,11 +262,12 @@ def _measure(
             return arena
         size = resize_side(subject.model.embedder.image_size)
         store = build_store(subject.measurement.gallery_paths, size, progress=not quiet)
-        return replace(arena, gallery_GD=attack_gallery(arena, store, eps, config))
+        return replace(arena, gallery_GD=attack_gallery(arena, store, eps, config, bar.update))
 
-    radii = sum(eps > 0 for eps in config.eps)
-    total = radii * len(config.attacks) * len(arena.chosen_Q)
-    total += 0 if pairs is None else radii * len(pairs.index)
+    images = 0 if config.perturb == "gallery" else len(config.attacks) * len(arena.chosen_Q)
+    images += 0 if config.perturb == "query" else len(arena.gallery_GD)
+    images += 0 if pairs is None else len(pairs.index)
+    total = images * sum(eps > 0 for eps in config.eps)
     title = f"attack {subject.model.name}"[-30:]
     with tqdm(
         total=total, unit="img", desc=title, disable=quiet or None, dynamic_ncols=True

@@ -267,6 +267,17 @@ def base_runs(config: CompareConfig, notes: list[str]) -> tuple[dict[str, Run], 
             text = ", ".join(f"{name} {count}" for name, (_, count) in found.items())
             raise UserError(f"one budget for all: the studies have unequal trials ({text}).")
         for name, (best, _) in found.items():
+            if best.harden.on or best.init is not None:
+                raise UserError(
+                    f"one budget for all: the study of --{name} hardens or goes on from another "
+                    "run (--init), which cross-entropy and the others do not; give plain studies."
+                )
+            seen = [p for p in config.protocols if p != best.data.protocol]
+            if "disjoint" in seen:
+                notes.append(
+                    f"disjoint: {name} was tuned on {best.data.protocol}, whose train and val hold "
+                    "the classes and some of the images that disjoint tests."
+                )
             runs[name] = best.model_copy(update={**shared, "threshold": None})
             if given_up := differences(best.model_copy(update={"threshold": None}), runs[name]):
                 notes.append(

@@ -210,6 +210,24 @@ def similar(model: Model, first: Path, second: Path) -> dict[str, Any]:
     return {"similarity": cosine, "threshold": model.threshold, "same": cosine >= model.threshold}
 
 
+def is_another_set(model: Model, root: Path | None) -> bool:
+    """Whether a folder holds other photographs than the model was trained on: of those every image
+    may be a query. The set of the training, given by another path or moved, is told by its files,
+    labels and splits.
+    """
+    own = model.run.data
+    if root is None or (own.root is not None and root.resolve() == own.root.resolve()):
+        return False
+    known = None
+    if model.folder is not None:
+        known = tracking.State.read(model.folder.path).tags.get("dataset/fingerprint")
+    try:
+        found = open_dataset(own.model_copy(update={"root": root})).tags["dataset/fingerprint"]
+    except UserError:
+        return True
+    return found != known
+
+
 def search(
     model: Model, query: Path, gallery: Path, top: int, sheet: Path | None, quiet: bool = False
 ) -> list[Neighbour]:
@@ -219,10 +237,10 @@ def search(
         sheet: where a picture of query and neighbours is written.
     """
     dataset = gallery_of(gallery)
+    query_D = embed_files(model.embedder, [query])[0]  # first: a gallery takes its time
     store = build_store(dataset.paths, resize_side(model.embedder.image_size), progress=not quiet)
     with tqdm(total=len(store), unit="img", desc="embed", disable=quiet or None) as bar:
         gallery_GD = embed(model.embedder, store, progress=bar.update).astype(np.float64)
-    query_D = embed_files(model.embedder, [query])[0]
     cosine_G = gallery_GD @ query_D
     itself = np.array([path.samefile(query) for path in dataset.paths])
     order = [g for g in np.argsort(-cosine_G, kind="stable") if not itself[g]][:top]

@@ -50,7 +50,7 @@ class AttackConfig(Config):
     independent: bool = False
     """Run every attack on every query, so that each row stands for that attack alone. Otherwise an
     attack gets the queries that those before it left right, and rows are cumulative; the worst case
-    is the same."""
+    is the same, up to the random numbers of torchattacks' attacks (drawn by place in a batch)."""
     batch_size: int = Field(32, ge=1)
     """Images attacked at a time; on a CPU 16 to 32 stay in its caches, a GPU wants more."""
     seed: int = Field(0, ge=0)

@@ -218,7 +218,10 @@ class Auditor:
         right_Q = left_Q.copy()
         for batch in self._batches(np.flatnonzero(left_Q)):
             images = self.standard.images(self.standard.chosen_Q[batch])
-            found = pgd(self._aim(self.standard, batch), images, self._pgd(self.eps, STEPS[-1]))
+            found = pgd(
+                self._aim(self.standard, batch), images, self._pgd(self.eps, STEPS[-1]),
+                seed=(self.config.seed, 0), positions=batch.tolist(),
+            )  # fmt: skip
             right_Q[batch] = self._judge(batch, found.images_BCHW)
         broken = float((left_Q & ~right_Q).mean())
         text = f"images made on the standard model break {broken:.3f} more queries"
@@ -244,10 +247,11 @@ class Auditor:
             start = self._noisy(images, batch)
             zero_B = torch.zeros(len(batch), dtype=torch.bool, device=images.device)
             for aim in (self._aim(self.arena, batch), self._cross_entropy(batch)):
-                zero_B |= ~_gradient(aim, start).flatten(1).any(1)
+                gradient_BN = _gradient(aim, start).flatten(1)
+                zero_B |= ~(gradient_BN.any(1) & gradient_BN.isfinite().all(1))
             zero, count = zero + int(zero_B.sum()), count + len(batch)
         share = zero / count
-        text = f"{share:.3f} of the images have a gradient of exactly 0"
+        text = f"{share:.3f} of the images have a gradient of exactly 0, or none that is finite"
         return [Check("gradients exist", share < ZERO_GRADIENTS, share, text)]
 
     def noise(self) -> list[Check]:

@@ -118,10 +118,12 @@ def frozen_features(
 ) -> NDArray[np.float32]:
     """`embed(..., frozen=True)`, kept beside the store, since floor and pairs ask for it often.
 
-    The file's name holds a hash of the backbone's weights and of the image size, so that features
-    of other weights are never taken for these.
+    The file's name holds a hash of what decides them: the backbone's name, its weights, how pixels
+    are normalised, and the image size.
     """
-    digest = hashlib.blake2b(str(embedder.image_size).encode(), digest_size=8)
+    normalised = (embedder.mean.flatten().tolist(), embedder.std.flatten().tolist())
+    facts = repr((embedder.config.backbone, *normalised, embedder.image_size))
+    digest = hashlib.blake2b(facts.encode(), digest_size=8)
     for name, value in embedder.backbone.state_dict().items():
         digest.update(name.encode() + value.cpu().numpy().tobytes())
     file = store.folder / f"features-{digest.hexdigest()}.npy"

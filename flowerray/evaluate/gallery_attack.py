@@ -3,6 +3,8 @@
 Letters: M images of one batch, C H W an image, C classes, G gallery images, D embedding dimensions.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,11 @@ from flowerray.precision import full_precision
 
 @full_precision()
 def attack_gallery(
-    arena: Arena, store: Images, eps: float, config: AttackConfig
+    arena: Arena,
+    store: Images,
+    eps: float,
+    config: AttackConfig,
+    progress: Callable[[int], object] | None = None,
 ) -> NDArray[np.float32]:
     """(G, D): embeddings of the gallery's images after PGD.
 
@@ -30,6 +36,7 @@ def attack_gallery(
     Args:
         store: the gallery's images, in the order of `arena.gallery_GD`.
         eps: radius in 1/255.
+        progress: called with a number of images that are done, G in all where eps is above 0.
     """
     if not eps:
         return arena.gallery_GD
@@ -51,4 +58,6 @@ def attack_gallery(
             objective, images_MCHW, settings, seed=(config.seed, 1), positions=rows.tolist()
         )
         parts.append(embed_images(arena, found.images_BCHW))
+        if progress is not None:
+            progress(len(rows))
     return np.concatenate(parts)

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from flowerray.config import Config
 from flowerray.data.dataset import Dataset
-from flowerray.data.folder import read_all
+from flowerray.data.source import open_all
 from flowerray.data.store import Store
 from flowerray.errors import UserError
 from flowerray.evaluate.embed import embed, embed_together, frozen_features
@@ -242,7 +242,7 @@ def _folder_gallery(
         raise UserError(
             f"The gallery {folder} is not a folder: give train, trainval, self or one with images."
         )
-    other = read_all(folder)
+    other = open_all(folder)
     queries = {dataset.paths[i].resolve() for i in dataset.splits[split]}
     shared = sum(path.resolve() in queries for path in other.paths)
     if shared:

@@ -180,7 +180,7 @@ def collapse(emb_ND: ArrayLike, num_classes: int) -> dict[str, Any]:
         `mean_cosine` over all pairs of different rows; `effective_rank`: exp of the entropy of the
         normalised singular values (Roy and Vetterli 2007), not centred, so that a constant has 1;
         `collapsed`: mean cosine above 0.95, or effective rank below 5 (below half the number of
-        classes, where that is less).
+        classes, where that is less); a single row tells nothing of it.
     """
     emb = np.asarray(emb_ND, np.float64)
     emb = emb / np.maximum(np.linalg.norm(emb, axis=1, keepdims=True), 1e-12)
@@ -194,7 +194,7 @@ def collapse(emb_ND: ArrayLike, num_classes: int) -> dict[str, Any]:
     return {
         "mean_cosine": cosine,
         "effective_rank": rank,
-        "collapsed": cosine > COLLAPSED_COSINE or rank < least,
+        "collapsed": n > 1 and (cosine > COLLAPSED_COSINE or rank < least),
     }
 
 

@@ -3,6 +3,7 @@
 Letters: Q queries, S seeds, R resamples or permutations.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -14,6 +15,9 @@ from flowerray.errors import UserError
 
 _CHUNK = 2**22
 """Random numbers held at a time."""
+
+_RARE = 10
+"""Hits or misses below which a share's bounds are Wilson's."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,9 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile bootstrap of a mean over queries (Efron 1979).
 
-    Where all scores are 0, or all are 1, no resample differs, although the next query might: there
-    the bounds are Wilson's (1927), 0.007 from the mean of 512 queries.
+    Of rare hits or misses (fewer than ten) the resamples tell too little: of 512 queries without a
+    hit none differs, and with 5 of them the interval holds the truth in 88 of 100 cases. There the
+    bounds are Wilson's (1927).
 
     Raises:
         UserError: no values, or one that is not finite.
@@ -64,14 +69,26 @@ def bootstrap_interval(
     values = _checked("values", values_Q, 1)
     if len(values) == 1:
         return Interval(1, float(values[0]), float("nan"), float("nan"), level)
-    if values[0] in (0, 1) and (values == values[0]).all():
-        room = 1 - 1 / (1 + NormalDist().inv_cdf((1 + level) / 2) ** 2 / len(values))
-        low, high = (0.0, room) if values[0] == 0 else (1 - room, 1.0)
-        return Interval(len(values), float(values[0]), low, high, level)
+    hits = int((values == 1).sum())
+    if hits + (values == 0).sum() == len(values) and min(hits, len(values) - hits) < _RARE:
+        return _wilson(hits, len(values), level)
     means = np.concatenate(
         [values[index].mean(1) for index in _resamples(len(values), seed, resamples)]
     )
     return Interval(len(values), float(values.mean()), *_percentiles(means, level), level)
+
+
+def _wilson(hits: int, queries: int, level: float) -> Interval:
+    """Wilson's score interval of a share."""
+    z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
+    share = hits / queries
+    middle = (share + z2 / (2 * queries)) / (1 + z2 / queries)
+    spread = (share * (1 - share) / queries + z2 / (4 * queries**2)) * z2
+    half = math.sqrt(spread) / (1 + z2 / queries)
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    if hits in (0, queries):  # exact there, without the last digit's rounding
+        low, high = (0.0, high) if hits == 0 else (low, 1.0)
+    return Interval(queries, share, low, high, level)
 
 
 def t_interval(values_S: ArrayLike, *, level: float = 0.95) -> Interval:

@@ -61,7 +61,8 @@ def _columns(content: dict[str, Any], radii: list[str]) -> list[str]:
     elif content["perturb"] != "gallery":
         lines.append("R@1 under each attack alone:")
     for name, scores in content["attacks"].items():
-        lines.append(_row(f"  {name}", [_cell(scores, eps, "recall_at_1") for eps in radii]))
+        if content["perturb"] != "gallery":
+            lines.append(_row(f"  {name}", [_cell(scores, eps, "recall_at_1") for eps in radii]))
     if any("pair_accuracy" in s for scores in content["attacks"].values() for s in scores.values()):
         lines.append("pair accuracy under each attack alone:")
         for name, scores in content["attacks"].items():
@@ -73,7 +74,7 @@ def _columns(content: dict[str, Any], radii: list[str]) -> list[str]:
         lines.append(_row(label, ["-" if end is None else f"{end:.3f}" for end in ends]))
     lines.append(_row("  MAP@R", [_cell(worst, eps, "map_at_r") for eps in radii]))
     lines.append(_row("  retention", [_cell(worst, eps, "retention") for eps in radii]))
-    if "pair_accuracy" in content["clean"]:
+    if any("pair_accuracy" in worst[eps] for eps in radii):
         lines.append(_row("  pair acc.", [_cell(worst, eps, "pair_accuracy") for eps in radii]))
         lines.append(_row("  pair AUC", [_cell(worst, eps, "pair_auc") for eps in radii]))
     return lines

@@ -84,6 +84,22 @@ def test_undefended_models_fall(linear: Scene) -> None:
     assert (attack("noise", linear, epsilon=16.0) - linear.images_QCHW).abs().mean() > 6 / 255
 
 
+def test_a_restart_of_shift_does_not_undo_a_success(linear: Scene) -> None:
+    """The largest shift of all starts need not be one that led to a wrong decision."""
+    for seed in range(8):
+        few, many = (
+            linear.right(
+                attack(
+                    "shift", linear, seed=seed, epsilon=12.0,
+                    budget=SMALL.model_copy(update={"restarts": restarts}),
+                )
+            )
+            for restarts in (1, 4)
+        )  # fmt: skip
+        assert 0 < few.sum() < len(few)
+        assert not (many & ~few).any()
+
+
 def test_stronger_attacks_are_not_weaker(linear: Scene) -> None:
     recall = {
         name: linear.recall(attack(name, linear, epsilon=7.0))

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowerray.attacks import logits as module
 from flowerray.attacks.logits import TEMPERATURE, MaxSimLogits, refuse_own_images
 from flowerray.attacks.objectives import cross_entropy
 from flowerray.attacks.pgd import PGDConfig, pgd, quiet
@@ -85,6 +86,17 @@ def test_classes_of_unequal_size_by_hand() -> None:
     torch.testing.assert_close(query.grad, torch.tensor([[0.0, 2.0, 0.0, 2.0]]))
 
 
+def test_one_large_class_does_not_fill_the_memory() -> None:
+    """The tables grow with the gallery, not with classes x the largest class."""
+    gallery_GD = F.normalize(torch.randn(1000, 4, generator=torch.Generator().manual_seed(0)))
+    labels_G = torch.cat([torch.arange(300), torch.full((700,), 300)])
+    logits = MaxSimLogits(Given(), gallery_GD, labels_G)
+    held = sum(buffer.numel() * buffer.element_size() for buffer in logits.buffers())
+    assert held <= 4 * gallery_GD.numel() * gallery_GD.element_size()
+    expected_Q = one_nn(gallery_GD[::7] + 0.01, gallery_GD, labels_G)
+    assert torch.equal(logits.classes_C[logits(gallery_GD[::7] + 0.01).argmax(1)], expected_Q)
+
+
 def test_double_embedders_keep_their_precision() -> None:
     made = scene(Linear(), side=8)
     embedder = Linear().double().eval()
@@ -120,7 +132,9 @@ def test_what_a_gallery_must_hold() -> None:
             logits.places(torch.tensor([1, missing]))
 
 
-def test_queries_in_the_gallery_are_refused() -> None:
+@pytest.mark.parametrize("block", [1, 2**24])
+def test_queries_in_the_gallery_are_refused(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK", block)
     rng = np.random.default_rng(0)
     emb = F.normalize(torch.from_numpy(rng.normal(size=(30, 8))).float(), dim=1)
     with pytest.raises(UserError, match="10 of 10 attacked images are in the gallery"):

@@ -207,6 +207,23 @@ def test_a_model_that_gives_nan_is_not_robust(linear: Scene) -> None:
         pgd(aim, images, PGDConfig(steps=2))
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_model_whose_gradient_is_nan_is_not_robust(norm: Any) -> None:
+    """Its values are finite: each step would leave the images where they were."""
+    made = scene(Linear(), side=8)
+
+    def value(images_BCHW: Tensor, target_BD: Tensor) -> Tensor:
+        emb_BD = made.embedder(images_BCHW)
+        root_B = (images_BCHW - images_BCHW.detach()).flatten(1).sum(1).sqrt()  # 0, slope inf - inf
+        return (emb_BD * target_BD).sum(1) + 0 * root_B
+
+    emb_BD = made.embedder(made.images_QCHW).detach()
+    aim = Aim(value, (emb_BD,), (made.embedder,))
+    assert aim(made.images_QCHW).isfinite().all()
+    with pytest.raises(UserError, match="gradient is not finite"):
+        pgd(aim, made.images_QCHW, PGDConfig(norm=norm, steps=2))
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_leaves_no_trace(fails: bool) -> None:
     made = scene(tiny(), side=32)

@@ -15,6 +15,7 @@ import json
 import platform
 import statistics
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def main() -> None:
         "peer_over_ours": {name: peer / median for name, median in medians.items()},
         "recall_at_1": recall,
         "torch": torch.__version__,
-        "torchattacks": "3.5.1",
+        "torchattacks": version("torchattacks"),
         "device": str(arena.device),
         "machine": platform.processor() or platform.machine(),
     }

@@ -74,11 +74,12 @@ def train(options: argparse.Namespace, extra: list[str], setting: str, seed: int
     if (folder / "thresholds.json").exists():
         return Path(folder)
     words = ["train", method, "--train.seed", str(seed), "--resources.workers", "0", *extra]
-    words += [f"--{change.replace('=', ' ')}" for change in changes.split(",") if change]
+    for change in filter(None, changes.split(",")):
+        option, equals, value = change.partition("=")
+        words += [f"--{option}", value] if equals else [f"--{option}"]
     if options.root is not None:
         words += ["--data.root", str(options.root)]
     words += ["--resume" if folder.exists() else "--out", str(folder)]
-    words = " ".join(words).split()
     log = options.out.absolute() / f"{name}-seed{seed}.log"
     threads = str(max(1, (os.cpu_count() or 1) // options.parallel))
     flowerray(words, log, {**os.environ, "OMP_NUM_THREADS": threads})

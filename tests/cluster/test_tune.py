@@ -229,6 +229,27 @@ def test_asha_knows_the_trials_of_an_earlier_sitting(tmp_path: Path) -> None:
         assert scheduler.on_trial_result(None, trial, {**standing, "epoch": 2}) == decision
 
 
+def test_asha_goes_by_both_objectives(tmp_path: Path) -> None:
+    """No cluster: of two trials the robust one goes on, though the other is the cleaner one."""
+    study = make_study(tmp_path / "study", tmp_path, epochs=9, objective="pareto")
+    scheduler = make_scheduler(study, [])
+    told = {
+        "clean": [(0.6, 0.0), (0.61, 0.0), (0.62, 0.01)],
+        "robust": [(0.5, 0.3)],
+    }
+    decisions = {}
+    for name, standings in told.items():
+        (tmp_path / name).mkdir()
+        for number, (clean, attacked) in enumerate(standings):
+            config = {"folder": str(tmp_path / name)}
+            trial = SimpleNamespace(trial_id=f"{name}-{number}", config=config)
+            scheduler.on_trial_add(None, trial)
+            standing = {"epoch": 2, "val/map_at_r": clean, "val/adversarial_recall_at_1": attacked}
+            decisions[name] = scheduler.on_trial_result(None, trial, standing)
+            scheduler.on_trial_complete(None, trial, standing)
+    assert decisions["robust"] == "CONTINUE"
+
+
 def test_asha_knows_what_a_trial_reached_that_was_cut_off(tmp_path: Path) -> None:
     """No cluster: it enters the rung with its value there, not with the first after the resume."""
     study = make_study(tmp_path / "study", tmp_path, epochs=9)

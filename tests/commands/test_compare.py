@@ -13,12 +13,13 @@ import pytest
 from flowerray.cli import dispatch
 from flowerray.cluster import many
 from flowerray.commands import compare as command
-from flowerray.commands.compare import CompareConfig, compare, plan, read_options
+from flowerray.commands.compare import CompareConfig, base_runs, compare, plan, read_options
 from flowerray.data.augment import AugmentConfig
 from flowerray.data.source import DataConfig
 from flowerray.errors import UserError
 from flowerray.evaluate.statistics import bootstrap_interval, paired_bootstrap, t_interval
 from flowerray.files import only_driver
+from flowerray.harden import HardenConfig
 from flowerray.model import EmbedderConfig
 from flowerray.report import comparison
 from flowerray.report.comparison import comparison_table
@@ -89,6 +90,9 @@ def test_tuned_configurations_come_from_the_studies(small_set: Path, tmp_path: P
     entries, trials, notes = plan(whole, quiet=True)
     assert trials == 16
     assert notes == ["triplet: its study's embedder.dim gave way to what all share."]
+    base_runs(whole.model_copy(update={"protocols": ("disjoint",)}), notes)
+    told = [note for note in notes if "was tuned on official, whose train and val hold" in note]
+    assert len(told) == 3
     runs = {entry.row: entry.run for entry in entries}
     assert runs["triplet"].train.lr == 0.003 and runs["triplet"].train.epochs == 2
     assert runs["triplet"].train.patience == 0
@@ -108,7 +112,14 @@ def refused(small_set: Path, folder: Path) -> dict[str, Callable[[], CompareConf
         return lambda: config(small_set, **changes)
 
     epochs = BATCH.model_copy(update={"epochs": 3})
+    hard = runs["center"].model_copy(update={"harden": HardenConfig(kind="pgd")})
+    later = runs["center"].model_copy(update={"init": folder / "before"})
+    for name, run in (("hard", hard), ("later", later)):
+        study(folder / name, run)
+    even = {**good, "triplet": study(folder / "even", runs["triplet"])}
     return {
+        "of --center hardens": make(**{**even, "center": folder / "hard"}, **plain),
+        "goes on from another": make(**{**even, "center": folder / "later"}, **plain),
         "--images": make(train=epochs),
         "--protocols, or|leave --data.protocol": make(
             data=DataConfig(root=small_set, protocol="disjoint")

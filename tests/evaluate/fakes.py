@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flowerray.data.store import Store
-from flowerray.model import Embedder
+from flowerray.model import Embedder, EmbedderConfig
 
 SIZE = 16
 
@@ -26,6 +26,8 @@ class TinyEmbedder(nn.Module):
         torch.manual_seed(0)
         self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5))
         self.projection = nn.Linear(8, 4)
+        self.mean, self.std = torch.zeros(3), torch.ones(3)
+        self.config = EmbedderConfig()
         self.layouts: list[bool] = []
 
     def features(self, images_BCHW: Tensor) -> Tensor:

@@ -190,6 +190,30 @@ def test_a_white_box_that_is_blind(auditor: Auditor, monkeypatch: pytest.MonkeyP
     assert failed(auditor.black_box()) and failed(auditor.transfer())
 
 
+def test_transfer_starts_depend_on_the_image_alone(
+    auditor: Auditor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[tuple[int, ...], list[int]] = {}
+    attack_with = module.pgd
+
+    def spy(*args: Any, **options: Any) -> Attacked:
+        seen.setdefault(options["seed"], []).extend(options["positions"])
+        return attack_with(*args, **options)
+
+    monkeypatch.setattr(module, "pgd", spy)
+    monkeypatch.setitem(vars(auditor), "_left_white", auditor.clean_Q.copy())
+    auditor.config = auditor.config.model_copy(update={"seed": 7, "batch_size": 5})
+    auditor.transfer()
+    assert seen == {(7, 0): np.flatnonzero(auditor.clean_Q).tolist()}
+
+
+def test_gradients_that_are_not_finite(auditor: Auditor, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not failed(auditor.gradients())
+    gradient = module._gradient
+    monkeypatch.setattr(module, "_gradient", lambda *args: gradient(*args) * torch.nan)
+    assert failed(auditor.gradients())
+
+
 def test_restarts_that_matter(auditor: Auditor, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not failed(auditor.restarts())
     rng = np.random.default_rng(0)

@@ -92,3 +92,18 @@ def test_frozen_features_are_kept_for_these_weights_only(images: NDArray[np.uint
         cast(Any, embedder).backbone[0].weight.add_(0.1)
     with pytest.raises(TypeError):
         frozen_features(embedder, store)
+
+
+@pytest.mark.parametrize("what", ["mean", "backbone"])
+def test_features_of_another_model_with_equal_weights(what: str, images: NDArray[np.uint8]) -> None:
+    """As of two variants of an architecture that differ in padding or normalisation only."""
+    store = store_of(images)
+    embedder = tiny_embedder()
+    frozen_features(embedder, store)
+    cast(Any, store).centre = None
+    if what == "mean":
+        embedder.mean = embedder.mean + 0.1
+    else:
+        embedder.config = embedder.config.model_copy(update={"backbone": "another"})
+    with pytest.raises(TypeError):  # it looks at the images again
+        frozen_features(embedder, store)

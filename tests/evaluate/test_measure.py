@@ -111,7 +111,7 @@ def test_a_folder_as_gallery_is_matched_by_class_name(
         ("f", "b", "z"),
         {"test": np.arange(12)},
     )
-    monkeypatch.setattr(module, "read_all", lambda root: other)
+    monkeypatch.setattr(module, "open_all", lambda root: other)
     config = EvaluateConfig(gallery=str(tmp_path))
     result = measure(tiny_embedder(), dataset(), coloured_store, config)
     assert result.metrics["num_queries"] == 6, "three of f, three of b"
@@ -125,7 +125,7 @@ def test_a_folder_as_gallery_is_matched_by_class_name(
 def test_a_folder_that_holds_the_queries_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(module, "read_all", lambda root: dataset(root=tmp_path, splits=("test",)))
+    monkeypatch.setattr(module, "open_all", lambda root: dataset(root=tmp_path, splits=("test",)))
     config = EvaluateConfig(gallery=str(tmp_path))
     with pytest.raises(UserError, match="holds 18 of the query images"):
         measure(tiny_embedder(), dataset(root=tmp_path), coloured_store, config)

@@ -54,6 +54,15 @@ def test_scores_that_are_all_alike_leave_room_for_the_next_one(value: float, que
     assert bootstrap_interval(np.full(queries, 0.5)).high == 0.5  # no hit rate
 
 
+@pytest.mark.parametrize("hits", [1, 5, 9, 503, 511])
+def test_rare_hits_and_misses_have_the_interval_of_wilson(hits: int) -> None:
+    scores = np.arange(512) < hits
+    found = bootstrap_interval(scores)
+    expected = stats.binomtest(hits, 512).proportion_ci(0.95, method="wilson")
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert bootstrap_interval(np.zeros(512)).high < bootstrap_interval(np.arange(512) < 1).high
+
+
 @pytest.mark.parametrize("skewed", [False, True])
 def test_bootstrap_covers_the_truth_about_as_often_as_it_says(skewed: bool) -> None:
     rng = np.random.default_rng(2)
