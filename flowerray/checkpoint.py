@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowerray.errors import UserError
-from flowerray.files import atomic_file
+from flowerray.files import atomic_file, saving
 from flowerray.methods._base import Method
 from flowerray.model import Embedder, EmbedderConfig
 
@@ -42,7 +42,8 @@ def join_state(embedder: dict[str, Tensor], method: dict[str, Tensor]) -> dict[s
 
 def save_state(folder: Path, state: dict[str, Any], run: dict[str, Any]) -> None:
     """Writes a checkpoint into an existing folder (the caller makes the folder atomic)."""
-    torch.save(state, folder / STATE)
+    with (folder / STATE).open("wb") as file:  # of a path torch hides that the disk is full
+        torch.save(state, file)
     (folder / "run.json").write_text(json.dumps(run, indent=2))
 
 
@@ -81,8 +82,8 @@ def export(
         "threshold": float(threshold),
         "classes": list(classes),
     }
-    with atomic_file(path) as temporary:
-        torch.save(content, temporary)
+    with saving(path.parent), atomic_file(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 def export_file(path: Path) -> Path:

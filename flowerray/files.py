@@ -35,6 +35,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary.chmod(0o666 & ~_umask())  # mkstemp's own files are for the owner alone
     try:
         yield temporary
+        _to_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -48,6 +49,18 @@ def writing(out: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"{out} cannot be written ({error.strerror}): choose another --out."
+        ) from error
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """Raises UserError where the block, in the midst of a work, can no longer write."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder} can no longer be written ({error.strerror or error}): make room there, then "
+            "--resume."
         ) from error
 
 
@@ -93,13 +106,25 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     old = previous(path)
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            _to_disk(file)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
         temporary.rename(path)
+        _to_disk(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def previous(path: Path) -> Path:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flowerray.config import Config
 from flowerray.errors import UserError
-from flowerray.fold import PairFinder, fold
+from flowerray.fold import PairFinder, fold, skip_pixels_first
 
 BUNDLED_BACKBONE = "tf_efficientnet_lite0"
 """The backbone whose ImageNet weights come inside a dependency, so that they need no network."""
@@ -73,6 +73,7 @@ class Embedder(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.backbone = _load_backbone(config).to(memory_format=torch.channels_last)
+            skip_pixels_first(self.backbone)
             self.num_features, pairs = _probe(self.backbone, config)
             self.projection = nn.Linear(self.num_features, config.dim, bias=False)
             nn.init.orthogonal_(self.projection.weight)

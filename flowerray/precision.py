@@ -43,7 +43,10 @@ def faster_precision(embedder: Embedder, device: torch.device) -> Literal["fp32"
     where = f"{name} torch{torch.__version__} {torch.get_num_threads()}t"
     key = f"{config.backbone} {config.image_size} {where}"
     memory = home() / "precision.json"
-    known = json.loads(memory.read_text()) if memory.exists() else {}
+    try:
+        known = json.loads(memory.read_text())
+    except (OSError, ValueError):  # none yet, or damaged: it only saves a measurement
+        known = {}
     if key not in known:
         # One rank measures alone: in train mode a synchronised BatchNorm would wait for the others.
         known[key] = _measure(copy.deepcopy(embedder).eval(), device)

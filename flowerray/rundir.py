@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flowerray.errors import UserError
-from flowerray.files import atomic_folder, previous, write_json, writing
+from flowerray.files import atomic_folder, previous, saving, write_json, writing
 
 Save = Callable[[Path], None]
 """Writes a checkpoint into the folder that it is given."""
@@ -68,11 +68,12 @@ class RunDir:
         return content
 
     def checkpoint(self) -> Path | None:
-        """The newest whole checkpoint, or None; a kill between renames leaves the previous one."""
-        for folder in (self.last, previous(self.last)):
-            if folder.is_dir():
-                return folder
-        return None
+        """The newest whole checkpoint, or None."""
+        return self.newest(self.last)
+
+    def newest(self, folder: Path) -> Path | None:
+        """`last` or `best`, or None; a kill between renames leaves the previous one."""
+        return next((f for f in (folder, previous(folder)) if f.is_dir()), None)
 
     def records(self) -> list[dict[str, Any]]:
         """metrics.jsonl; a last line that a kill cut short is left out."""
@@ -136,7 +137,13 @@ class FolderReporter:
 
     def rewind(self, step: int) -> None:
         """Drops metrics that were written after the checkpoint at `step`: they will come again."""
-        if self.rank == 0 and self.dir.metrics.exists():
+        if self.rank != 0:
+            return
+        for folder in (self.dir.last, self.dir.best):  # what a kill left of a save
+            for left in folder.parent.glob(f".{folder.name}.*"):
+                if left != previous(folder):
+                    shutil.rmtree(left, ignore_errors=True)
+        if self.dir.metrics.exists():
             kept = [json.dumps(r) + "\n" for r in self.dir.records() if r["step"] <= step]
             temporary = self.dir.metrics.with_suffix(".tmp")
             temporary.write_text("".join(kept))
@@ -156,6 +163,12 @@ class FolderReporter:
         equal."""
         if self.rank != 0:
             return
+        with saving(self.dir.path):
+            self._write(step, epoch, metrics, save, best)
+
+    def _write(
+        self, step: int, epoch: int, metrics: dict[str, float], save: Save | None, best: bool
+    ) -> None:
         if metrics:
             record = {"step": step, "epoch": epoch, "time": time.time(), "metrics": metrics}
             with self.dir.metrics.open("a") as file:

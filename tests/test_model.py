@@ -151,6 +151,29 @@ def test_folding_is_timms_own_function(backbone: str, size: int) -> None:
         assert (twin.features(images(size)) - expected).abs().max() > 1e-3 * scale
 
 
+@pytest.mark.parametrize("backbone", ["repvgg_a0", "mobileone_s0"])
+def test_pixels_are_skipped_before_the_convolution(backbone: str) -> None:
+    """The same function; in it, torch's backward pass of the CPU would write beyond its memory."""
+    config = EmbedderConfig(backbone=backbone, image_size=64, weights="none", freeze_bn=False)
+    embedder = Embedder(config).double().eval()
+    plain = timm.create_model(backbone, num_classes=0).double().eval()
+    plain.load_state_dict(embedder.backbone.state_dict())
+    images = torch.rand(2, 3, 64, 64, dtype=torch.float64, requires_grad=True)
+    found = copy.deepcopy(embedder.backbone)(images)
+    expected = plain(images)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+    gradients = [torch.autograd.grad(out.square().sum(), images)[0] for out in (found, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-10, rtol=1e-8)
+    strides = [
+        module.stride
+        for module in embedder.backbone.modules()
+        if isinstance(module, torch.nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and module.in_channels < 16
+    ]
+    assert strides and set(strides) == {(1, 1)}
+
+
 @pytest.mark.parametrize(
     ("backbone", "dtype", "bound"),
     [

@@ -97,10 +97,23 @@ def test_a_failing_save_keeps_the_last_checkpoint(run: RunDir) -> None:
         (folder / "state.pt").write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="no longer be written .disk full.: make room there"):
         reporter.report(2, 1, {}, fails)
     assert (run.last / "state.pt").read_text() == "one"
     assert [folder.name for folder in run.last.parent.iterdir()] == ["last"]
+
+
+def test_what_a_killed_save_left_is_removed_and_the_previous_one_is_found(run: RunDir) -> None:
+    reporter = FolderReporter(run.path)
+    reporter.report(1, 1, {}, put("one"), best=True)
+    (run.last.parent / ".last.abc").mkdir()
+    (run.last.parent / ".best.abc").mkdir()
+    run.best.rename(previous(run.best))  # killed between the two renames
+    reporter.rewind(1)
+    left = sorted(folder.name for folder in run.last.parent.iterdir())
+    assert left == [".best.previous", "last"]
+    assert run.newest(run.best) == previous(run.best)
+    assert run.newest(run.last) == run.checkpoint() == run.last
 
 
 def test_only_rank_0_writes(run: RunDir) -> None:

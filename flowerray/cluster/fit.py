@@ -20,6 +20,7 @@ from flowerray.cluster.worker import build_method, pick_device, split_store, sta
 from flowerray.data.batches import PKSampler
 from flowerray.data.source import open_dataset
 from flowerray.errors import UserError
+from flowerray.evaluate.guard import alarms
 from flowerray.files import only_driver
 from flowerray.progress import DivergedError
 from flowerray.report.curves import plot_training
@@ -116,6 +117,11 @@ def prepare(run: Run, quiet: bool = False, resume: bool = False) -> tuple[dict[s
             f"the val split of {dataset.root} has one image of each class, so no pair of the same "
             "class can be formed to fit the threshold: give it two or more."
         )
+    if "val" in dataset.splits and len(np.unique(dataset.split_labels("val"))) < 2:
+        raise UserError(
+            f"the val split of {dataset.root} has a single class, in which every search is right: "
+            "give it two or more."
+        )
     trained_classes, targets_N = np.unique(dataset.split_labels("train"), return_inverse=True)
     config = run.train
     sampler = PKSampler(targets_N, config.classes_per_batch, config.images_per_class, config.seed)
@@ -159,8 +165,11 @@ def fit_on_ray(run: Run, folder: RunDir) -> dict[str, Any]:
         from ray.train.torch import TorchConfig, TorchTrainer
 
         resources = ray.cluster_resources()
+        gpus = resources.get("GPU", 0)
+        if "RAY_ADDRESS" not in os.environ:  # Ray also counts those that torch cannot use
+            gpus = min(gpus, torch.cuda.device_count())
         use_gpu = run.resources.device == "cuda" or (
-            run.resources.device == "auto" and resources.get("GPU", 0) >= workers
+            run.resources.device == "auto" and gpus >= workers
         )
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cpus = run.resources.cpus_per_worker
@@ -294,6 +303,8 @@ class Progress:
         for record in self.new_records():
             self.bar.n = record["step"]
             self.shown |= record["metrics"]
+            for alarm in alarms(record["metrics"]):
+                self.bar.write(f"warning: {alarm}", file=sys.stderr)
             if "epoch/seconds" in record["metrics"] and self.bar.disable and not self.quiet:
                 line = brief_metrics(record["metrics"], "epoch/")
                 print(f"epoch {record['epoch']}  {line}", file=sys.stderr, flush=True)

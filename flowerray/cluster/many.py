@@ -20,6 +20,7 @@ from flowerray import checkpoint, methods, tracking
 from flowerray.cluster.fit import brief_metrics, fit, innermost, prepare
 from flowerray.cluster.session import ray_session, require_gpus
 from flowerray.cluster.worker import pick_device, work
+from flowerray.data.pool import cores
 from flowerray.errors import UserError
 from flowerray.report.curves import plot_training
 from flowerray.run import ResourcesConfig, Run, differences
@@ -91,7 +92,7 @@ def train_many(
         print(f"{len(runs) - len(todo)} of {len(runs)} trainings are finished", file=sys.stderr)
 
     local = "RAY_ADDRESS" not in os.environ
-    if in_process or (local and (len(todo) <= 1 or cpus >= (os.cpu_count() or 1))):
+    if in_process or (local and (len(todo) <= 1 or cpus >= cores())):
         failures = one_by_one(todo, threads, quiet, parent)
     else:
         failures = on_ray(todo, cpus, gpus, quiet, parent)

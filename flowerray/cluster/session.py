@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from flowerray import memory
+from flowerray.data.pool import cores
 from flowerray.errors import UserError
+from flowerray.files import home
 
 ENVIRONMENT = {
     # `uv run flowerray` is an ancestor of the workers, and Ray's hook would build each of them a
@@ -79,13 +81,15 @@ def ray_session(min_cpus: int, frees_workers: bool = False) -> Iterator[Any]:
             if address
             else {
                 "address": "local",
-                "num_cpus": max(min_cpus, os.cpu_count() or 1),
+                "num_cpus": max(min_cpus, cores()),
                 "include_dashboard": frees_workers,
                 "object_store_memory": 256 * 2**20,
             }
         )
         names = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "FLOWERRAY_HOME", "OMP_NUM_THREADS")
         given = {name: os.environ[name] for name in names if name in os.environ}
+        if given.get("FLOWERRAY_HOME"):
+            given["FLOWERRAY_HOME"] = str(home())  # workers have another working directory
         variables = {**memory.ENVIRONMENT, **given}
         try:
             with own_signals():

@@ -16,6 +16,7 @@ from flowerray.cluster.fit import innermost
 from flowerray.cluster.session import ray_session, require_gpus
 from flowerray.cluster.worker import pick_device
 from flowerray.data.images import resize_side
+from flowerray.data.pool import cores
 from flowerray.data.source import DataConfig, open_dataset
 from flowerray.data.store import build_store
 from flowerray.errors import UserError
@@ -58,7 +59,7 @@ def assess_all(
     work = (config.model_dump(), data.model_dump(), threads, device)
     bar = tqdm(total=len(names), unit="model", desc="accuracy", disable=quiet or None)
     with bar:
-        if in_process or (local and (len(names) == 1 or cpus >= (os.cpu_count() or 1))):
+        if in_process or (local and (len(names) == 1 or cpus >= cores())):
             before = torch.get_num_threads()
             try:
                 for name in names:

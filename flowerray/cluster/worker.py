@@ -2,7 +2,6 @@
 result.
 """
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from flowerray.data.source import open_dataset
 from flowerray.data.store import Store, build_store
 from flowerray.errors import UserError
 from flowerray.evaluate.embed import embed, embed_together
-from flowerray.evaluate.guard import alarms, guard
+from flowerray.evaluate.guard import guard
 from flowerray.evaluate.measure import frozen_pairs, split_names, validation_metrics
 from flowerray.evaluate.pairs import fit_threshold, pair_cosines, save_pairs
 from flowerray.files import write_json
@@ -28,7 +27,6 @@ from flowerray.run import Run
 from flowerray.rundir import FolderReporter, RunDir
 from flowerray.train import Data, Result, train
 
-LOG = logging.getLogger(__name__)
 PAIR_SEED = 0
 """Of the verification pairs: the same for every run, so that runs can be compared."""
 
@@ -86,10 +84,7 @@ def work(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str, 
             gallery = embed_together(embedder, train_store), dataset.split_labels("train")
         metrics = validation_metrics(emb_QD, labels_Q, gallery)
         if run.harden.on:
-            guarded = guard(run.harden, embedder, val_store, emb_QD, labels_Q, gallery)
-            for alarm in alarms(guarded) if reporter.rank == 0 else ():
-                LOG.warning("%s: %s", reporter.dir.path.name, alarm)
-            metrics |= guarded
+            metrics |= guard(run.harden, embedder, val_store, emb_QD, labels_Q, gallery)
         return metrics
 
     data = Data(train_store, targets_N, validate if val_store is not None else None)
@@ -112,7 +107,7 @@ def finish(
     a summary.
     """
     device = next(method.parameters()).device
-    source = folder.best if val_store is not None else folder.checkpoint()
+    source = folder.newest(folder.best) if val_store is not None else folder.checkpoint()
     assert source is not None, "a finished training has saved a checkpoint"
     state = checkpoint.load_state(source, device)
     method.load_state_dict(state["method"])

@@ -44,7 +44,9 @@ class PKSampler:
         assert p >= 1 and k >= 1
         targets_N = np.asarray(targets_N)
         self.p, self.k, self.seed = p, k, seed
-        self.members = [np.flatnonzero(targets_N == c) for c in np.unique(targets_N)]
+        _, class_N, counts = np.unique(targets_N, return_inverse=True, return_counts=True)
+        ends = np.cumsum(counts)[:-1]
+        self.members = np.split(np.argsort(class_N, kind="stable"), ends)
         if len(self.members) < p:
             raise UserError(
                 f"A batch of P = {p} classes cannot be formed from {len(self.members)} training "
@@ -84,13 +86,26 @@ class PKSampler:
         # Spirakis 2006).
         keys = np.log(1 - rng.random(len(left))) / np.maximum(left, 1)
         tier = np.where(left == 0, 0, np.where(left == steps_left, 2, 1))
-        return rng.permutation(np.lexsort((keys, tier))[-self.p :])
+        taken: list[NDArray[np.int64]] = []  # lowest first, as a sort of all classes would end
+        room = self.p
+        for level in (2, 1, 0):
+            of_level = np.flatnonzero(tier == level)
+            if len(of_level) > room:
+                of_level = of_level[np.argpartition(keys[of_level], -room)[-room:]]
+            taken.insert(0, of_level[np.argsort(keys[of_level], kind="stable")])
+            room -= len(of_level)
+            if not room:
+                break
+        return rng.permutation(np.concatenate(taken))
 
     def _cut(self, members: NDArray[np.int64], rng: np.random.Generator) -> list[NDArray[np.int64]]:
         """The class, shuffled, in chunks of K; the last is filled."""
         order = rng.permutation(members)
         chunks = [order[i : i + self.k] for i in range(0, len(order), self.k)]
-        chunks[-1] = self._fill(chunks[-1], members, rng)
+        if len(chunks[-1]) < self.k:
+            chunks[-1] = self._fill(chunks[-1], members, rng)
+        else:
+            rng.permutation(len(order) - self.k)  # as much chance as a filling takes: plans stay
         return chunks
 
     def _fill(

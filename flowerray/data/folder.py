@@ -72,8 +72,9 @@ def read_folder(
     paths, labels_N = _flatten(found)
     parts: dict[str, list[NDArray[np.int64]]] = {"train": [], "val": [], "test": []}
     ends = (train_per_class, train_per_class + val_per_class)
-    for c in range(len(found)):
-        drawn = np.random.default_rng((seed, c)).permutation(np.flatnonzero(labels_N == c))
+    first = np.cumsum([len(files) for files in found.values()])[:-1]
+    for c, of_class in enumerate(np.split(np.arange(len(paths)), first)):
+        drawn = np.random.default_rng((seed, c)).permutation(of_class)
         for part, indices in zip(parts.values(), np.split(drawn, ends), strict=True):
             part.append(indices)
     whole = {name: np.concatenate(part) for name, part in parts.items()}
@@ -132,10 +133,20 @@ def faults(root: Path, found: dict[str, list[Path]]) -> list[str]:
         f"{name} has no image ({', '.join(SUFFIXES)})" for name, files in found.items() if not files
     ]
     overlooked = []
+    for path in _images(root):
+        overlooked.append(f"{path.name} is left out: it lies beside the class folders")
     for name in found:
         for entry in sorted((root / name).iterdir()):
             suffix = entry.suffix.lower()
-            if not _is_shown(entry) or entry.is_dir():
+            if not _is_shown(entry):
+                continue
+            if entry.is_dir():
+                inside = sum(p.suffix.lower() in SUFFIXES for p in entry.rglob("*"))
+                if inside:
+                    overlooked.append(
+                        f"{name}/{entry.name} is left out with its {inside} images: a class is one "
+                        "folder, without others inside"
+                    )
                 continue
             if suffix in SUFFIXES and not entry.exists():
                 overlooked.append(f"{name}/{entry.name} is a link to a file that is not there")

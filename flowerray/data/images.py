@@ -3,10 +3,10 @@
 Letters: H W C an image. Pillow and numpy are all it imports, so that decoding processes start fast.
 """
 
-import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import blake2b
 from io import BytesIO
@@ -15,14 +15,28 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from flowerray.data.pool import spawned
+from flowerray.data.pool import cores, spawned
 from flowerray.errors import UserError
 
 LONGEST = 2
 """The longer side is cut to this many shorter sides: one panorama must not blow up a batch."""
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+"""What files may hold, whatever their names say: Pillow also knows formats that start programs."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what sets the image upright."""
 _WORTH_A_POOL = 1000  # fewer images are decoded before new processes have started
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata and large images, to users
 
 
 def resize_side(size: int) -> int:
@@ -120,7 +134,7 @@ def decoding_map(count: int, processes: int | None = None) -> Iterator[Callable]
         UserError: one of the processes died.
     """
     if processes is None:
-        processes = (os.cpu_count() or 1) if count >= _WORTH_A_POOL else 1
+        processes = cores() if count >= _WORTH_A_POOL else 1
     if processes == 1:
         yield map
         return
@@ -151,10 +165,21 @@ def _decode(source: Path | bytes) -> Image.Image | str:
     if (fault := _unnoticed_fault(data)) is not None:
         return fault
     try:
-        with Image.open(BytesIO(data)) as image:
-            return _to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(BytesIO(data), formats=_FORMATS) as image:
+            return _to_rgb(_upright(image))
     except Exception as error:  # a damaged file makes Pillow's decoders raise almost any class
         return _reason(error)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says; `ImageOps.exif_transpose` would also rewrite all other tags, and
+    refuse a whole photograph for one of them that is mistyped.
+    """
+    image.load()  # by which TIFF images turn themselves
+    with suppress(Exception):  # damaged metadata raise almost any class
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return image if turn is None else image.transpose(turn)
+    return image
 
 
 def _unnoticed_fault(data: bytes) -> str | None:

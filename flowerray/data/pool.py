@@ -1,12 +1,31 @@
 """Processes that share the work of decoding and painting images."""
 
+import math
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from flowerray.errors import UserError
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def cores() -> int:
+    """CPU cores that this process may use: of a container or a batch job often fewer than the
+    machine has.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # "max 100000", or the time that a period of 100 ms allows
+        quota, period = _QUOTA.read_text().split()
+        count = min(count, math.ceil(int(quota) / int(period)))
+    return max(1, count)
 
 
 def leave_unguarded() -> None:

@@ -16,7 +16,7 @@ from flowerray.data.dataset import Dataset
 from flowerray.data.images import decoding_map, examine
 from flowerray.data.pool import leave_unguarded
 from flowerray.data.splits import Protocol
-from flowerray.data.synthetic import VERSION, SyntheticConfig, synthesize
+from flowerray.data.synthetic import VERSION, SyntheticConfig, is_complete, synthesize
 from flowerray.errors import UserError
 
 
@@ -128,6 +128,8 @@ def _synthetic_root(config: SyntheticConfig, progress: bool) -> Path:
         f"-scale-{config.scale}-{config.size}px"
     )
     root = files.home() / "synthetic" / name
+    if is_complete(root, config):
+        return root
     leave_unguarded()
     try:
         root.parent.mkdir(parents=True, exist_ok=True)

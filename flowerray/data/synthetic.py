@@ -6,7 +6,6 @@ numbered class by class, as Oxford's.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from flowerray.config import Config
 from flowerray.data.painter import paint
-from flowerray.data.pool import spawned
+from flowerray.data.pool import cores, spawned
 from flowerray.data.species import names, species_table
 from flowerray.errors import UserError
 from flowerray.files import atomic_folder, write_json
@@ -75,7 +74,7 @@ def synthesize(
         UserError: `out` holds something else, or cannot be written.
     """
     out = Path(out)
-    if _is_complete(out, config):
+    if is_complete(out, config):
         return out
     sizes = class_sizes(config)
     jobs = [(c, k) for c, size in enumerate(sizes) for k in range(size)]
@@ -92,7 +91,7 @@ def synthesize(
                 unit="img",
                 disable=None if progress else True,
             ) as bar:
-                with _mapper(min(processes or os.cpu_count() or 1, len(chunks))) as run:
+                with _mapper(min(processes or cores(), len(chunks))) as run:
                     for done in run(_render, [(folder, *chunk) for chunk in chunks]):
                         bar.update(done)
             _write_tables(folder, sizes, config)
@@ -104,7 +103,7 @@ def synthesize(
     return out
 
 
-def _is_complete(out: Path, config: SyntheticConfig) -> bool:
+def is_complete(out: Path, config: SyntheticConfig) -> bool:
     """True for a set of this config, False where one may be written."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False

@@ -1,7 +1,7 @@
 """The robust version of each method beside its standard twin, over seeds, under the same attacks.
 
     uv run python -m tests.benchmarks.robust --out DIR [--root DATA] [--seeds 0 1 2] [--audit]
-        [--base-epochs 12] [--own-epochs 4]
+        [--base-epochs 12] [--own-epochs 4] [--eps 0,2,4,8]
 
 For each seed: the three standard models; a base, the standard `center` hardened for
 `--base-epochs`; and from it the robust version of each method, trained for `--own-epochs`. Then
@@ -25,7 +25,7 @@ HARDEN = ["--harden.kind", "pgd", "--harden.epsilon", "4"]
 BASE = [*HARDEN, "--train.lr", "7e-4"]
 OWN = [*HARDEN, "--train.lr", "5e-4", "--harden.ramp", "0"]
 ATTACK = [
-    "--attacks", "margin,apgd-ce,apgd-dlr", "--eps", "0,2,4,8", "--max-queries", "512",
+    "--attacks", "margin,apgd-ce,apgd-dlr", "--max-queries", "512",
     "--steps", "20", "--restarts", "3", "--max-pairs", "0",
 ]  # fmt: skip
 
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--base-epochs", default="12")
     parser.add_argument("--own-epochs", default="4")
+    parser.add_argument("--eps", default="0,2,4,8", help="radii; those of all seeds are reported")
     parser.add_argument("--audit", action="store_true", help="of each robust model; slow")
     options, extra = parser.parse_known_args()
     out = options.out.absolute()
@@ -59,7 +60,8 @@ def main() -> None:
             twin, robust = out / f"{method}-seed{seed}", out / f"robust-{method}-seed{seed}"
             train(method, robust, [*words, "--init", str(base), *then])
             if not (robust / "robustness.json").exists():
-                attack = ["attack", str(robust), "--beside", str(twin), *ATTACK, *audit]
+                attack = ["attack", str(robust), "--beside", str(twin), "--eps", options.eps]
+                attack += [*ATTACK, *audit]
                 flowerray(attack, robust.with_suffix(".log"))
             content = json.loads((robust / "robustness.json").read_text())["results"][0]
             pairs.setdefault(method, []).append((content, content["beside"]))
@@ -86,6 +88,8 @@ def summary(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any
     """
     by_eps: dict[str, Any] = {}
     for eps in pairs[0][0]["worst_case"]:
+        if any(eps not in robust["worst_case"] for robust, _ in pairs):
+            continue
         row = {}
         hits = []
         for name, side in (("robust", 0), ("standard", 1)):

@@ -71,6 +71,36 @@ def test_the_official_shape() -> None:
     assert sampler.steps == 26  # 102 classes x 3 chunks / 12, rounded up
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_plan_is_that_of_a_sort_of_all_classes(seed: int) -> None:
+    """What is drawn does not change with how fast it is found: runs stay comparable."""
+
+    class Sorting(PKSampler):
+        def _classes(
+            self, left: NDArray[np.int64], steps_left: int, rng: np.random.Generator
+        ) -> NDArray[np.int64]:
+            keys = np.log(1 - rng.random(len(left))) / np.maximum(left, 1)
+            tier = np.where(left == 0, 0, np.where(left == steps_left, 2, 1))
+            return rng.permutation(np.lexsort((keys, tier))[-self.p :])
+
+        def _cut(
+            self, members: NDArray[np.int64], rng: np.random.Generator
+        ) -> list[NDArray[np.int64]]:
+            order = rng.permutation(members)
+            chunks = [order[i : i + self.k] for i in range(0, len(order), self.k)]
+            chunks[-1] = self._fill(chunks[-1], members, rng)
+            return chunks
+
+    rng = np.random.default_rng(seed)
+    targets_N = rng.permutation(np.repeat(np.arange(30), rng.integers(1, 20, 30)))
+    for p, k in ((12, 4), (30, 2), (5, 3)):
+        found, expected = PKSampler(targets_N, p, k, seed), Sorting(targets_N, p, k, seed)
+        for c, members in enumerate(found.members):
+            assert np.array_equal(members, np.flatnonzero(targets_N == c))
+        for epoch in (0, 1):
+            assert np.array_equal(found.epoch(epoch), expected.epoch(epoch))
+
+
 def test_large_classes_do_not_all_come_first() -> None:
     targets_N = np.repeat(np.arange(20), [80] * 4 + [8] * 16)
     plan = PKSampler(targets_N, 4, 4, seed=0).epoch(0)

@@ -59,7 +59,7 @@ def test_suffixes_in_any_case_and_hidden_files(tmp_path: Path) -> None:
     ] * 2
 
 
-def test_protocols(root: Path) -> None:
+def test_protocols(root: Path, tmp_path: Path) -> None:
     official = read_folder(root, 2, 3)
     trainval = read_folder(root, 2, 3, protocol="trainval")
     assert trainval.splits.keys() == {"train", "test"}
@@ -67,10 +67,11 @@ def test_protocols(root: Path) -> None:
     assert np.array_equal(trainval.splits["train"], expected)
     assert np.array_equal(trainval.splits["test"], official.splits["test"])
 
-    disjoint = read_folder(root, protocol="disjoint")  # asters have 6 images: sizes do not matter
+    more = class_folders(tmp_path, {**SIZES, "violet": 3, "viola": 4, "yarrow": 3, "zinnia": 5})
+    disjoint = read_folder(more, protocol="disjoint")  # sizes do not matter
     classes = {name: set(disjoint.split_labels(name)) for name in disjoint.splits}
-    assert classes["test"] == {2, 3} and classes["train"] | classes["val"] == {0, 1}
-    assert len(classes["val"]) == 1
+    assert classes["test"] == {4, 5, 6, 7} and classes["train"] | classes["val"] == {0, 1, 2, 3}
+    assert len(classes["val"]) == 2
     assert sum(map(len, disjoint.splits.values())) == len(disjoint.paths)
     with pytest.raises(UserError, match="notebooks"):
         read_folder(root, 2, 3, protocol="notebooks")
@@ -89,12 +90,12 @@ def test_refusals_are_sentences(root: Path, tmp_path: Path) -> None:
     ):
         read_folder(root, 5, 4)
     class_folders(tmp_path, {"tulip": 5})
-    with pytest.raises(UserError, match="at least 4 classes"):
+    with pytest.raises(UserError, match="at least 8 classes"):
         read_folder(tmp_path, 1, 1, protocol="disjoint")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty \(0\)"):
         read_folder(tmp_path, 1, 1)
-    class_folders(tmp_path, {"iris": 5, "lily": 5})
+    class_folders(tmp_path, {name: 5 for name in ("iris", "lily", "lotus", "poppy", "violet")})
     with pytest.raises(UserError, match="hold no image: empty; remove them"):
         read_folder(tmp_path, 1, 1, protocol="disjoint")
 

@@ -74,6 +74,9 @@ def test_problems_of_class_folders_are_named(tmp_path: Path) -> None:
     (root / "rose" / "new.webp").symlink_to(tmp_path / "gone.webp")
     (root / "rose" / "old.tiff").write_bytes(twin)
     (root / "rose" / "notes.txt").write_text("no photograph")
+    (root / "loose.jpg").write_bytes(twin)
+    (root / "rose" / "more").mkdir()
+    (root / "rose" / "more" / "inner.jpg").write_bytes(twin)
     problems = check(root)
     for expected in (
         "empty has no image",
@@ -84,9 +87,11 @@ def test_problems_of_class_folders_are_named(tmp_path: Path) -> None:
         "aster/copy.jpg is the same file as aster/003.jpg, and one may train where the other",
         "rose/new.webp is a link to a file that is not there",
         "rose/old.tiff is left out: accepted are .jpg",
+        "loose.jpg is left out: it lies beside the class folders",
+        "rose/more is left out with its 1 images: a class is one folder",
     ):
         assert sum(problem.startswith(expected) for problem in problems) == 1, expected
-    assert len(problems) == 8
+    assert len(problems) == 10
     assert any(
         "at least two" in problem for problem in check(class_folders(tmp_path / "p", {"a": 2}))
     )

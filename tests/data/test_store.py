@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from flowerray.data import store
 from flowerray.data.store import Store, build_store, eval_image, load_image, resize_side
@@ -119,6 +119,44 @@ def test_a_file_that_changed_just_now_is_read_again(
     read = watch_reading(monkeypatch)
     build(paths)
     assert sorted(read) == paths
+
+
+def test_a_mistyped_tag_does_not_make_a_photograph_damaged(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Its orientation still counts; the maker's name is a number."""
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[:, 20:] = (255, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown a quarter turn to the right
+    file = tmp_path / "a.jpg"
+    Image.fromarray(pixels).save(file, exif=exif.tobytes(), quality=95)
+    data = bytearray(file.read_bytes())
+    entry = data.index(b"\x01\x12")  # one entry: tag, type, count, value
+    start = entry - 2
+    wrong = (
+        b"\x00\x02" + data[entry : entry + 12] + b"\x01\x0f\x00\x0c\x00\x00\x00\x01\x00\x00\x00\x26"
+    )
+    offset = data.index(b"Exif\x00\x00") + 6
+    tiff = data[offset:start] + wrong + b"\x00\x00\x00\x00" + b"\x3f\xf8" + b"\x00" * 6
+    segment = b"Exif\x00\x00" + bytes(tiff)
+    app1 = data.index(b"\xff\xe1")
+    length = int.from_bytes(data[app1 + 2 : app1 + 4], "big")
+    rest = bytes(data[app1 + 2 + length :])
+    header = bytes(data[:app1]) + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big")
+    file.write_bytes(header + segment + rest)
+    with pytest.raises(Exception, match="encode"):  # what Pillow's own helper makes of it
+        ImageOps.exif_transpose(Image.open(file))
+    shown = load_image(file, 20)
+    assert shown.shape == (30, 20, 3) and shown[25, 10, 0] > 200 and shown[5, 10, 0] < 50
+    assert not recwarn.list
+
+
+def test_a_file_that_would_start_a_program_is_no_photograph(tmp_path: Path) -> None:
+    file = tmp_path / "a.jpg"
+    Image.new("RGB", (8, 8)).save(file, "EPS")
+    with pytest.raises(UserError, match="no known image format"):
+        load_image(file, 8)
 
 
 def test_shrinking_averages_instead_of_skipping() -> None:
