@@ -117,6 +117,13 @@ def test_batch_that_the_workers_cannot_share(refused: Refused, out: Path, small_
     assert "P x K = 12 images cannot be shared equally by 5 workers" in said
 
 
+def test_a_val_split_of_one_class(refused: Refused, out: Path, small_set: Path) -> None:
+    """In it MAP@R is 1 from the first epoch on, and no pair of two classes can be formed."""
+    options = words(small_set, data__protocol="disjoint", train__classes_per_batch=2, out=out)
+    said = refused("train", "triplet", *options)
+    assert "the val split of" in said and "single class" in said and "(disjoint 8)" in said
+
+
 def test_trainval_without_the_official_run(refused: Refused, out: Path, small_set: Path) -> None:
     options = words(small_set, data__protocol="trainval", out=out)
     said = refused("train", "triplet", *options)

@@ -120,7 +120,7 @@ def prepare(run: Run, quiet: bool = False, resume: bool = False) -> tuple[dict[s
     if "val" in dataset.splits and len(np.unique(dataset.split_labels("val"))) < 2:
         raise UserError(
             f"the val split of {dataset.root} has a single class, in which every search is right: "
-            "give it two or more."
+            f"protocol {dataset.protocol} needs more classes (disjoint 8)."
         )
     trained_classes, targets_N = np.unique(dataset.split_labels("train"), return_inverse=True)
     config = run.train

@@ -29,8 +29,8 @@ def arrange(
     """Turns a set's own parts into the splits of a protocol.
 
     official: the parts as they are. trainval: train and val together train, no val. disjoint: the
-    first half of the classes trains, about a fifth of them (two at least: a single class finds only
-    itself), drawn from `seed`, held out as val; the
+    first half of the classes trains, about a fifth of them (of four and more at least two, since a
+    single class finds only itself), drawn from `seed`, held out as val; the
     second half tests; every image of a class is used. notebooks: train and test exchanged, for
     comparison with tables that were made so.
 
@@ -44,7 +44,7 @@ def arrange(
         split -> ascending indices.
 
     Raises:
-        UserError: `disjoint` with fewer than 8 classes.
+        UserError: `disjoint` with fewer than 4 classes.
     """
     train, val, test = (np.sort(parts[name]) for name in ("train", "val", "test"))
     if protocol == "official":
@@ -54,13 +54,14 @@ def arrange(
     if protocol == "notebooks":
         return {"train": test, "val": val, "test": train}
     num_classes = int(labels_N.max()) + 1
-    if num_classes < 8:
+    if num_classes < 4:
         raise UserError(
-            f"The protocol disjoint needs at least 8 classes and this set has {num_classes}; "
+            f"The protocol disjoint needs at least 4 classes and this set has {num_classes}; "
             "choose official."
         )
     half = num_classes // 2
-    held_out = np.random.default_rng(seed).permutation(half)[: max(2, round(_HELD_OUT * half))]
+    held = max(2 if half >= 4 else 1, round(_HELD_OUT * half))
+    held_out = np.random.default_rng(seed).permutation(half)[:held]
     is_val_N = np.isin(labels_N, held_out)
     return {
         "train": np.flatnonzero((labels_N < half) & ~is_val_N),

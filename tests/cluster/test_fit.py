@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from flowerray.checkpoint import load_export
-from flowerray.cluster.fit import cpus_of_a_worker, fit
+from flowerray.cluster.fit import Progress, cpus_of_a_worker, fit
 from flowerray.cluster.session import ray_session
 from flowerray.errors import UserError
 from flowerray.run import ResourcesConfig, Run
-from flowerray.rundir import RunDir
+from flowerray.rundir import FolderReporter, RunDir
 from tests.cluster.heads import wait_for
 from tests.small import small, words
 
@@ -188,6 +188,19 @@ def test_ctrl_c_leaves_a_run_that_resumes_bit_equal(
     fit(small(small_set, epochs=LONG), out, resume=True, quiet=True)
     assert_whole_log(out, LONG)
     assert_equal(last_weights(out), last_weights(long_run))
+
+
+def test_alarms_are_shown_wherever_the_workers_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are in the metrics; what a worker prints stays in Ray's logs."""
+    folder = RunDir(tmp_path / "run")
+    folder.create({})
+    metrics = {"alarm/collapse": 1.0, "val/mean_cosine": 0.99, "val/effective_rank": 1.5}
+    with Progress(folder, 4, quiet=True):
+        FolderReporter(folder.path).report(2, 1, metrics)
+    said = capsys.readouterr().err
+    assert "warning: the embedding has collapsed (mean cosine 0.99" in said
 
 
 def test_no_worker_spans_two_nodes() -> None:

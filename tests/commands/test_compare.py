@@ -16,6 +16,7 @@ from flowerray.commands import compare as command
 from flowerray.commands.compare import CompareConfig, base_runs, compare, plan, read_options
 from flowerray.data.augment import AugmentConfig
 from flowerray.data.source import DataConfig
+from flowerray.data.synthetic import SyntheticConfig, synthesize
 from flowerray.errors import UserError
 from flowerray.evaluate.statistics import bootstrap_interval, paired_bootstrap, t_interval
 from flowerray.files import only_driver
@@ -37,6 +38,14 @@ def config(root: Path, **changes: Any) -> CompareConfig:
     """A comparison on `small_set`; 60 training images make 9 steps of 2 x 4 an epoch."""
     parts = {"data": DataConfig(root=root), "embedder": TINY, "train": BATCH, "images": 80}
     return CompareConfig(**{**parts, **changes})
+
+
+@pytest.fixture(scope="module")
+def eight_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many as `disjoint` trains on."""
+    config = SyntheticConfig(classes=8, scale=0.01, size=48)
+    out = tmp_path_factory.mktemp("data") / "eight"
+    return synthesize(out, config, progress=False, processes=1)
 
 
 def study(folder: Path, best: Run, trials: int = 16) -> Path:
@@ -197,12 +206,12 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_the_results_are_those_of_the_statistics(
     measured: dict[str, dict[str, Any]],
-    small_set: Path,
+    eight_classes: Path,
     tmp_path: Path,
     logged: list[Any],
 ) -> None:
     out = tmp_path / "out"
-    content = compare(config(small_set, seeds=5), out, quiet=True)
+    content = compare(config(eight_classes, seeds=5), out, quiet=True)
     assert json.loads((out / "compare.json").read_text()) == content
     assert (out / "compare.png").stat().st_size > 10_000
     assert content["notes"] == [] and content["budget"]["images"] == 80
@@ -242,9 +251,9 @@ def test_the_results_are_those_of_the_statistics(
 
 
 def test_the_table_fits_and_shows_every_number(
-    measured: dict[str, dict[str, Any]], small_set: Path, tmp_path: Path, logged: list[Any]
+    measured: dict[str, dict[str, Any]], eight_classes: Path, tmp_path: Path, logged: list[Any]
 ) -> None:
-    content = compare(config(small_set, seeds=1), tmp_path / "out", quiet=True)
+    content = compare(config(eight_classes, seeds=1), tmp_path / "out", quiet=True)
     text = comparison_table(content)
     assert (tmp_path / "out" / "compare.txt").read_text() == text + "\n"
     assert max(map(len, text.splitlines())) <= 80
@@ -337,11 +346,11 @@ def test_a_folder_without_a_comparison_cannot_be_resumed(
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(
-    small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    eight_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
     out = str(tmp_path / "file" / "out")
-    words = ["compare", "--data.root", str(small_set), "--train.classes-per-batch", "2"]
+    words = ["compare", "--data.root", str(eight_classes), "--train.classes-per-batch", "2"]
     assert dispatch([*words, "--out", out]) == 2
     said = capsys.readouterr().err
     assert f"{out} cannot be written" in said and "Traceback" not in said

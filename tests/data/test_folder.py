@@ -90,7 +90,7 @@ def test_refusals_are_sentences(root: Path, tmp_path: Path) -> None:
     ):
         read_folder(root, 5, 4)
     class_folders(tmp_path, {"tulip": 5})
-    with pytest.raises(UserError, match="at least 8 classes"):
+    with pytest.raises(UserError, match="at least 4 classes"):
         read_folder(tmp_path, 1, 1, protocol="disjoint")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty \(0\)"):
