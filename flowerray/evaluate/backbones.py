@@ -25,6 +25,7 @@ from flowerray.errors import UserError
 from flowerray.evaluate.measure import BuildStore, EvaluateConfig, measure
 from flowerray.evaluate.statistics import bootstrap_interval
 from flowerray.model import BUNDLED_BACKBONE, Embedder, EmbedderConfig
+from flowerray.precision import full_precision
 
 DEFAULT_MODELS = (
     BUNDLED_BACKBONE,
@@ -249,6 +250,7 @@ def time_models(
     return {name: speed | {"rounds": visits[name]} for name, speed in speeds.items()}
 
 
+@full_precision()
 def visit(name: str, config: BackbonesConfig, device: torch.device) -> dict[str, float]:
     """One model's speeds now; it is built for the visit, so that memory holds one at a time."""
     size = config.image_size
