@@ -5,6 +5,7 @@ is one `.pth` file that `torch.load(file, weights_only=True)` reads: embedder, m
 threshold, classes."""
 
 import json
+import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -103,6 +104,8 @@ def export_file(path: Path) -> Path:
     if not found:
         unfinished = " (its training has not finished: `flowerray train METHOD --resume` ends it)"
         hint = unfinished if (path / "run.json").exists() else ""
+        if not hint and (runs := sorted(path.glob("*/run.json"))):
+            hint = f"; name one of the runs in it, such as {runs[0].parent}"
         raise UserError(f"{path} holds no exported model best_model_*.pth{hint}.")
     return found[0]
 
@@ -178,6 +181,8 @@ def _load(file: Path, device: torch.device | str) -> Any:
         reason = str(error).splitlines()[0][:120] if str(error) else "cut short"
         if isinstance(error, UnpicklingError):  # torch's own text tells how to load it all the same
             reason = "it holds other things than tensors"
+        elif file.is_file() and not zipfile.is_zipfile(file):
+            reason = "it is none, or was cut short"
         raise UserError(
             f"{file} cannot be read as a checkpoint ({reason}): use another one."
         ) from error

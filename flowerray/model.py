@@ -26,6 +26,10 @@ HUB_TIMEOUT_S = 5.0
 """How long one look at the Hub may take before we call it unreachable, in seconds."""
 
 
+_HIGHEST = 2.0
+"""Above it pixels are no rounding beyond 1, but 0..255."""
+
+
 class EmbedderConfig(Config):
     """What the embedder is made of."""
 
@@ -99,15 +103,15 @@ class Embedder(nn.Module):
         """Embeds images.
 
         Args:
-            images_BCHW: float RGB pixels in [0,1]; the range is not checked, which would wait for
-                the device.
+            images_BCHW: float RGB pixels in [0,1]; on the CPU, outside training, values that are
+                clearly beyond are refused.
 
         Returns:
             Unit-norm emb_BD: float32, also under autocast; float64 from a double model. A zero
             vector stays zero.
 
         Raises:
-            UserError: images that are not float or not (B, 3, H, W).
+            UserError: images that are no tensor, not float, not (B, 3, H, W), or of 0..255.
         """
         features_BF = self.features(images_BCHW)
         with torch.autocast(features_BF.device.type, enabled=False):
@@ -143,12 +147,25 @@ class Embedder(nn.Module):
         return self
 
     def _normalise(self, images_BCHW: Tensor) -> Tensor:
+        if not isinstance(images_BCHW, Tensor):
+            raise UserError(
+                "The embedder takes a torch tensor of float pixels in [0,1] and was given "
+                f"{type(images_BCHW).__name__}: convert it first."
+            )
         shape = tuple(images_BCHW.shape)
         if not images_BCHW.is_floating_point() or len(shape) != 4 or shape[1] != 3:
             raise UserError(
                 "The embedder takes float pixels in [0,1] of shape (B, 3, H, W) and was given "
                 f"{images_BCHW.dtype} of shape {shape}: convert them first."
             )
+        if not self.training and images_BCHW.device.type == "cpu" and len(images_BCHW):
+            if (
+                highest := float(images_BCHW.detach().amax())
+            ) > _HIGHEST:  # a GPU would wait for it
+                raise UserError(
+                    f"The embedder takes pixels in [0,1] and was given values up to {highest:.4g}: "
+                    "divide those of 0..255 by 255."
+                )
         images_BCHW = (images_BCHW.to(self.mean.dtype) - self.mean) / self.std
         return images_BCHW.contiguous(memory_format=torch.channels_last)
 

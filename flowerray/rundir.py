@@ -36,10 +36,8 @@ class RunDir:
     def refuse_existing(self) -> None:
         """Raises UserError where something is at the path already."""
         if self.path.exists():
-            raise UserError(
-                f"{self.path} exists already: choose another --out, or continue it with "
-                f"--resume {self.path}."
-            )
+            more = f", or continue it with --resume {self.path}" if self.run_json.exists() else ""
+            raise UserError(f"{self.path} exists already: choose another --out{more}.")
 
     def create(self, run: dict[str, Any]) -> None:
         """Makes the folder and writes run.json.

@@ -116,7 +116,8 @@ def neighbours(found: "Sequence[Neighbour]") -> str:
     width = max([5, *(len(n.class_name) for n in found)])
     lines = [f"{'rank':>4}  {'cosine':>6}  {'class':<{width}}  image"]
     for rank, n in enumerate(found, start=1):
-        lines.append(f"{rank:>4}  {n.similarity:6.3f}  {n.class_name:<{width}}  {n.path}")
+        path = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(n.path))
+        lines.append(f"{rank:>4}  {n.similarity:6.3f}  {n.class_name:<{width}}  {path}")
     return "\n".join(lines)
 
 

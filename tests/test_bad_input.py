@@ -176,7 +176,7 @@ def test_unwritable_out(refused: Refused, small_set: Path, tmp_path: Path) -> No
 
 def test_existing_out(refused: Refused, small_set: Path, tmp_path: Path) -> None:
     said = refused("train", "triplet", *words(small_set, out=tmp_path))
-    assert f"{tmp_path} exists already" in said and "--resume" in said
+    assert f"{tmp_path} exists already" in said and "--resume" not in said  # it holds no run
     assert list(tmp_path.iterdir()) == []
 
 
@@ -218,6 +218,14 @@ def test_resume_of_a_checkpoint_of_another_method(
 
 def test_a_folder_that_is_no_run(refused: Refused, small_set: Path, tmp_path: Path) -> None:
     assert "holds no exported model" in refused("evaluate", tmp_path)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "run.json").write_text("{}")
+    assert f"name one of the runs in it, such as {tmp_path}/one" in refused("evaluate", tmp_path)
+    (tmp_path / "a.pth").write_text("text")
+    assert "as a checkpoint (it is none, or was cut short)" in refused(
+        "evaluate", tmp_path / "a.pth"
+    )
+    assert "there is no 'chek'; say what to do" in refused("data", "chek", tmp_path)
     assert "is not there: give a RUN folder" in refused("evaluate", tmp_path / "nowhere")
     for command in (
         ("train", "triplet", "--resume", tmp_path),
@@ -347,7 +355,7 @@ def test_similar_with_a_missing_or_broken_picture(
     refused: Refused, small_run: Path, small_set: Path, tmp_path: Path
 ) -> None:
     good = small_set / "jpg" / "image_00001.jpg"
-    assert "gone.jpg cannot be read as an image" in refused(
+    assert "gone.jpg is not there: give the path of a photograph" in refused(
         "similar", small_run, good, tmp_path / "gone.jpg"
     )
     (tmp_path / "text.jpg").write_text("no picture")
@@ -368,7 +376,7 @@ def test_search_without_a_gallery(
     good.mkdir()
     shutil.copy(query, good)
     said = refused("search", small_run, tmp_path / "no.jpg", "--gallery", good, "--sheet", sheet)
-    assert "no.jpg cannot be read as an image" in said
+    assert "no.jpg is not there: give the path of a photograph" in said
     assert not sheet.exists()
 
 

@@ -281,6 +281,35 @@ def test_the_runs_own_set_by_another_path_is_measured_as_its_own(
             assert found[key] == own[key], (name, key)
 
 
+def test_queries_that_were_trained_on_are_refused(
+    say: Say, run: Path, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other split options make them of the run's own set."""
+    shutil.copytree(small_set, tmp_path / "copy")
+    for words_ in (
+        ["--data.protocol", "notebooks"],
+        ["--data.protocol", "disjoint"],
+        ["--data.root", str(tmp_path / "copy"), "--data.protocol", "notebooks"],
+    ):
+        assert dispatch(["evaluate", str(run), *words_]) == 2
+        assert "test queries are images that" in capsys.readouterr().err
+    export = next(run.glob("*.pth"))
+    own = json.loads(say("evaluate", export, "--json")[0])
+    found = say("evaluate", export, "--json", "--data.root", tmp_path / "copy")[0]
+    assert json.loads(found)["num_queries"] == own["num_queries"]
+
+
+def test_a_data_set_that_is_gone_is_asked_back(
+    run: Path, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads((run / "run.json").read_text())
+    content["data"]["root"] = str(tmp_path / "gone")
+    (run / "run.json").write_text(json.dumps(content))
+    assert dispatch(["train", "triplet", "--resume", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert f"is no longer at {tmp_path / 'gone'}: put it back there, or a link to it" in said
+
+
 def test_a_gallery_may_be_in_oxfords_layout(
     say: Say, run: Path, small_set: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ import pickle
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -107,11 +108,13 @@ def test_a_zero_vector_gives_no_nan() -> None:
         torch.zeros(2, 3, 64, 64, dtype=torch.uint8),
         torch.zeros(3, 64, 64),
         torch.zeros(2, 64, 64, 3),
+        torch.full((2, 3, 64, 64), 255.0),
+        np.zeros((2, 3, 64, 64), np.float32),
     ],
 )
 def test_wrong_input_is_refused(bad: Tensor) -> None:
-    with pytest.raises(UserError, match="float pixels in"):
-        make()(bad)
+    with pytest.raises(UserError, match="takes .*pixels in"):
+        make().eval()(bad)
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,9 @@ def dispatch(words: list[str]) -> int:
     except UserError as error:
         print(f"flowerray {words[0]}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"flowerray {words[0]}: interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        again = f"; go on with: {error}" if str(error) else "."
+        print(f"flowerray {words[0]}: interrupted{again}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `flowerray ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -19,7 +19,8 @@ def data(words: list[str]) -> int:
         )
         return 0
     if not words or words[0] not in verbs:
-        raise UserError(f"say what to do: flowerray data {' | '.join(verbs)}.")
+        wrong = f"there is no {words[0]!r}; " if words else ""
+        raise UserError(f"{wrong}say what to do: flowerray data {' | '.join(verbs)}.")
     return verbs[words[0]](words[1:])
 
 

@@ -94,6 +94,11 @@ def parse_run(
         old = Run.from_dict(RunDir(resume).read())
         if old.method_name != method:
             raise UserError(f"{resume} is a run of {old.method_name}, not of {method}.")
+        if old.data.root is not None and not old.data.root.is_dir():
+            raise UserError(
+                f"the data set of {resume} is no longer at {old.data.root}: put it back there, or "
+                "a link to it."
+            )
     start = old or PRESETS[preset](config())
     if source is not None:
         refuse(words, ["preset"], "--from takes the options of the run that it names.")

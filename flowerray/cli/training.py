@@ -1,6 +1,7 @@
 """`flowerray train` and `flowerray demo`."""
 
 from flowerray.cli.options import default_out, end_of_logging, parse_run, pick_device, take_method
+from flowerray.text import typed
 
 
 def train(words: list[str]) -> int:
@@ -11,7 +12,12 @@ def train(words: list[str]) -> int:
     from flowerray.tables import training
 
     out = options.resume or options.out or default_out(method)
-    summary = fit(run, out, resume=options.resume is not None)
+    try:
+        summary = fit(run, out, resume=options.resume is not None)
+    except KeyboardInterrupt:
+        if not (out / "run.json").exists():
+            raise
+        raise KeyboardInterrupt(typed(f"flowerray train {method} --resume {out}")) from None
     print(training(out, summary))
     end_of_logging(out)
     return 0

@@ -46,6 +46,8 @@ def evaluate_model(
         quiet: no progress bars.
     """
     dataset = open_whole_or_split(data, whole, config.gallery, quiet)
+    if not whole and data != model.run.data:
+        refuse_trained(model, data.root, dataset, config.split)
     own = data == model.run.data and model.folder is not None
     pairs = (
         stored_pairs(model, dataset, config.split)
@@ -59,6 +61,26 @@ def evaluate_model(
     if own and config.gallery in (None, default_gallery(dataset, config.split)):
         keep(model, measurement, dataset.root, time.perf_counter() - started)
     return measurement
+
+
+def refuse_trained(model: Model, root: Path | None, dataset: Dataset, split: str) -> None:
+    """Refuses queries that the model was trained or chosen on, as other split options make them of
+    its own set.
+
+    Raises:
+        UserError: how many there are.
+    """
+    if split not in dataset.splits or is_another_set(model, root):
+        return
+    own = open_dataset(model.run.data.model_copy(update={"root": dataset.root}))
+    seen = {own.paths[i] for name in ("train", "val") for i in own.splits.get(name, ())}
+    queries = dataset.splits[split]
+    known = sum(dataset.paths[i] in seen for i in queries)
+    if known:
+        raise UserError(
+            f"{known} of the {len(queries)} {split} queries are images that {model.name} was "
+            "trained or chosen on: leave out the --data options, which are the run's own then."
+        )
 
 
 def evaluate_frozen(
@@ -222,6 +244,8 @@ def is_another_set(model: Model, root: Path | None) -> bool:
     if model.folder is not None:
         known = tracking.State.read(model.folder.path).tags.get("dataset/fingerprint")
     try:
+        if known is None and own.root is not None and own.root.is_dir():
+            known = open_dataset(own).tags["dataset/fingerprint"]
         found = open_dataset(own.model_copy(update={"root": root})).tags["dataset/fingerprint"]
     except UserError:
         return True

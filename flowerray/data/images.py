@@ -56,6 +56,9 @@ def decode(source: Path | bytes) -> Image.Image:
     image = _decode(source)
     if isinstance(image, str):
         name = "The given bytes" if isinstance(source, bytes) else str(source)
+        if not isinstance(source, bytes) and not Path(source).is_file():
+            what = "is a folder" if Path(source).is_dir() else "is not there"
+            raise UserError(f"{source} {what}: give the path of a photograph.")
         raise UserError(f"{name} cannot be read as an image ({image}); replace or remove it.")
     return image
 

@@ -240,7 +240,8 @@ def _folder_gallery(
     """Every image of a folder, its classes matched with the queries' by name."""
     if not folder.is_dir():
         raise UserError(
-            f"The gallery {folder} is not a folder: give train, trainval, self or one with images."
+            f"The gallery {folder} is neither train, trainval or self nor a folder of images that "
+            "is there: give one of them."
         )
     other = open_all(folder)
     queries = {dataset.paths[i].resolve() for i in dataset.splits[split]}

@@ -123,7 +123,7 @@ class Setting:
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
     """RUN folders among `paths`, and those at most three folders below one that is none: those of a
-    comparison (OUT/runs/NAME) or a study (OUT/trials/NAME) in `runs`, too.
+    comparison (OUT/runs/NAME) or a study (OUT/trials/NAME) in `runs`, too; not MLflow's copies.
 
     Raises:
         UserError: a path with no RUN folder.
@@ -132,6 +132,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         below = [path, *(f for depth in ("*/", "*/*/", "*/*/*/") for f in sorted(path.glob(depth)))]
         runs = [folder for folder in below if (folder / "run.json").exists()]
+        runs = [run for run in runs if "mlartifacts" not in run.relative_to(path).parts]
         if path in runs:
             runs = [path]
         if not runs:
@@ -190,12 +191,14 @@ def group(entries: Sequence[Entry]) -> list[Setting]:
 
 
 def _one_a_seed(entries: list[Entry]) -> tuple[list[Entry], tuple[str, ...]]:
-    """One run of each choice and seed, the finished and newest one, and a note on the others: a
-    training repeats itself exactly, so that a copy would pass for a seed and narrow the interval.
+    """One run of each choice and seed, the finished, measured and newest one, and a note on the
+    others: a training repeats itself exactly, so that a copy would pass for a seed and narrow the
+    interval.
     """
 
-    def rank(entry: Entry) -> tuple[bool, float]:
-        return entry.finished, entry.folder.run_json.stat().st_mtime
+    def rank(entry: Entry) -> tuple[bool, int, float]:
+        measured = len(entry.evaluations) + bool(entry.robustness)
+        return entry.finished, measured, entry.folder.run_json.stat().st_mtime
 
     best: dict[tuple[str, int], Entry] = {}
     for entry in entries:
@@ -205,7 +208,7 @@ def _one_a_seed(entries: list[Entry]) -> tuple[list[Entry], tuple[str, ...]]:
     if len(kept) == len(entries):
         return kept, ()
     names = ", ".join(str(entry.folder.path) for entry in entries if entry not in kept)
-    return kept, (f"Left out, since a newer run has the same options and seed: {names}.",)
+    return kept, (f"Left out, since another run has the same options and seed: {names}.",)
 
 
 def _variants(entries: list[Entry]) -> tuple[Variant, ...]:

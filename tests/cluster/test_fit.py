@@ -22,6 +22,7 @@ from flowerray.cluster.session import ray_session
 from flowerray.errors import UserError
 from flowerray.run import ResourcesConfig, Run
 from flowerray.rundir import FolderReporter, RunDir
+from flowerray.text import typed
 from tests.cluster.heads import wait_for
 from tests.small import small, words
 
@@ -180,7 +181,8 @@ def test_ctrl_c_leaves_a_run_that_resumes_bit_equal(
         process.kill()
     assert process.returncode == 130, stderr
     assert stdout == "" and "Traceback" not in stderr, stderr
-    assert stderr.splitlines()[-1] == "flowerray train: interrupted."
+    again = f"go on with: {typed(f'flowerray train triplet --resume {out}')}"
+    assert stderr.splitlines()[-1] == f"flowerray train: interrupted; {again}"
     assert 15 <= steps_done(out) < 6 * LONG
     assert not list(out.glob("*.pth"))
     assert json.loads((out / "mlflow.json").read_text())["finished"] == "KILLED"

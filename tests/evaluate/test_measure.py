@@ -186,7 +186,11 @@ BAD = {
         "queries themselves",
     ),
     "no train": (dataset(splits=("test",)), {"gallery": "train"}, "without a train split"),
-    "no folder": (dataset(), {"gallery": "/nowhere/at all"}, "is not a folder"),
+    "no folder": (
+        dataset(),
+        {"gallery": "/nowhere/at all"},
+        "nor a folder of images that is there",
+    ),
 }
 
 

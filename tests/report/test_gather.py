@@ -1,6 +1,7 @@
 """Which runs are found, and which numbers may stand together."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,10 +59,21 @@ def test_a_copy_of_a_run_is_no_other_seed(tmp_path: Path) -> None:
     assert labels(first, again, other) == [[("triplet", [0, 1])]]
     (setting,) = group([read_entry(path) for path in (again, first, other)])
     assert [entry.folder.path for entry in setting.entries] == [again, other]
-    assert f"Left out, since a newer run has the same options and seed: {first}." in setting.notes
+    assert f"Left out, since another run has the same options and seed: {first}." in setting.notes
+    (first / "evaluation").mkdir(exist_ok=True)
+    (first / "evaluation" / "val.json").write_text("{}")  # that one was measured once more
+    (setting,) = group([read_entry(path) for path in (again, first, other)])
+    assert [entry.folder.path for entry in setting.entries] == [first, other]
+    (first / "evaluation" / "val.json").unlink()
     (first / "best_model_triplet_loss.pth").touch()  # that one came to its end
     (setting,) = group([read_entry(path) for path in (again, first, other)])
     assert [entry.folder.path for entry in setting.entries] == [first, other]
+
+
+def test_the_copies_that_mlflow_keeps_are_no_runs(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs" / "one")
+    shutil.copytree(run, tmp_path / "runs" / "mlartifacts" / "0123" / "artifacts")
+    assert find_runs([tmp_path / "runs"]) == [run]
 
 
 def test_a_run_from_before_hardening_is_of_the_same_variant(tmp_path: Path) -> None:
