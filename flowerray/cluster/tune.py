@@ -347,6 +347,8 @@ def make_scheduler(study: Study, ended: list[Any]) -> Any:
     objectives = study.config.objectives
 
     def summed(result: dict[str, Any]) -> dict[str, Any]:
+        if not all(name in result for name in objectives):
+            return result
         return {**result, objectives[0]: sum(result[name] for name in objectives)}
 
     class Scheduler(ASHAScheduler):

@@ -43,9 +43,8 @@ STORE_VERSION = 1
 """Rises when the same files would give other pixels."""
 T = TypeVar("T")
 _NAMED = 10  # bad files that an error lists
-_SETTLED = (
-    2 * 10**9
-)  # nanoseconds until a file's time tells another change: such clocks tick slowly
+_SETTLED = 2 * 10**9
+"""Nanoseconds after which another change shows in a file's time: such clocks tick slowly."""
 
 
 class Store:
