@@ -128,7 +128,7 @@ def test_a_killed_worker_is_replaced(
     killed: list[int] = []
 
     def kill() -> None:
-        wait_for(lambda: steps_done(out) >= 15, 120)
+        wait_for(lambda: steps_done(out) >= 15, 400)
         for process in psutil.Process().children(recursive=True):
             if any("RayTrainWorker" in word for word in process.cmdline()):
                 killed.append(process.pid)
