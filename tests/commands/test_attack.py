@@ -250,7 +250,7 @@ def test_the_command(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "name a RUN"),
         (["RUN", "--attacks", "fgsm,nonsense"], "no attack nonsense"),
-        (["RUN", "--split", "val", "--gallery", "nowhere"], "not a folder"),
+        (["RUN", "--split", "val", "--gallery", "nowhere"], "nor a folder of images"),
         (["RUN", "--beside", "nowhere"], "nowhere"),
         (["RUN", "--audit", "--perturb", "both"], "not about --perturb both"),
         (["RUN", "--preset", "nonsense"], "preset"),

@@ -212,9 +212,9 @@ def test_an_unwritable_place_is_one_sentence(tmp_path: Path) -> None:
 
 
 CALLS = {
-    "paints": "synthesize(folder / 'set', config, progress=False, processes=2)",
-    "paints the default set": "open_dataset(DataConfig(synthetic=config))",
-    "decodes": "build_store(sorted((folder / 'images').iterdir()), 32, processes=2)",
+    "paints": "synthetic.synthesize(folder / 'set', config, progress=False, processes=2)",
+    "paints the default set": "source.open_dataset(source.DataConfig(synthetic=config))",
+    "decodes": "store.build_store(sorted((folder / 'images').iterdir()), 32, processes=2)",
 }
 
 
@@ -228,12 +228,10 @@ def test_a_script_without_a_main_guard_is_told(call: str, tmp_path: Path) -> Non
     script.write_text(
         "import os\n"
         "from pathlib import Path\n"
-        "from flowerray.data.source import DataConfig, open_dataset\n"
-        "from flowerray.data.store import build_store\n"
-        "from flowerray.data.synthetic import SyntheticConfig, synthesize\n"
+        f"from flowerray.data import synthetic, {call.partition('.')[0]}\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "os.cpu_count = lambda: 2\n"
-        "config = SyntheticConfig(classes=3, scale=0.01, size=64)\n"
+        "config = synthetic.SyntheticConfig(classes=3, scale=0.01, size=64)\n"
         f"{call}\n"
     )
     home = {**os.environ, "FLOWERRAY_HOME": str(tmp_path / "home")}
