@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,26 +42,19 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing(out: Path) -> Iterator[None]:
+def writing(
+    place: Path, fault: str = "cannot be written", advice: str = "choose another --out"
+) -> Iterator[None]:
     """Raises UserError where the block cannot write what `--out` names."""
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{out} cannot be written ({error.strerror}): choose another --out."
-        ) from error
+        raise UserError(f"{place} {fault} ({error.strerror or error}): {advice}.") from error
 
 
-@contextmanager
-def saving(folder: Path) -> Iterator[None]:
-    """Raises UserError where the block, in the midst of a work, can no longer write."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{folder} can no longer be written ({error.strerror or error}): make room there, then "
-            "--resume."
-        ) from error
+def saving(folder: Path) -> AbstractContextManager[None]:
+    """`writing` in the midst of a work."""
+    return writing(folder, "can no longer be written", "make room there, then --resume")
 
 
 def refuse_unwritable(out: Path) -> None:

@@ -36,6 +36,8 @@ ENVIRONMENT = {
 }
 UPLOAD_SECONDS = 600
 """Longest wait for a server that was sent a file; a checkpoint may have gigabytes."""
+ARTIFACTS = "mlartifacts"
+"""Folder of the files that MLflow keeps, beside its database."""
 EXPORTS = ("best_model_*.pth", "robust_model_*.pth")
 METRICS_PER_BATCH = 800  # MLflow takes 1000
 PARAMS_PER_BATCH = 100
@@ -115,7 +117,7 @@ def open_experiment(uri: str, name: str) -> tuple[Any, str]:
     with filelock.FileLock(f"{database}.lock", timeout=60):
         fresh = not database.exists()
         client = connect(uri)
-        found = _find_or_make(client, name, f"file://{database.parent / 'mlartifacts'}")
+        found = _find_or_make(client, name, f"file://{database.parent / ARTIFACTS}")
         if fresh and _on_local_disk(database):
             # So that readers (the UI) do not hold the writer up; it needs shared memory, which
             # network disks lack.

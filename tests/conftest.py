@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +95,25 @@ def runs(tmp_path: Path, database: Path) -> Path:
     """A folder of runs with a database; its experiment `here` keeps artifacts in it."""
     shutil.copy(database, tmp_path / "mlflow.db")
     return tmp_path
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """Runs a command that must work; gives its standard output and error."""
+    from flowerray.cli import dispatch
+
+    def run(*command: object) -> tuple[str, str]:
+        capsys.readouterr()
+        assert dispatch([str(word) for word in command]) == 0
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def run(small_run: Path) -> Iterator[Path]:
+    """A copy of the small RUN, beside it: they share one MLflow database."""
+    folder = shutil.copytree(small_run, small_run.with_name("cli-copy"))
+    yield folder
+    shutil.rmtree(folder)

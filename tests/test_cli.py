@@ -1,13 +1,11 @@
 """The command line: its surface, its options, its output."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,27 +22,6 @@ from flowerray.text import typed
 from tests.small import small, words
 
 Say = Callable[..., tuple[str, str]]
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    """Runs a command that must work; gives its standard output and error."""
-
-    def run(*command: object) -> tuple[str, str]:
-        capsys.readouterr()
-        assert dispatch([str(word) for word in command]) == 0
-        captured = capsys.readouterr()
-        return captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def run(small_run: Path) -> Iterator[Path]:
-    """A copy of the small RUN, beside it: they share one MLflow database."""
-    folder = shutil.copytree(small_run, small_run.with_name("cli-copy"))
-    yield folder
-    shutil.rmtree(folder)
 
 
 # --- the surface ----------------------------------------------------------------------------------
@@ -222,83 +199,6 @@ def test_train_and_resume(say: Say, small_set: Path, small_run: Path) -> None:
     assert after["threshold"] == before["threshold"]
 
 
-def test_evaluate(say: Say, run: Path) -> None:
-    stdout, stderr = say("evaluate", run, "--split", "val")
-    assert "60 val queries, gallery train of 60 images, protocol official" in stdout
-    assert "R@1" in stdout and "mlflow ui" in stderr
-    assert say("evaluate", "--split", "val", run)[0] == stdout  # RUN's options hold where it stands
-
-
-def test_evaluate_json_is_one_object(say: Say, run: Path) -> None:
-    found = json.loads(say("evaluate", run, "--json")[0])
-    keys = {
-        "recall_at_1", "recall_at_5", "recall_at_10", "r_precision", "map_at_r",
-        "recall_at_1_per_class_mean", "num_queries", "num_queries_without_match", "num_gallery",
-        "pair_auc", "pair_eer", "pair_accuracy", "protocol", "split", "run",
-    }  # fmt: skip
-    assert keys <= found.keys()
-    assert (found["run"], found["split"], found["protocol"]) == (str(run), "test", "official")
-
-
-def test_evaluate_another_folder(say: Say, run: Path, small_set: Path, tmp_path: Path) -> None:
-    pictures = sorted((small_set / "jpg").iterdir())
-    for name in ("a", "b"):
-        (tmp_path / "own" / name).mkdir(parents=True)
-        for k in range(6):
-            shutil.copy(pictures[30 * (name == "b") + k], tmp_path / "own" / name)
-    before = (run / "metrics.jsonl").read_bytes()
-    whole = json.loads(say("evaluate", run, "--json", "--data.root", tmp_path / "own")[0])
-    assert (whole["gallery"], whole["num_queries"], whole["num_gallery"]) == ("self", 12, 12)
-    parted = json.loads(
-        say(
-            "evaluate", run, "--json", "--data.root", tmp_path / "own",
-            "--data.train-per-class", 3, "--data.val-per-class", 1,
-        )[0]
-    )  # fmt: skip
-    assert (parted["gallery"], parted["num_queries"], parted["num_gallery"]) == ("train", 4, 6)
-    # The floor of these figures is of the same queries.
-    for split, figures in (
-        ([], whole),
-        (["--data.train_per_class", 3, "--data.val_per_class=1"], parted),
-    ):
-        words = ["--frozen", "--json", "--data.root", tmp_path / "own", *split]
-        frozen = json.loads(say("evaluate", run, *words)[0])
-        for key in ("gallery", "num_queries", "num_gallery"):
-            assert frozen[key] == figures[key]
-    assert (run / "metrics.jsonl").read_bytes() == before
-
-
-def test_the_runs_own_set_by_another_path_is_measured_as_its_own(
-    say: Say, run: Path, small_set: Path, tmp_path: Path
-) -> None:
-    """Its training images must not become queries of "another" set."""
-    (tmp_path / "link").symlink_to(small_set)
-    shutil.copytree(small_set, tmp_path / "moved")
-    own = json.loads(say("evaluate", run, "--json")[0])
-    for name in ("link", "moved"):
-        found = json.loads(say("evaluate", run, "--json", "--data.root", tmp_path / name)[0])
-        for key in ("gallery", "num_queries", "num_gallery", "recall_at_1"):
-            assert found[key] == own[key], (name, key)
-
-
-def test_queries_that_were_trained_on_are_refused(
-    say: Say, run: Path, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Other split options make them of the run's own set."""
-    shutil.copytree(small_set, tmp_path / "copy")
-    for words_ in (
-        ["--data.protocol", "notebooks"],
-        ["--data.protocol", "disjoint"],
-        ["--data.root", str(tmp_path / "copy"), "--data.protocol", "notebooks"],
-    ):
-        assert dispatch(["evaluate", str(run), *words_]) == 2
-        assert "test queries are images that" in capsys.readouterr().err
-    export = next(run.glob("*.pth"))
-    own = json.loads(say("evaluate", export, "--json")[0])
-    found = say("evaluate", export, "--json", "--data.root", tmp_path / "copy")[0]
-    assert json.loads(found)["num_queries"] == own["num_queries"]
-
-
 def test_a_data_set_that_is_gone_is_asked_back(
     run: Path, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,15 +208,6 @@ def test_a_data_set_that_is_gone_is_asked_back(
     assert dispatch(["train", "triplet", "--resume", str(run)]) == 2
     said = capsys.readouterr().err
     assert f"is no longer at {tmp_path / 'gone'}: put it back there, or a link to it" in said
-
-
-def test_a_gallery_may_be_in_oxfords_layout(
-    say: Say, run: Path, small_set: Path, tmp_path: Path
-) -> None:
-    """Its masks are no images, and its folder `jpg` is no class."""
-    shutil.copytree(small_set, tmp_path / "set")
-    found = json.loads(say("evaluate", run, "--json", "--gallery", tmp_path / "set")[0])
-    assert found["num_gallery"] == 6 * 24 and found["num_queries_without_match"] == 0
 
 
 def test_attack_options_that_would_do_nothing(
@@ -358,34 +249,6 @@ def test_options_among_the_words() -> None:
     ]  # fmt: skip
     said = {"train.images_per_class", "train.lr", "data", "train.compile", "json"}
     assert given(words, names) == [n for n in names if n in {*said, "method.negative_margin"}]
-
-
-def test_evaluate_frozen(say: Say, run: Path, small_set: Path) -> None:
-    of_run = json.loads(say("evaluate", run, "--frozen", "--json")[0])
-    options: list[Any] = ["--embedder.backbone", "test_efficientnet", "--embedder.weights", "none"]
-    options += ["--embedder.image-size", 32, "--data.root", small_set]
-    alone = json.loads(say("evaluate", "--frozen", "--json", *options)[0])
-    assert of_run == alone and alone["run"] is None
-    assert "test_efficientnet, frozen" in say("evaluate", "--frozen", *options)[0]
-
-
-def test_similar_and_search(say: Say, run: Path, small_set: Path, tmp_path: Path) -> None:
-    a, b = (small_set / "jpg" / f"image_{n:05d}.jpg" for n in (1, 80))
-    assert "same class" in say("similar", run, a, a)[0]
-    found = json.loads(say("similar", run, a, b, "--json")[0])
-    assert found.keys() == {"similarity", "threshold", "same"}
-
-    gallery = tmp_path / "flat"
-    gallery.mkdir()
-    for n in range(1, 140, 12):
-        shutil.copy(small_set / "jpg" / f"image_{n:05d}.jpg", gallery)
-    options = ["--gallery", gallery, "--sheet", tmp_path / "sheet.png"]
-    stdout, _ = say("search", run, a, *options, "--top", 3)
-    assert len(stdout.splitlines()) == 5 and "picture" in stdout.splitlines()[-1]
-    assert (tmp_path / "sheet.png").exists()
-    found = json.loads(say("search", run, a, *options, "--json")[0])
-    assert len(found["neighbours"]) == 10
-    assert found["neighbours"][0]["image"] == str(gallery / "image_00001.jpg")
 
 
 def test_track_sync(say: Say, run: Path) -> None:

@@ -8,9 +8,7 @@ Letters: Q audited queries, M of one batch, B images, C H W an image, D embeddin
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from flowerray.attacks.objectives import cross_entropy, margin
 from flowerray.attacks.pgd import Aim, PGDConfig, noise, pgd, project
 from flowerray.evaluate.arena import Arena, embed_images, narrow, rank
 from flowerray.evaluate.attack_config import AttackConfig
+from flowerray.evaluate.checks import Audit, Check, beyond_chance
 from flowerray.evaluate.robustness import Robustness, perturb
 from flowerray.precision import full_precision
 
@@ -42,48 +41,6 @@ ALONE = 8
 """Images whose gradient is taken alone and in a batch."""
 
 
-@dataclass(frozen=True)
-class Check:
-    """One question to the measurement."""
-
-    name: str
-    passed: bool | None
-    """None = could not be asked."""
-    value: float | None
-    """The figure that decided."""
-    text: str
-    """What was measured and what it means, one line."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return {"name": self.name, "passed": self.passed, "value": self.value, "text": self.text}
-
-
-@dataclass(frozen=True)
-class Audit:
-    """All checks of one measurement."""
-
-    eps: float
-    """Radius at which most of them look, in 1/255."""
-    queries: int
-    checks: tuple[Check, ...]
-
-    @property
-    def failed(self) -> list[str]:
-        """Names of the checks that failed."""
-        return [check.name for check in self.checks if check.passed is False]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data; `passed` is False where one check failed."""
-        return {
-            "passed": not self.failed,
-            "failed": self.failed,
-            "eps": self.eps,
-            "queries": self.queries,
-            "checks": [check.to_dict() for check in self.checks],
-        }
-
-
 def telling_eps(result: Robustness) -> float:
     """The radius > 0 whose worst case is nearest to half the clean R@1: there, neither a floor nor
     a ceiling hides a difference.
@@ -91,20 +48,6 @@ def telling_eps(result: Robustness) -> float:
     half = result.clean.recall_at_1 / 2
     radii = [eps for eps in result.alone if eps > 0]
     return min(radii, key=lambda eps: abs(result.alone[eps].recall_at_1 - half), default=2.0)
-
-
-def beyond_chance(weak_right_Q: NDArray, strong_right_Q: NDArray) -> tuple[float, bool]:
-    """By how much the attack that ought to be weaker is the stronger one.
-
-    Returns:
-        (Queries that only it breaks - queries that only the other breaks) / Q, and whether that is
-        more than sampling error: 1.64 standard errors of paired outcomes, and more than one query.
-    """
-    only_weak = int((~weak_right_Q & strong_right_Q).sum())
-    only_strong = int((weak_right_Q & ~strong_right_Q).sum())
-    gap = only_weak - only_strong
-    too_much = gap > max(1.0, 1.64 * np.sqrt(only_weak + only_strong))
-    return gap / len(weak_right_Q), bool(too_much)
 
 
 class Auditor:

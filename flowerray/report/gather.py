@@ -14,6 +14,7 @@ from flowerray.description import flatten
 from flowerray.errors import UserError
 from flowerray.rundir import RunDir
 from flowerray.tracking import State
+from flowerray.tracking_server import ARTIFACTS
 
 IGNORED = (
     "flowerray", "data.", "threshold", "train.seed", "resources.", "train.log_every",
@@ -132,7 +133,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         below = [path, *(f for depth in ("*/", "*/*/", "*/*/*/") for f in sorted(path.glob(depth)))]
         runs = [folder for folder in below if (folder / "run.json").exists()]
-        runs = [run for run in runs if "mlartifacts" not in run.relative_to(path).parts]
+        runs = [run for run in runs if ARTIFACTS not in run.relative_to(path).parts]
         if path in runs:
             runs = [path]
         if not runs:

@@ -16,7 +16,8 @@ from flowerray.attacks.pgd import Attacked
 from flowerray.evaluate import audit as module
 from flowerray.evaluate.arena import narrow
 from flowerray.evaluate.attack_config import AttackConfig
-from flowerray.evaluate.audit import Auditor, Check, beyond_chance, telling_eps
+from flowerray.evaluate.audit import Auditor, telling_eps
+from flowerray.evaluate.checks import Check, beyond_chance
 from flowerray.evaluate.robustness import Robustness, Score, attack
 from tests.evaluate.arena import Colours, Constant, Leaking, Masked, arena_of
 

@@ -1,0 +1,66 @@
+"""What the checks of an audit say, and the rule by which one attack counts as stronger.
+
+Letters: Q audited queries.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question to the measurement."""
+
+    name: str
+    passed: bool | None
+    """None = could not be asked."""
+    value: float | None
+    """The figure that decided."""
+    text: str
+    """What was measured and what it means, one line."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"name": self.name, "passed": self.passed, "value": self.value, "text": self.text}
+
+
+@dataclass(frozen=True)
+class Audit:
+    """All checks of one measurement."""
+
+    eps: float
+    """Radius at which most of them look, in 1/255."""
+    queries: int
+    checks: tuple[Check, ...]
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the checks that failed."""
+        return [check.name for check in self.checks if check.passed is False]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; `passed` is False where one check failed."""
+        return {
+            "passed": not self.failed,
+            "failed": self.failed,
+            "eps": self.eps,
+            "queries": self.queries,
+            "checks": [check.to_dict() for check in self.checks],
+        }
+
+
+def beyond_chance(weak_right_Q: NDArray, strong_right_Q: NDArray) -> tuple[float, bool]:
+    """By how much the attack that ought to be weaker is the stronger one.
+
+    Returns:
+        (Queries that only it breaks - queries that only the other breaks) / Q, and whether that is
+        more than sampling error: 1.64 standard errors of paired outcomes, and more than one query.
+    """
+    only_weak = int((~weak_right_Q & strong_right_Q).sum())
+    only_strong = int((weak_right_Q & ~strong_right_Q).sum())
+    gap = only_weak - only_strong
+    too_much = gap > max(1.0, 1.64 * np.sqrt(only_weak + only_strong))
+    return gap / len(weak_right_Q), bool(too_much)
