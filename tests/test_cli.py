@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +117,40 @@ def test_an_interrupt_ends_with_130(
         signal.signal(signal.SIGTERM, before)
     assert stop.value.code == 130
     assert capsys.readouterr().err == "flowerray demo: interrupted.\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "work", "description"),
+    [
+        ("train triplet", "flowerray.cluster.fit.fit", "run.json"),
+        ("demo", "flowerray.cluster.fit.fit", "run.json"),
+        ("tune triplet", "flowerray.cluster.tune.tune", "study.json"),
+        ("compare", "flowerray.commands.compare.compare", "options.json"),
+    ],
+)
+def test_an_interrupt_says_how_to_go_on(
+    command: str,
+    work: str,
+    description: str,
+    small_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+
+    def interrupted(*_: Any, **more: Any) -> None:
+        out.mkdir(exist_ok=True)
+        (out / description).touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, interrupted)
+    few = ["--train.classes-per-batch", "3"] if "tune" in command else []
+    said = [*command.split(), *few, "--out", str(out), "--data.root", str(small_set)]
+    assert dispatch(said) == 130
+    again = typed(f"flowerray {command} --resume {out}")
+    line = f"flowerray {command.split()[0]}: interrupted; go on with: {again}\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_closed_pipe_is_no_error() -> None:

@@ -13,6 +13,7 @@ from flowerray.cli.options import (
     parse,
     peek,
     refuse,
+    resumable,
 )
 
 
@@ -52,7 +53,8 @@ def compare(words: list[str]) -> int:
     out = (options.resume or options.out or default_out("compare")).expanduser().absolute()
 
     config = CompareConfig(**fields)
-    content = compare(config, out, options.resume is not None, quiet=options.as_json)
+    with resumable("compare", out, "options.json"):
+        content = compare(config, out, options.resume is not None, quiet=options.as_json)
     print(as_json(content) if options.as_json else comparison_table(content))
     if not options.as_json:
         print(f"\npicture   {out / 'compare.png'}")

@@ -2,11 +2,13 @@
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from flowerray.errors import UserError
+from flowerray.text import typed
 
 if TYPE_CHECKING:
     from flowerray.data.source import DataConfig
@@ -217,6 +219,27 @@ def pick_device(device: str) -> Any:
     from flowerray.cluster.worker import pick_device as pick
 
     return pick(device)
+
+
+@contextmanager
+def resumable(command: str, folder: Path, description: str) -> Iterator[None]:
+    """Has the user's Ctrl-C say how to go on, where the work inside has come so far.
+
+    Args:
+        command: without --resume, such as "train triplet".
+        folder: what --resume is to be given.
+        description: the file in it without which nothing can be resumed.
+
+    Raises:
+        KeyboardInterrupt: the user's; its text is the command to type.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (folder / description).exists():
+            raise
+        again = typed(f"flowerray {command} --resume {folder}")
+        raise KeyboardInterrupt(again) from None
 
 
 def end_of_logging(run_dir: Path) -> None:

@@ -1,7 +1,13 @@
 """`flowerray train` and `flowerray demo`."""
 
-from flowerray.cli.options import default_out, end_of_logging, parse_run, pick_device, take_method
-from flowerray.text import typed
+from flowerray.cli.options import (
+    default_out,
+    end_of_logging,
+    parse_run,
+    pick_device,
+    resumable,
+    take_method,
+)
 
 
 def train(words: list[str]) -> int:
@@ -12,12 +18,8 @@ def train(words: list[str]) -> int:
     from flowerray.tables import training
 
     out = options.resume or options.out or default_out(method)
-    try:
+    with resumable(f"train {method}", out, "run.json"):
         summary = fit(run, out, resume=options.resume is not None)
-    except KeyboardInterrupt:
-        if not (out / "run.json").exists():
-            raise
-        raise KeyboardInterrupt(typed(f"flowerray train {method} --resume {out}")) from None
     print(training(out, summary))
     end_of_logging(out)
     return 0
@@ -33,7 +35,8 @@ def demo(words: list[str]) -> int:
     from flowerray.tables import compare, training
 
     out = options.resume or options.out or default_out("demo")
-    summary = fit(run, out, resume=options.resume is not None)
+    with resumable("demo", out, "run.json"):
+        summary = fit(run, out, resume=options.resume is not None)
     device = pick_device("auto")
     frozen = evaluate_frozen(run.embedder, run.data, EvaluateConfig(), device)
     trained = evaluate_model(open_model(str(out), device), run.data, False, EvaluateConfig())

@@ -13,6 +13,7 @@ from flowerray.cli.options import (
     parse,
     peek,
     refuse,
+    resumable,
     take_method,
 )
 from flowerray.errors import UserError
@@ -99,7 +100,8 @@ def tune(words: list[str]) -> int:
                 raise UserError(f"{study.folder} was begun without {flag}: start another study.")
         study.resources = resources.model_dump()
         study.resume_with(run, config)
-    result = search(study, resources, quiet=options.as_json)
+    with resumable(f"tune {method}", study.folder, "study.json"):
+        result = search(study, resources, quiet=options.as_json)
     print(tables.as_json(result) if options.as_json else study_table(result))
     end_of_logging(study.folder)
     return 0

@@ -5,7 +5,6 @@ MLflow fed.
 import os
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from flowerray import tracking
 from flowerray.cluster.session import own_signals, ray_session
+from flowerray.cluster.trainer import make_trainer
 from flowerray.cluster.worker import build_method, pick_device, split_store, start_weights, work
 from flowerray.data.batches import PKSampler
 from flowerray.data.source import open_dataset
@@ -161,12 +161,10 @@ def fit_on_ray(run: Run, folder: RunDir) -> dict[str, Any]:
     """
     workers = run.resources.workers
     with ray_session(min_cpus=workers * max(1, run.resources.cpus_per_worker)) as ray:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-
         resources = ray.cluster_resources()
         gpus = resources.get("GPU", 0)
-        if "RAY_ADDRESS" not in os.environ:  # Ray also counts those that torch cannot use
+        alone = "RAY_ADDRESS" not in os.environ
+        if alone:  # Ray also counts those that torch cannot use
             gpus = min(gpus, torch.cuda.device_count())
         use_gpu = run.resources.device == "cuda" or (
             run.resources.device == "auto" and gpus >= workers
@@ -176,23 +174,13 @@ def fit_on_ray(run: Run, folder: RunDir) -> dict[str, Any]:
         blind = run.resources.device == "auto" and not resources.get("CPU")
         if not cpus or blind:  # with no node up nothing says which device it will have
             cpus = cpus_of_a_worker(nodes, workers, use_gpu)
-        trainer = TorchTrainer(
-            ray_worker,  # type: ignore[arg-type]
-            train_loop_config={"run": run.to_dict(), "folder": str(folder.path), "threads": cpus},
-            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus}
-            ),
-            run_config=RunConfig(
-                # The same name would make Ray resume; here the RUN's own checkpoints do that.
-                name=f"train-{time.time_ns()}",
-                storage_path=str(folder.ray),
-                failure_config=FailureConfig(max_failures=2),
-            ),
+        config = {"run": run.to_dict(), "folder": str(folder.path), "threads": cpus}
+        trainer = make_trainer(
+            ray_worker, config, folder, workers=workers, cpus=cpus, use_gpu=use_gpu, alone=alone
         )
         try:
             with own_signals():
-                summary = trainer.fit().return_value  # type: ignore[attr-defined]
+                summary = trainer.fit().return_value
         except SystemExit:  # what Ray makes of Ctrl-C
             raise KeyboardInterrupt from None
         except Exception as error:

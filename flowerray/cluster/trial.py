@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from flowerray.cluster.fit import USER_ERROR, innermost
+from flowerray.cluster.trainer import make_trainer
 from flowerray.cluster.worker import pick_device, work
 from flowerray.errors import UserError
 from flowerray.progress import DivergedError, merit
@@ -177,32 +178,22 @@ def trial_of_workers(config: dict[str, Any]) -> None:
         config: as for `trial`, and the number of `workers`; `cpus` and `gpus` are of all together.
     """
     from ray import tune
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
     folder = RunDir(Path(config["folder"]))
-    workers, gpus = config["workers"], config["gpus"]
+    workers = config["workers"]
 
     def training() -> None:
-        trainer = TorchTrainer(
-            trial_worker,  # type: ignore[arg-type]
-            train_loop_config=config,
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=workers,
-                use_gpu=bool(gpus),
-                resources_per_worker={"CPU": config["cpus"] / workers},
-            ),
-            run_config=RunConfig(
-                # The same name would make Ray resume; here the RUN's own checkpoints do that.
-                name=f"trial-{folder.path.name}-{time.time_ns()}",
-                storage_path=str(folder.ray),
-                failure_config=FailureConfig(max_failures=2),
-                callbacks=[TuneReportCallback()],  # type: ignore[list-item]
-            ),
+        trainer = make_trainer(
+            trial_worker,
+            config,
+            folder,
+            workers=workers,
+            cpus=config["cpus"] / workers,
+            use_gpu=bool(config["gpus"]),
+            callbacks=(TuneReportCallback(),),
         )
-        summary = trainer.fit().return_value  # type: ignore[attr-defined]
+        summary = trainer.fit().return_value
         if summary and USER_ERROR in summary:
             raise UserError(summary[USER_ERROR])
 

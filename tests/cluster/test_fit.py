@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from ray._private import state
 from torch import Tensor
 
 from flowerray.checkpoint import load_export
@@ -99,6 +100,8 @@ def test_one_worker_equals_a_training_without_ray(
     mine, other = (json.loads((d / "thresholds.json").read_text()) for d in (out, small_run))
     assert mine == other
     assert (out / "pairs.json").read_bytes() == (small_run / "pairs.json").read_bytes()
+    started = {actor["ActorClassName"].split(".")[-1] for actor in state.actors().values()}
+    assert started == {"TrainController", "SynchronizationActor", "RayTrainWorker"}
 
 
 @pytest.mark.ray
