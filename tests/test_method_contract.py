@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from flowerray import methods
@@ -31,6 +30,7 @@ from tests.method_cases import (
     two_steps,
     units,
 )
+from tests.train_process import exit_code, fork
 
 COMMON = {"d_ap", "d_an", "active", "spread"}
 DEGENERATE = {
@@ -310,7 +310,8 @@ def test_a_fourth_method_is_one_dropped_file(
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Loss, gradients, centers and weights after two steps under DDP are those of one process."""
-    mp.spawn(run_rank, args=(2, str(tmp_path)), nprocs=2)
+    processes = [fork(run_rank, rank, 2, str(tmp_path)) for rank in range(2)]
+    assert [exit_code(process) for process in processes] == [0, 0]
     ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)]
     images, labels_B = global_batch()
     for case, (name, fields) in VARIANTS.items():

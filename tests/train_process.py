@@ -5,6 +5,7 @@ sizes start.
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -63,15 +64,20 @@ def train_small(job: dict[str, Any]) -> Method:
     return method
 
 
-def start(job: dict[str, Any]) -> BaseProcess:
-    """Runs `work` on `job` in a new process. One server that has torch loaded forks them all, and
-    runs no torch itself.
+def fork(target: Callable[..., object], *args: object) -> BaseProcess:
+    """Calls `target` in a new process. One server that has torch loaded forks them all, and runs no
+    torch itself.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=work, args=(job,))
+    process = context.Process(target=target, args=args)
     process.start()
     return process
+
+
+def start(job: dict[str, Any]) -> BaseProcess:
+    """Runs `work` on `job` in a new process."""
+    return fork(work, job)
 
 
 def exit_code(process: BaseProcess, timeout_s: float = 120) -> int | None:
