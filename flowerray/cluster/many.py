@@ -277,7 +277,8 @@ class Board:
             for record in training.folder.records():
                 metrics |= record["metrics"]
             number = f"{len(self.trainings) - len(self.going)} of {len(self.trainings)}"
-            text = f"failed: {failure}" if failure else brief_metrics(metrics, "epoch/")
+            reached = {n: v for n, v in metrics.items() if n.startswith("val/")} or metrics
+            text = f"failed: {failure}" if failure else brief_metrics(reached, "epoch/")
             print(f"{number}  {training.folder.path.name}  {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from flowerray.cli import dispatch
 from flowerray.cluster.study import Study
 from tests.cluster.heads import start_head, submit
 from tests.cluster.studies import tune_words
@@ -41,25 +42,56 @@ def job(head: str, flowerray_home: Path) -> Job:
     return run
 
 
-def test_train(job: Job, small_set: Path) -> None:
-    options = words(small_set, resources__workers=1, resources__cpus_per_worker=1)
-    run = job("train_triplet", *options)
-    assert (run / "best_model_triplet_loss.pth").exists()
+def test_harden(job: Job, small_set: Path, small_run: Path) -> None:
+    """A hardened training on a worker of Ray Train's."""
+    workers = {"resources__workers": 1, "resources__cpus_per_worker": 1}
+    run = job("harden_triplet", *words(small_set, init=small_run, **workers))
+    assert (run / "robust_model_triplet_loss.pth").exists()
+    assert json.loads((run / "run.json").read_text())["harden"]["kind"] != "none"
     assert_whole_log(run, 2)
 
 
-def test_harden(job: Job, small_set: Path, small_run: Path) -> None:
-    run = job("harden_triplet", *words(small_set, init=small_run, train__epochs=1))
-    assert (run / "robust_model_triplet_loss.pth").exists()
-    assert json.loads((run / "run.json").read_text())["harden"]["kind"] != "none"
+def test_a_study_ends_with_a_champion_that_can_be_evaluated(
+    head: str,
+    flowerray_home: Path,
+    small_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Four short trials, two at a time."""
+    out = tmp_path / "study"
+    search = {"trials": 4, "confirm_seeds": 2, "max_concurrent": 2, "method__margin": 0.3}
+    log = submit(head, flowerray_home, "tune_triplet", *tune_words(small_set, out=out, **search))
+    said = log[log.index("starting") :].splitlines()
+    paths = ("champion", "next", "review")
+    told = [line for line in said if " cli.py" not in line and not line.startswith(paths)]
+    assert len(told) > 12 and max(map(len, told)) <= 80
+    assert "4 trials" in log and "View detailed results" not in log
 
+    study = Study.read(out)
+    assert "method.margin" not in study.knobs and "train.lr" not in study.knobs
+    ended = history_is_whole(study, 4)
+    runs = children(out)
+    assert set(runs) == {f"trial-000{i}" for i in range(4)}
+    for trial in ended:
+        run = runs[f"trial-{study.trial_dir(trial).path.name}"]
+        assert run.info.status == ("FINISHED" if trial.state.name == "COMPLETE" else "KILLED")
+        assert run.data.metrics["val/map_at_r"] > 0 and "trial/start_seconds" in run.data.metrics
+        assert run.data.params["method.miner"] == trial.params["method.miner"]
+        assert not (study.trial_dir(trial).path / "checkpoints").exists()
+    result = json.loads((out / "result.json").read_text())
+    best = [name for name, run in runs.items() if run.data.tags.get("flowerray.best") == "true"]
+    assert best == [f"trial-{result['best_trial']}"]
+    assert {p.name for p in (out / "plots").iterdir()} >= {"history.png", "slice.png"}
 
-def test_tune(job: Job, small_set: Path) -> None:
-    """Four short trials, a champion."""
-    study = job("tune_triplet", *tune_words(small_set, trials=4, confirm_seeds=1, max_concurrent=2))
-    history_is_whole(Study.read(study), 4)
-    assert len(children(study)) == 4
-    assert json.loads((study / "result.json").read_text())["registered"]["version"] == "1"
+    assert result["registered"]["version"] == "1"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert dispatch(["evaluate", "models:/flowerray-triplet@champion", "--json"]) == 0
+    champion = json.loads(capsys.readouterr().out)
+    assert dispatch(["evaluate", result["champion"], "--json"]) == 0
+    same = json.loads(capsys.readouterr().out)
+    assert champion["map_at_r"] == same["map_at_r"] and champion["num_queries"] == 24
 
 
 def test_explore(job: Job, small_set: Path) -> None:

@@ -17,7 +17,6 @@ from flowerray import tracking
 from flowerray.checkpoint import load_export
 from flowerray.cli import dispatch
 from flowerray.cluster import tune as module
-from flowerray.cluster.session import ray_session
 from flowerray.cluster.study import Study
 from flowerray.cluster.tune import TrialResources, ask_for_nodes, make_scheduler
 from flowerray.rundir import RunDir
@@ -69,44 +68,6 @@ def assert_whole_trial(run_dir: Path, epochs: int) -> None:
     validated = [(r["epoch"], r["step"]) for r in RunDir(run_dir).records()
                  if "val/map_at_r" in r["metrics"]]  # fmt: skip
     assert validated == [(e, 6 * e) for e in range(1, epochs + 1)]
-
-
-def test_a_study_ends_with_a_champion_that_can_be_evaluated(
-    studies: Path, small_set: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = studies / "study"
-    with ray_session(min_cpus=2):
-        words = tune_words(small_set, out=out, trials=4, confirm_seeds=2, method__margin=0.3)
-        assert dispatch(["tune", "triplet", *words]) == 0
-    said = capsys.readouterr()
-    assert "View detailed results" not in said.out + said.err
-    lines = [line for line in said.out.splitlines() if not line.startswith(("champion", "next"))]
-    assert max(map(len, lines)) <= 80 and "4 trials" in said.out
-    assert all(line.startswith(("trial", "starting", "1 of", "2 of", "3 of", "4 of", "review"))
-               for line in said.err.splitlines() if line), said.err  # fmt: skip
-
-    study = Study.read(out)
-    assert "method.margin" not in study.knobs and "train.lr" not in study.knobs
-    ended = history_is_whole(study, 4)
-    runs = children(out)
-    assert set(runs) == {f"trial-000{i}" for i in range(4)}
-    for trial in ended:
-        run = runs[f"trial-{study.trial_dir(trial).path.name}"]
-        assert run.info.status == ("FINISHED" if trial.state.name == "COMPLETE" else "KILLED")
-        assert run.data.metrics["val/map_at_r"] > 0 and "trial/start_seconds" in run.data.metrics
-        assert run.data.params["method.miner"] == trial.params["method.miner"]
-        assert not (study.trial_dir(trial).path / "checkpoints").exists()
-    result = json.loads((out / "result.json").read_text())
-    best = [name for name, run in runs.items() if run.data.tags.get("flowerray.best") == "true"]
-    assert best == [f"trial-{result['best_trial']}"]
-    assert {p.name for p in (out / "plots").iterdir()} >= {"history.png", "slice.png"}
-
-    assert result["registered"]["version"] == "1"
-    assert dispatch(["evaluate", "models:/flowerray-triplet@champion", "--json"]) == 0
-    champion = json.loads(capsys.readouterr().out)
-    assert dispatch(["evaluate", result["champion"], "--json"]) == 0
-    same = json.loads(capsys.readouterr().out)
-    assert champion["map_at_r"] == same["map_at_r"] and champion["num_queries"] == 24
 
 
 def start(out: Path, small_set: Path, env: dict[str, str], **options: Any) -> Any:
