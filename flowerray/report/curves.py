@@ -37,9 +37,9 @@ def plot_training(run: RunDir, out_png: Path) -> Path:
     for axes, title, label, curves in panels:
         for name, text, colour in curves:
             series = run.series(name)
-            if not series:
-                continue
             faint = name.startswith("train/")
+            if not series or (faint and len(series) <= len(run.series("epoch/loss"))):
+                continue  # steps would lie under the epochs' means
             axes.plot(
                 *zip(*series, strict=True),
                 label=text,

@@ -44,3 +44,16 @@ def test_a_run_without_validation_or_records_has_a_picture_too(run: RunDir) -> N
     plot_training(run, run.plots / "training.png")
     found = colours(run.plots / "training.png")
     assert ORANGE in found and BLUE not in found
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_steps_are_drawn_where_they_are_more_than_the_epochs(run: RunDir, steps: int) -> None:
+    reporter = FolderReporter(run.path)
+    rng = np.random.default_rng(0)
+    for epoch in range(1, 4):
+        for step in range(steps):
+            reporter.report(2 * epoch + step - 1, epoch, {"train/loss": float(rng.random())})
+        reporter.report(2 * epoch, epoch, {"epoch/loss": float(rng.random())})
+    pixels = np.asarray(Image.open(plot_training(run, run.plots / "training.png")).convert("RGB"))
+    faint = 0.35 * np.array([0x00, 0x72, 0xB2]) + 0.65 * 255  # BLUE on white
+    assert (np.abs(pixels - faint).max(-1) <= 2).any() == (steps > 1)
