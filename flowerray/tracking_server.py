@@ -78,7 +78,9 @@ def connect(uri: str) -> Any:
         address = (url.hostname or "", url.port or {"http": 80, "https": 443}[url.scheme])
         socket.create_connection(address, timeout=LOCK_SECONDS).close()
     if (database := database_file(uri)) and database.exists():
-        with closing(sqlite3.connect(database, LOCK_SECONDS, isolation_level=None)) as connection:
+        with closing(
+            sqlite3.connect(database, timeout=LOCK_SECONDS, isolation_level=None)
+        ) as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("ROLLBACK")
     for name, value in ENVIRONMENT.items():
@@ -121,7 +123,7 @@ def open_experiment(uri: str, name: str) -> tuple[Any, str]:
         if fresh and _on_local_disk(database):
             # So that readers (the UI) do not hold the writer up; it needs shared memory, which
             # network disks lack.
-            with closing(sqlite3.connect(database, LOCK_SECONDS)) as connection:
+            with closing(sqlite3.connect(database, timeout=LOCK_SECONDS)) as connection:
                 connection.execute("PRAGMA journal_mode=wal")
     return client, found
 
