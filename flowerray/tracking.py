@@ -115,7 +115,7 @@ def ui_line(run_dir: Path) -> str:
     """How to look at a RUN: a command, or the server's address."""
     uri = tracking_uri(run_dir)
     if server.database_file(uri) is None:
-        return uri
+        return server.without_password(uri)
     return typed(f"mlflow ui --backend-store-uri {shlex.quote(uri)}")
 
 
@@ -276,7 +276,7 @@ def _attempt(run_dir: Path, action: Callable[[], object], strict: bool = False) 
     try:
         action()
     except Exception as error:  # of any kind: tracking never stops a training
-        uri, reason = tracking_uri(run_dir), server.brief(error)
+        uri, reason = server.without_password(tracking_uri(run_dir)), server.brief(error)
         if strict:
             if isinstance(error, UserError):
                 raise
@@ -319,7 +319,8 @@ def _send_run(client: Any, state: State, run_dir: Path, experiment_id: str) -> N
     assert state.run_id is not None
     if not state.described:
         server.describe(client, run, state.params, state.tags)
-        client.update_run(state.run_id, status="RUNNING", name=state.name)
+        if not state.closed:
+            client.update_run(state.run_id, status="RUNNING", name=state.name)
         state.store(run_dir, described=True)
     if state.parent and not state.nested and (parent := run_id(Path(state.parent))):
         server.log_tags(client, state.run_id, {"mlflow.parentRunId": parent})

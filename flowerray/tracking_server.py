@@ -59,6 +59,12 @@ def database_file(uri: str) -> Path | None:
     return Path(path) if path != uri else None
 
 
+def without_password(uri: str) -> str:
+    """A server's address as it may be shown and logged."""
+    password = urlsplit(uri).password
+    return uri.replace(f":{password}@", ":***@") if password else uri
+
+
 def absolute(uri: str) -> str:
     """Workers and jobs have other working directories: a sqlite path must not depend on one."""
     database = database_file(uri)
@@ -222,9 +228,14 @@ def log_model(client: Any, experiment_id: str, run_id: str, export: Path, dim: i
 
 
 def register_model(client: Any, run_id: str, model_uri: str, name: str, alias: str) -> str:
-    """Makes a logged model the registered `name`'s newest version and points `alias` at it."""
+    """Makes a logged model the registered `name`'s newest version, unless this run's is one, and
+    points `alias` at it.
+    """
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
+    for known in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
+        client.set_registered_model_alias(name, alias, known.version)
+        return str(known.version)
     model_id = model_uri.removeprefix("models:/")
     source = client.get_logged_model(model_id).artifact_location
     made = client.create_model_version(name, source, run_id, model_id=model_id)
@@ -285,7 +296,7 @@ def resolve(run: str) -> Path:
                 download(uri, run, folder)
             break
         except Exception as error:  # of many kinds, by store; the next address may have it
-            reason = f"{uri}: {brief(error)}"
+            reason = f"{without_password(uri)}: {brief(error)}"
     else:
         raise UserError(f"{run} cannot be fetched from MLflow ({reason}).")
     if (target / "run.json").exists():
@@ -311,7 +322,8 @@ def experiment_runs(name: str) -> list[str]:
             client = connect(uri)
             experiment = client.get_experiment_by_name(name)
         except Exception as error:
-            raise UserError(f"MLflow at {uri} cannot be used ({brief(error)}).") from error
+            place = without_password(uri)
+            raise UserError(f"MLflow at {place} cannot be used ({brief(error)}).") from error
         if experiment is None:
             continue
         found, token = [], None

@@ -160,7 +160,7 @@ def test_the_model_turns_image_files_into_embeddings(
     path.write_bytes(export)
     assert tracking.finish(run_dir)
     assert tracking.register(run_dir, "flowers", "champion") == "1"
-    assert tracking.register(run_dir, "flowers", "champion") == "2"
+    assert tracking.register(run_dir, "flowers", "champion") == "1", "it is one already"
     run = client(run_dir).get_run(tracking.run_id(run_dir))
     assert len(run.outputs.model_outputs) == 1
 

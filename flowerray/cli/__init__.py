@@ -60,10 +60,20 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     130 interrupted.
     """
     leave_unguarded()
+    take_all_cores()
     words = list(sys.argv[1:] if argv is None else argv)
     keep_freed_memory()
     signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop` and cluster schedulers send it
     sys.exit(dispatch(words))
+
+
+def take_all_cores() -> None:
+    """In a Ray job, forgets the single thread that Ray gives to a process without CPU slots of its
+    own, which the job's driver is; what a user sets for the job stays.
+    """
+    job = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
+    if job and "OMP_NUM_THREADS" not in job and os.environ.get("OMP_NUM_THREADS") == "1":
+        del os.environ["OMP_NUM_THREADS"]
 
 
 def dispatch(words: list[str]) -> int:

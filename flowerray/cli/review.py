@@ -21,7 +21,7 @@ def methods(words: list[str]) -> int:
 
 
 def track(words: list[str]) -> int:
-    """`flowerray track sync RUN`."""
+    """`flowerray track sync RUN`; of a study or a comparison, all its trainings too."""
     from flowerray import tracking
 
     if words[:1] in (["-h"], ["--help"]):
@@ -31,5 +31,7 @@ def track(words: list[str]) -> int:
         raise UserError("say what to send: flowerray track sync RUN.")
     path = Path(words[1])
     tracking.sync(path, strict=True)
+    for note in sorted(path.glob("*/*/mlflow.json")):
+        tracking.sync(note.parent, strict=True)
     end_of_logging(path)
     return 0

@@ -79,6 +79,8 @@ def tune(words: list[str]) -> int:
     run, config = absolute(Run(**taken(Run))), StudyConfig(**taken(StudyConfig))
     if old is None and options.hardened and not given(words, ["objective"]):
         config = config.model_copy(update={"objective": "pareto"})  # clean alone favours weak ones
+    if old is None and config.sampler == "nsga2" and not given(words, ["pruner"]):
+        config = config.model_copy(update={"pruner": "none"})  # it learns from whole trials alone
     resources = TrialResources(**taken(TrialResources))
     if options.hardened and not run.harden.on:
         content = {**run.harden.model_dump(), "kind": "pgd"}
@@ -99,6 +101,7 @@ def tune(words: list[str]) -> int:
             if said and knob not in known:
                 raise UserError(f"{study.folder} was begun without {flag}: start another study.")
         study.resources = resources.model_dump()
+        study.searched = study.searched and not given(words, ["trials", "time_limit"])
         study.resume_with(run, config)
     with resumable(f"tune {method}", study.folder, "study.json"):
         result = search(study, resources, quiet=options.as_json)

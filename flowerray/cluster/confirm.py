@@ -11,10 +11,10 @@ from statistics import mean
 from typing import Any
 
 from flowerray import tracking
-from flowerray.cluster.many import train_many
+from flowerray.cluster.many import DivergedTrainingsError, train_many
 from flowerray.cluster.space import value_of, with_params
 from flowerray.cluster.study import Study, outcome
-from flowerray.cluster.trial import history
+from flowerray.cluster.trial import WORST, history
 from flowerray.errors import UserError
 from flowerray.evaluate.pareto import front
 from flowerray.evaluate.statistics import Interval, t_interval
@@ -35,7 +35,8 @@ def confirm(study: Study, cpus: float, gpus: float, quiet: bool = False) -> dict
         The study's result, as result.json holds it.
 
     Raises:
-        UserError: no trial came to its end; a training failed. Nothing is lost by then.
+        UserError: no trial came to its end; a training failed, other than by diverging, or all of
+            the winner's did. Nothing is lost by then.
     """
     optuna_study = study.open_optuna()
     ended = study.ended(optuna_study)
@@ -60,16 +61,21 @@ def confirm(study: Study, cpus: float, gpus: float, quiet: bool = False) -> dict
     if study.config.confirm_seeds:
         tuned = with_params(study.base, best.params)
         sides = {"default": study.base} if is_default else {"tuned": tuned, "default": study.base}
-        folders = retrain(study, sides, winner.path.name, cpus, gpus, quiet)
+        folders, diverged = retrain(study, sides, winner.path.name, cpus, gpus, quiet)
         found = measured(folders, objectives)
-        result["confirmed"] = {"seeds": seeds(study), **found}
+        result["confirmed"] = {"seeds": seeds(study), "diverged": diverged, **found}
         if not is_default:
             gains = {n: gain(found["tuned"][n], found["default"][n]) for n in objectives}
             result["confirmed"]["gain"] = {n: as_dict(i) for n, i in gains.items()}
             means = [[mean(found[side][n]) for n in objectives] for side in ("default", "tuned")]
             result["winner"] = ("default", "tuned")[pick(means)]
-        values = found[result["winner"]][objectives[0]]
-        winner = folders[result["winner"]][values.index(max(values))]
+        by_seed = zip(*(found[result["winner"]][n] for n in objectives), strict=True)
+        winner = folders[result["winner"]][pick(list(by_seed))]
+        if not winner.thresholds.exists():
+            raise UserError(
+                "every training with a fresh seed diverged, so there is no champion: search lower "
+                "learning rates in another study."
+            )
         note(study, result)
     name = f"flowerray-{study.base.method_name}"
     version = tracking.register(winner.path, name, "champion")
@@ -121,8 +127,12 @@ def seeds(study: Study) -> list[int]:
 
 def retrain(
     study: Study, sides: dict[str, Run], best_name: str, cpus: float, gpus: float, quiet: bool
-) -> dict[str, list[RunDir]]:
-    """Trains each side with each seed, below DIR/confirm; what is there already stays."""
+) -> tuple[dict[str, list[RunDir]], dict[str, str]]:
+    """Trains each side with each seed, below DIR/confirm; what is there already stays.
+
+    Returns:
+        Each side's folders, a seed each; and of those that diverged, name and reason.
+    """
     jobs: list[tuple[Run, Path]] = []
     folders: dict[str, list[RunDir]] = {}
     for side, run in sides.items():
@@ -132,16 +142,24 @@ def retrain(
             train = run.train.model_copy(update={"seed": seed})
             jobs.append((run.model_copy(update={"train": train}), path))
             folders.setdefault(side, []).append(RunDir(path))
-    train_many(jobs, cpus=cpus, gpus=gpus, quiet=quiet, parent=study.folder)
-    return folders
+    try:
+        train_many(jobs, cpus=cpus, gpus=gpus, quiet=quiet, parent=study.folder)
+    except DivergedTrainingsError as error:  # it would again: a fault of the configuration
+        return folders, {path.name: why for path, why in error.reasons.items()}
+    return folders, {}
 
 
 def measured(
     folders: dict[str, list[RunDir]], objectives: Sequence[str]
 ) -> dict[str, dict[str, list[float]]]:
-    """Each side's objectives, a value a seed."""
+    """Each side's objectives, a value a seed; a training that diverged has the worst."""
+
+    def reached(run: RunDir, name: str) -> float:
+        finished = run.thresholds.exists()
+        return float(history(run, objectives)[-1][name]) if finished else WORST
+
     return {
-        side: {name: [history(run, objectives)[-1][name] for run in runs] for name in objectives}
+        side: {name: [reached(run, name) for run in runs] for name in objectives}
         for side, runs in folders.items()
     }
 
@@ -166,7 +184,7 @@ def tag_best(study: Study, ended: Sequence[Any], best: Any) -> None:
         is_best = "true" if trial.number == best.number else "false"
         if state.tags.get("flowerray.best", "false") != is_best:
             tags = {**state.tags, "flowerray.best": is_best}
-            state.store(path, tags=tags, described=False, closed=False)
+            state.store(path, tags=tags, described=False)
             tracking.sync(path)
 
 

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from flowerray import tracking
-from flowerray.cluster.session import own_signals, ray_session
+from flowerray.cluster.session import own_signals, ray_session, slots
 from flowerray.cluster.trainer import make_trainer
 from flowerray.cluster.worker import build_method, pick_device, split_store, start_weights, work
 from flowerray.data.batches import PKSampler
@@ -202,13 +202,9 @@ def cpus_of_a_worker(nodes: Sequence[Mapping[str, float]], workers: int, use_gpu
         UserError: the workers do not fit.
     """
 
-    def held(node: Mapping[str, float], cpus: int) -> int:
-        by_cpus = int(node.get("CPU", 0)) // cpus
-        return min(by_cpus, int(node.get("GPU", 0))) if use_gpu else by_cpus
-
     most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
     for cpus in range(most, 0, -1):
-        if sum(held(node, cpus) for node in nodes) >= workers:
+        if slots(nodes, cpus, int(use_gpu)) >= workers:
             return cpus
     what = f"{workers} worker(s)" + (" with a GPU each" if use_gpu else "")
     raise UserError(

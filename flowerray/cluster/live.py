@@ -47,7 +47,7 @@ class LiveStudy:
         self._stop.set()
         self._thread.join()
         for folder in list(self.running):
-            self.close(Closed(folder, "KILLED", "interrupted"))
+            self.close(Closed(folder, "KILLED", "interrupted", final=False))
         self._finish()
 
     def _loop(self) -> None:
@@ -60,18 +60,28 @@ class LiveStudy:
 
     def _finish(self) -> None:
         while not self.closed.empty():
-            folder, status, reason = self.closed.get()
-            if reason != "interrupted":  # nothing goes on from here any more
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            tracking.finish(folder, status, reason)
+            finish(self.closed.get())
+
+
+def finish(ended: Closed) -> None:
+    """Ends a trial's MLflow run."""
+    if ended.final:
+        shutil.rmtree(ended.folder / "checkpoints", ignore_errors=True)
+    tracking.finish(ended.folder, ended.status, ended.reason)
 
 
 def finish_left(study: Study, ended: Sequence[Any]) -> None:
-    """Ends the MLflow runs of trials that ended just before their driver was killed."""
-    for trial in ended:
-        left = study.ending(trial)
-        if not tracking.State.read(left.folder).closed:
-            tracking.finish(*left)
+    """Ends the MLflow runs of trials that ended just before their driver was killed, and of those
+    that the search, with fewer trials now, leaves out.
+    """
+    endings = [study.ending(trial) for trial in ended]
+    known = {ending.folder for ending in endings}
+    left_out = sorted(set((study.folder / "trials").glob("*")) - known)
+    endings += [Closed(path, "KILLED", "left out", final=False) for path in left_out]
+    for ending in endings:
+        state = tracking.State.read(ending.folder)
+        if not (state.closed or (ending.folder in left_out and state.finished)):
+            finish(ending)
 
 
 class Lines:
@@ -96,6 +106,9 @@ class Lines:
 
     def end(self, folder: RunDir, result: dict[str, Any] | None, closed: Closed) -> None:
         """A trial's end."""
+        if not closed.final:
+            self.say(f"trial {folder.path.name}  could not be trained: {closed.reason}")
+            return
         self.ended += 1
         if result is not None and closed.status != "FAILED":
             self.epoch(folder, result)

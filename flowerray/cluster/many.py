@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from flowerray import checkpoint, methods, tracking
 from flowerray.cluster.fit import brief_metrics, fit, innermost, prepare
-from flowerray.cluster.session import ray_session, require_gpus
+from flowerray.cluster.session import ray_session, require_gpus, slots
 from flowerray.cluster.worker import pick_device, work
 from flowerray.data.pool import cores
 from flowerray.errors import UserError
+from flowerray.progress import DivergedError
 from flowerray.report.curves import plot_training
 from flowerray.run import ResourcesConfig, Run, differences
 from flowerray.rundir import FolderReporter, NewRecords, RunDir
@@ -39,6 +40,15 @@ class Training(NamedTuple):
     folder: RunDir
     steps: int
     """Of the whole training."""
+
+
+class DivergedTrainingsError(UserError):
+    """Some trainings diverged, as they would again; the others are finished."""
+
+    def __init__(self, text: str, reasons: dict[Path, str]) -> None:
+        super().__init__(text)
+        self.reasons = reasons
+        """By folder."""
 
 
 def train_many(
@@ -69,6 +79,7 @@ def train_many(
         `val_map_at_r` (None without val), `epochs`, `steps`, `images` (trained), `seconds`.
 
     Raises:
+        DivergedTrainingsError: at the end, where trainings diverged and none failed otherwise.
         UserError: at the end, where trainings failed: their folders and reasons; before, where a
             folder holds another run or there are too few GPUs. Whatever else was asked for is
             finished then.
@@ -96,18 +107,22 @@ def train_many(
         failures = one_by_one(todo, threads, quiet, parent)
     else:
         failures = on_ray(todo, cpus, gpus, quiet, parent)
+    reasons = {path: innermost(error) for path, error in failures.items()}
     if failures:
-        raise UserError(
+        text = (
             f"{len(failures)} of {len(runs)} trainings failed, and the command with --resume tries "
-            f"them again: {reasons_of(failures)}."
+            f"them again: {reasons_of(reasons)}."
         )
+        if all(isinstance(error, DivergedError) for error in failures.values()):
+            raise DivergedTrainingsError(text, reasons)
+        raise UserError(text)
     return [summary(run, folder) for (run, _), folder in zip(runs, folders, strict=True)]
 
 
-def reasons_of(failures: dict[Path, str]) -> str:
+def reasons_of(reasons: dict[Path, str]) -> str:
     """Each reason once, with the first of its folders and how many more there are."""
     by_reason: dict[str, list[Path]] = {}
-    for path, why in failures.items():
+    for path, why in reasons.items():
         by_reason.setdefault(why.rstrip("."), []).append(path)
     return "; ".join(
         f"{paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)} ({why})"
@@ -156,9 +171,9 @@ def summary(run: Run, folder: RunDir) -> dict[str, Any]:
 
 def one_by_one(
     todo: Sequence[tuple[Run, RunDir]], threads: int, quiet: bool, parent: Path | None
-) -> dict[Path, str]:
-    """Trains in this process; returns the reason of each failure by folder."""
-    failures: dict[Path, str] = {}
+) -> dict[Path, Exception]:
+    """Trains in this process; returns each failure by folder."""
+    failures: dict[Path, Exception] = {}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -168,7 +183,7 @@ def one_by_one(
             try:
                 fit(run, folder.path, resume=folder.path.exists(), quiet=quiet, parent=parent)
             except Exception as error:  # of any kind: the others are trained all the same
-                failures[folder.path] = innermost(error)
+                failures[folder.path] = error
     finally:
         torch.set_num_threads(before)
     return failures
@@ -176,15 +191,15 @@ def one_by_one(
 
 def on_ray(
     todo: Sequence[tuple[Run, RunDir]], cpus: float, gpus: float, quiet: bool, parent: Path | None
-) -> dict[Path, str]:
-    """Trains as tasks of a Ray; returns the reason of each failure by folder."""
-    failures: dict[Path, str] = {}
+) -> dict[Path, Exception]:
+    """Trains as tasks of a Ray; returns each failure by folder."""
+    failures: dict[Path, Exception] = {}
     trainings: list[Training] = []
     for run, folder in todo:
         try:
             tags, steps = prepare(run, quiet)
         except UserError as error:
-            failures[folder.path] = str(error)
+            failures[folder.path] = error
             continue
         if not folder.path.exists():
             folder.create(run.to_dict())
@@ -200,6 +215,10 @@ def on_ray(
     tracking.prepare(trainings[0].folder.path)
     board = Board(trainings, quiet)
     with ray_session(min_cpus=math.ceil(cpus)) as ray:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not quiet and not slots(nodes, cpus, gpus):
+            print("no node that is up has so much: waiting for the cluster to grow ...",
+                  file=sys.stderr)  # fmt: skip
         task = ray.remote(train_one).options(num_cpus=cpus, num_gpus=gpus, max_retries=2)
         running = {
             task.remote(t.run.to_dict(), str(t.folder.path), t.run.resources.cpus_per_worker): t
@@ -209,15 +228,15 @@ def on_ray(
             while running:
                 done, _ = ray.wait(list(running), timeout=POLL)
                 for reference in done:
-                    training = running[reference]
+                    training, why = running[reference], None
                     try:
                         ray.get(reference)
                         close(training.folder)
                     except Exception as error:  # of any kind: the others go on
-                        why = failures[training.folder.path] = innermost(error)
+                        failures[training.folder.path], why = error, innermost(error)
                         tracking.finish(training.folder.path, "FAILED", why)
                     del running[reference]
-                    board.ended(training, failures.get(training.folder.path))
+                    board.ended(training, why)
                 board.look()
         finally:
             board.close()

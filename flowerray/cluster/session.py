@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +41,17 @@ def require_gpus(gpus: float) -> None:
             f"--gpus {gpus:g}: this machine has {torch.cuda.device_count()} that torch can use; "
             "ask for fewer, or 0 for the CPU."
         )
+
+
+def slots(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float) -> int:
+    """How many processes of so many CPUs and GPUs nodes with these resources hold at a time; none
+    spans two nodes.
+    """
+    shares = {name: share for name, share in (("CPU", cpus), ("GPU", gpus)) if share}
+    return sum(
+        min(int(node.get(name, 0) / share + 1e-9) for name, share in shares.items())
+        for node in nodes
+    )
 
 
 @contextmanager

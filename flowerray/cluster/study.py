@@ -17,7 +17,7 @@ from pydantic import Field
 
 from flowerray import __version__, tracking
 from flowerray.cluster.space import Knobs, defaults, distributions, with_params
-from flowerray.cluster.trial import ADVERSARIAL, FAILED, MAP_AT_R, WORST, history
+from flowerray.cluster.trial import ADVERSARIAL, FAILED, FAULT, MAP_AT_R, WORST, history
 from flowerray.config import Config
 from flowerray.errors import UserError
 from flowerray.files import only_driver, write_json, writing
@@ -36,7 +36,8 @@ class StudyConfig(Config):
     covariance matrix adaptation (numbers only; choices are drawn)."""
     pruner: Literal["asha", "none"] = "asha"
     """asha = a trial goes on past an epoch of 2, 6, 18 ... only among the best third there (by the
-    sum of the objectives); none = every trial is trained to its end."""
+    sum of the objectives); none = every trial is trained to its end. nsga2 learns from trials that
+    came to their end alone, so none is its default."""
     objective: Literal["map", "pareto"] = "map"
     """map = val MAP@R; pareto = val MAP@R and adversarial R@1, for hardened trainings."""
     seed: int = Field(0, ge=0, lt=2**31)
@@ -57,6 +58,8 @@ class Closed(NamedTuple):
     folder: Path
     status: tracking.Status
     reason: str | None
+    final: bool = True
+    """Nothing goes on from its checkpoint any more."""
 
 
 class Study:
@@ -73,9 +76,10 @@ class Study:
         self.distributions = distributions(knobs)
         self.tags: dict[str, str] = {}
         """Of the data set, for the trials' MLflow runs."""
-        self.quiet = False
         self.resources: dict[str, Any] = {}
         """What a trial gets, for a command that resumes without saying it."""
+        self.searched = False
+        """The time limit ended the search, though trials are missing."""
 
     @classmethod
     def create(
@@ -119,6 +123,7 @@ class Study:
         run, config = Run.from_dict(content["run"]), StudyConfig(**content["study"])
         study = cls(folder, content["name"], run, config, content["space"])
         study.resources = content.get("resources", {})
+        study.searched = content.get("searched", False)
         return study
 
     def write(self) -> None:
@@ -130,6 +135,7 @@ class Study:
             "space": self.knobs,
             "run": self.base.to_dict(),
             "resources": self.resources,
+            "searched": self.searched,
         }
         write_json(self.folder / "study.json", content)
 
@@ -200,27 +206,38 @@ class Study:
                 population = max(4, min(50, self.config.trials // 4))
                 return optuna.samplers.NSGAIISampler(seed=seed, population_size=population)
             if self.config.sampler == "cmaes":
-                return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+                return optuna.samplers.CmaEsSampler(
+                    seed=seed, warn_independent_sampling=False, consider_pruned_trials=True
+                )
             startup = max(4, min(10, self.config.trials // 4))
             return optuna.samplers.TPESampler(
                 seed=seed, multivariate=True, constant_liar=True, n_startup_trials=startup
             )
 
     def requeue(self, study: Any) -> int:
-        """Asks again for the trials that were running when the driver ended; returns how many
-        trials the search still has to make.
+        """Asks again for the trials that have no outcome: those that were running when the driver
+        ended, and those that a fault of a machine ended. Returns how many trials the search still
+        has to make.
         """
         from optuna.trial import TrialState
 
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             study.tell(trial.number, state=TrialState.FAIL)
+        for trial in self.cut_off(study):
             study.enqueue_trial(trial.params, user_attrs={"folder": folder_name(trial)})
         return max(0, self.config.trials - len(self.ended(study)))
 
+    def cut_off(self, study: Any) -> list[Any]:
+        """Optuna's trials in the state FAIL, which have no outcome and were not asked for again."""
+        from optuna.trial import TrialState
+
+        trials = study.get_trials(deepcopy=False)
+        carried = {folder_name(t) for t in trials if t.state != TrialState.FAIL}
+        failed = [t for t in trials if t.state == TrialState.FAIL]
+        return list({name: t for t in failed if (name := folder_name(t)) not in carried}.values())
+
     def ended(self, study: Any) -> list[Any]:
-        """Optuna's trials that have an outcome, in the order of their numbers. One in the state
-        FAIL was cut off with its driver, and asked for again.
-        """
+        """Optuna's trials that have an outcome, in the order of their numbers."""
         from optuna.trial import TrialState
 
         states = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -259,7 +276,8 @@ class Study:
             known = self.history(self.trial_dir(trial))
             values = [known[-1][name] for name in self.config.objectives] if known else []
             curve = tuple((k["epoch"], k[MAP_AT_R]) for k in known)
-            rows.append(Row(trial.number, outcome(trial), dict(trial.params), tuple(values), curve))
+            number = int(folder_name(trial))  # a trial that was asked for again keeps its first one
+            rows.append(Row(number, outcome(trial), dict(trial.params), tuple(values), curve))
         return rows
 
     def close_trial(self, study: Any, trial: Any, result: dict[str, Any] | None) -> Closed:
@@ -276,6 +294,10 @@ class Study:
             for standing in self.history(folder):
                 trial.report(standing[MAP_AT_R], standing["epoch"])
         failure = "its worker died again and again" if result is None else result.get(FAILED)
+        if result is not None and result.get(FAULT):
+            trial.set_user_attr("reason", failure)
+            study.tell(trial, state=TrialState.FAIL)
+            return Closed(folder.path, "FAILED", failure, final=False)
         if failure is not None:
             trial.set_user_attr("reason", failure)
             told = study.tell(trial, [WORST] * len(self.config.objectives))

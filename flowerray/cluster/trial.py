@@ -15,7 +15,6 @@ import torch
 from flowerray.cluster.fit import USER_ERROR, innermost
 from flowerray.cluster.trainer import make_trainer
 from flowerray.cluster.worker import pick_device, work
-from flowerray.errors import UserError
 from flowerray.progress import DivergedError, merit
 from flowerray.run import Run
 from flowerray.rundir import FolderReporter, RunDir, Save
@@ -26,6 +25,10 @@ WORST = 0.0
 """What a failed trial is told to have reached in each objective: finite, and below any other."""
 FAILED = "failed"
 """Key of the reason in a failed trial's last report."""
+FAULT = "fault"
+"""Key that is True in the last report of a trial that failed through no fault of its configuration:
+a full disk, a node without the shared folder, a hub that cannot be reached."""
+OUT_OF_MEMORY = "out of memory"
 COLLAPSED = 0.05
 """A training whose last epoch's `spread` (0..1) is below this has all embeddings in one place."""
 
@@ -38,7 +41,7 @@ def history(folder: RunDir, objectives: Sequence[str]) -> list[dict[str, Any]]:
     far, which is the one that a RUN exports.
 
     Raises:
-        UserError: the training does not report an objective.
+        DivergedError: the training does not report an objective, or not a finite one.
     """
     selection = Run.from_dict(folder.read()).harden.selection
     standings: list[dict[str, Any]] = []
@@ -49,7 +52,7 @@ def history(folder: RunDir, objectives: Sequence[str]) -> list[dict[str, Any]]:
             continue
         for name in objectives:
             if not math.isfinite(metrics.get(name, math.nan)):
-                raise UserError(f"{folder.path} reports no finite {name}.")
+                raise DivergedError(f"{folder.path} reports no finite {name}.")
         if best is None or merit(metrics, selection) > merit(best, selection):
             best = metrics
         values = {name: best[name] for name in objectives}
@@ -139,7 +142,8 @@ def guarded(
     folder: RunDir, objectives: Sequence[str], tell: Tell, training: Callable[[], object]
 ) -> None:
     """Trains, unless that is done, and tells the result; a failure of any kind is told as the worst
-    value with its reason, since the search goes on.
+    value with its reason, since the search goes on, and as a fault where the configuration is not
+    to blame.
     """
     try:
         if not folder.thresholds.exists():
@@ -149,6 +153,8 @@ def guarded(
     except Exception as error:
         epoch = (folder.records() or [{"epoch": 0}])[-1]["epoch"]
         result = {"epoch": epoch, **dict.fromkeys(objectives, WORST), FAILED: reason_of(error)}
+        if not isinstance(error, DivergedError) and result[FAILED] != OUT_OF_MEMORY:
+            result[FAULT] = True
     gc.collect()  # the next trial uses this process
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -156,19 +162,21 @@ def guarded(
 
 
 def refuse_collapse(folder: RunDir) -> None:
-    """Raises UserError where a finished training ended with all embeddings in one place."""
+    """Raises DivergedError where a finished training ended with all embeddings in one place."""
     spread = folder.series("epoch/spread")
     if spread and spread[-1][1] < COLLAPSED:
-        raise UserError(
+        raise DivergedError(
             f"the embeddings collapsed: their spread ended at {spread[-1][1]:.3f} (0 = one point)"
         )
 
 
 def reason_of(error: Exception) -> str:
     """One line for MLflow."""
-    if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
-        return "out of memory"
-    return innermost(error).rstrip(".")
+    reason = innermost(error).rstrip(".")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return OUT_OF_MEMORY
+    known = ("not enough memory", "out of memory")  # of torch on the CPU; of a worker of several
+    return OUT_OF_MEMORY if any(text in f"{error} {reason}" for text in known) else reason
 
 
 def trial_of_workers(config: dict[str, Any]) -> None:
@@ -195,7 +203,7 @@ def trial_of_workers(config: dict[str, Any]) -> None:
         )
         summary = trainer.fit().return_value
         if summary and USER_ERROR in summary:
-            raise UserError(summary[USER_ERROR])
+            raise DivergedError(summary[USER_ERROR])
 
     guarded(folder, config["objectives"], tune.report, training)
 

@@ -5,7 +5,8 @@ confirmation.
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from flowerray import tracking
 from flowerray.cluster.confirm import confirm
 from flowerray.cluster.fit import prepare
 from flowerray.cluster.live import Lines, LiveStudy, finish_left
-from flowerray.cluster.session import own_signals, ray_session
+from flowerray.cluster.session import own_signals, ray_session, slots
 from flowerray.cluster.space import search_space
 from flowerray.cluster.study import Study, StudyConfig, label, outcome
 from flowerray.cluster.trial import trial, trial_of_workers
@@ -65,8 +66,11 @@ class TrialResources(Config):
                 f"--gpus-per-trial {gpus:g} cannot be shared by {workers} workers: give each a "
                 "whole GPU, or none."
             )
-        if gpus > 1 and gpus % 1:
-            raise UserError(f"--gpus-per-trial {gpus:g}: above 1 it has to be a whole number.")
+        if gpus > workers:
+            raise UserError(
+                f"--gpus-per-trial {gpus:g}: a worker uses one GPU; give --workers-per-trial "
+                f"{math.ceil(gpus)} too."
+            )
 
     @property
     def of_a_run(self) -> ResourcesConfig:
@@ -145,6 +149,7 @@ def run_study(study: Study, resources: TrialResources, quiet: bool) -> dict[str,
         KeyboardInterrupt: the user's; the study stays resumable.
     """
     resources.check()
+    refuse_unequal_shares(study, resources.workers_per_trial)
     study.base = study.base.model_copy(update={"resources": resources.of_a_run})
     if not study.tags:  # a resumed one
         study.tags, _ = prepare(study.base, quiet)
@@ -154,7 +159,9 @@ def run_study(study: Study, resources: TrialResources, quiet: bool) -> dict[str,
     reason: str | None = "interrupted"
     try:
         search(study, resources, quiet)
-        finish_left(study, study.ended(study.open_optuna()))
+        optuna_study = study.open_optuna()
+        finish_left(study, study.ended(optuna_study))
+        refuse_faults(study, optuna_study)
         draw(study)
         # One worker trains as several do, with what one of them gets.
         gpus = min(1.0, resources.gpus_per_trial)
@@ -175,7 +182,7 @@ def search(study: Study, resources: TrialResources, quiet: bool) -> None:
         os.environ.setdefault(name, value)
     optuna_study = study.open_optuna()
     missing = study.requeue(optuna_study)
-    if missing == 0:
+    if missing == 0 or study.searched:
         return
     ended = study.ended(optuna_study)
     values = [t.values[0] for t in ended if outcome(t) == "complete"]
@@ -188,7 +195,8 @@ def search(study: Study, resources: TrialResources, quiet: bool) -> None:
     ):
         from ray import tune as ray_tune
 
-        concurrent = resources.max_concurrent or room(ray.cluster_resources(), resources)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        concurrent = resources.max_concurrent or room(nodes, resources)
         config = {
             "objectives": study.config.objectives,
             "cpus": resources.cpus_per_trial,
@@ -234,6 +242,36 @@ def search(study: Study, resources: TrialResources, quiet: bool) -> None:
             raise KeyboardInterrupt from None
         finally:
             want_room(0)
+    if resources.time_limit and not study.cut_off(optuna_study):
+        study.searched = True  # a --resume goes on with the confirmation
+        study.write()
+
+
+def refuse_unequal_shares(study: Study, workers: int) -> None:
+    """Raises UserError where a batch that the study may try cannot be shared by the workers."""
+
+    def values(name: str) -> list[int]:
+        knob = study.knobs.get(f"train.{name}", {"choices": [getattr(study.base.train, name)]})
+        return list(knob["choices"])
+
+    for p, k in product(values("classes_per_batch"), values("images_per_class")):
+        if p * k % workers:
+            raise UserError(
+                f"--workers-per-trial {workers}: the study tries batches of P x K = {p} x {k} "
+                "images, which so many workers cannot share equally."
+            )
+
+
+def refuse_faults(study: Study, optuna_study: Any) -> None:
+    """Raises UserError where trials could not be trained for a reason outside of them."""
+    reasons = [trial.user_attrs.get("reason") for trial in study.cut_off(optuna_study)]
+    if any(reasons):
+        ended = len(study.ended(optuna_study))
+        without = f", and --resume with --trials {ended} goes on without them" if ended else ""
+        raise UserError(
+            f"{len(reasons)} of {study.config.trials} trials could not be trained "
+            f"({next(filter(None, reasons))}): --resume tries them again{without}."
+        )
 
 
 def ask_for_nodes(resources: TrialResources, trials: int) -> None:
@@ -256,21 +294,25 @@ def draw(study: Study) -> None:
     plot_study(rows, study.distributions, labels, study.folder / "plots")
 
 
-def room(cluster: dict[str, float], resources: TrialResources) -> int:
-    """Trials that a cluster holds at a time.
+def room(nodes: Sequence[Mapping[str, float]], resources: TrialResources) -> int:
+    """Trials that a cluster holds at a time; no worker spans two nodes.
+
+    Args:
+        nodes: resources of those that are up.
 
     Raises:
         UserError: not one.
     """
-    trials = int(cluster.get("CPU", 0) / resources.cpus_per_trial)
-    if resources.gpus_per_trial:
-        trials = min(trials, int(cluster.get("GPU", 0) / resources.gpus_per_trial))
+    workers = resources.workers_per_trial
+    trials = slots(nodes, resources.cpus_per_trial / workers, resources.gpus_per_trial / workers)
+    trials //= workers
     if trials < 1:
+        most = {name: max((n.get(name, 0) for n in nodes), default=0) for name in ("CPU", "GPU")}
         raise UserError(
             f"a trial of {resources.cpus_per_trial:g} CPUs and {resources.gpus_per_trial:g} GPUs "
-            f"does not fit this cluster of {cluster.get('CPU', 0):g} CPUs and "
-            f"{cluster.get('GPU', 0):g} GPUs: ask for less, or, where it grows by itself, set "
-            "--max-concurrent."
+            f"({workers} worker(s)) does not fit this cluster of {len(nodes)} node(s) with up to "
+            f"{most['CPU']:g} CPUs and {most['GPU']:g} GPUs: ask for less, or, where it grows by "
+            "itself, set --max-concurrent."
         )
     return trials
 

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from flowerray import __version__, methods, tracking
 from flowerray.cluster.fit import prepare
-from flowerray.cluster.many import train_many
+from flowerray.cluster.many import DivergedTrainingsError, train_many
 from flowerray.cluster.session import require_gpus
 from flowerray.cluster.worker import pick_device
 from flowerray.commands.measuring import as_record, evaluate_frozen, keep, run_measure
@@ -47,6 +47,8 @@ from flowerray.rundir import RunDir
 from flowerray.train import TrainConfig
 
 ENOUGH_SEEDS = 5
+FRESH_SEED = 2000
+"""First seed of tuned configurations: neither their searches nor the confirmations used it."""
 SET_HERE = ("epochs", "seed", "patience")
 """Of TrainConfig: what the budget and the seeds decide."""
 
@@ -123,7 +125,7 @@ def compare(
     entries, trials, notes = plan(config, quiet)
     require_gpus(config.gpus)
     for entry in entries:
-        if entry.run.train.seed == 0:
+        if entry.run.train.seed == entries[0].run.train.seed:
             prepare(entry.run, quiet)  # what is wrong with a row is wrong with all its seeds
     open_folder(config, out, resume)
     with only_driver(out):
@@ -145,8 +147,7 @@ def run_comparison(
     status: tracking.Status = "KILLED"
     reason: str | None = "interrupted"
     try:
-        runs = [(entry.run, out / "runs" / entry.name) for entry in entries]
-        costs = train_many(runs, cpus=config.cpus, gpus=config.gpus, quiet=quiet, parent=out)
+        entries, costs, lost = train(config, out, entries, quiet)
         content = {
             "flowerray": __version__,
             "torch": torch.__version__,
@@ -156,7 +157,7 @@ def run_comparison(
                 protocol: protocol_results(config, protocol, entries, costs, out, quiet)
                 for protocol in config.protocols
             },
-            "notes": notes,
+            "notes": notes + lost,
         }
         write_json(out / "compare.json", content)
         (out / "compare.txt").write_text(comparison_table(content) + "\n")
@@ -170,6 +171,39 @@ def run_comparison(
             tracking.finish(out, status, reason)
     tracking.log_folder(out, params, means(content))
     return content
+
+
+def train(
+    config: CompareConfig, out: Path, entries: Sequence[Entry], quiet: bool
+) -> tuple[list[Entry], list[dict[str, Any]], list[str]]:
+    """Trains what is missing. Where a training diverges its seed is left out for every row, so that
+    all are compared over the same seeds.
+
+    Returns:
+        The entries to compare, what each cost, and notes on the seeds that are left out.
+
+    Raises:
+        UserError: a training failed, other than by diverging; no seed is left.
+    """
+
+    def go(entries: Sequence[Entry], quiet: bool) -> list[dict[str, Any]]:
+        runs = [(entry.run, out / "runs" / entry.name) for entry in entries]
+        return train_many(runs, cpus=config.cpus, gpus=config.gpus, quiet=quiet, parent=out)
+
+    try:
+        return list(entries), go(entries, quiet), []
+    except DivergedTrainingsError as error:
+        diverged = [entry for entry in entries if out / "runs" / entry.name in error.reasons]
+        lost = {(entry.protocol, entry.run.train.seed) for entry in diverged}
+        kept = [entry for entry in entries if (entry.protocol, entry.run.train.seed) not in lost]
+        if {entry.protocol for entry in kept} != set(config.protocols):
+            raise
+    notes = [
+        f"{entry.protocol}: seed {entry.run.train.seed} is left out for every row, since the "
+        f"training of {entry.row} diverged."
+        for entry in diverged
+    ]
+    return kept, go(kept, quiet=True), notes
 
 
 def open_folder(config: CompareConfig, out: Path, resume: bool) -> None:
@@ -227,6 +261,7 @@ def plan(config: CompareConfig, quiet: bool) -> tuple[list[Entry], int, list[str
         )
     notes: list[str] = []
     bases, trials = base_runs(config, notes)
+    first_seed = FRESH_SEED if trials else 0  # the search chose what its own seed favoured
     if config.seeds < ENOUGH_SEEDS:
         notes.append(
             f"{config.seeds} seeds are few: intervals and tests are rough below {ENOUGH_SEEDS}."
@@ -237,7 +272,7 @@ def plan(config: CompareConfig, quiet: bool) -> tuple[list[Entry], int, list[str
         labels_N = open_dataset(data, progress=not quiet).split_labels("train")
         for row, base in bases.items():
             epochs = epochs_for(config.images, labels_N, base.train)
-            for seed in range(config.seeds):
+            for seed in range(first_seed, first_seed + config.seeds):
                 changes = {"epochs": epochs, "patience": 0, "seed": seed}
                 train = base.train.model_copy(update=changes)
                 run = base.model_copy(update={"data": data, "train": train})

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from flowerray.evaluate.pareto import front
 from flowerray.files import atomic_file
 from flowerray.report.charts import plain_axes
 from flowerray.report.curves import BLUE, GRID, INK, ORANGE
@@ -204,18 +205,13 @@ def front_figure(rows: Sequence[Row], labels: Sequence[str]) -> Any:
     complete = [row for row in rows if row.outcome == "complete"]
     for row in complete:
         axes.plot(row.values[1], row.values[0], "o", color=FAINT, markersize=5)
-    best = sorted((r for r in complete if not any(_beats(o, r) for o in complete)),
+    best = sorted((complete[i] for i in front([r.values for r in complete])),
                   key=lambda r: r.values[1])  # fmt: skip
     axes.plot([r.values[1] for r in best], [r.values[0] for r in best], "o-", color=BLUE)
     for row in best:
         place = (row.values[1], row.values[0])
         axes.annotate(str(row.number), place, (5, 4), "data", "offset points", fontsize=8)
     return figure
-
-
-def _beats(a: Row, b: Row) -> bool:
-    pairs = list(zip(a.values, b.values, strict=True))
-    return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
 
 
 def scale(distribution: Any, values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
@@ -310,6 +306,9 @@ def study_table(result: Mapping[str, Any]) -> str:
     if registered["version"] is not None:
         address = f"models:/{registered['name']}@{registered['alias']}"
         lines.append(f"model     {address}  (version {registered['version']})")
+    else:
+        lines += ["model     not registered, since MLflow could not be used; to do it:"]
+        lines += [" " * 10 + typed(f"flowerray tune {result['method']} --resume {result['study']}")]
     lines.append(f"next      {typed('flowerray evaluate ' + result['champion'])}")
     return "\n".join(lines)
 
@@ -320,6 +319,10 @@ def _confirmed(result: Mapping[str, Any], short: Mapping[str, str]) -> list[str]
     confirmed = result["confirmed"]
     number = len(confirmed["seeds"])
     lines = []
+    if lost := confirmed.get("diverged"):
+        trainings = number * sum(side in confirmed for side in ("tuned", "default"))
+        said = f"{len(lost)} of {trainings} trainings with fresh seeds diverged and count as 0:"
+        lines += ["", f"  {said}", *(f"  {name}" for name in lost), ""]
     for name in result["objectives"]:
         cells = []
         for side in ("tuned", "default"):

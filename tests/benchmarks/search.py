@@ -133,7 +133,7 @@ def confirmed(study: Study, number: int, seeds: int) -> list[float]:
     folder = study.trial_dir(optuna_study.trials[number])
     study.config = study.config.model_copy(update={"confirm_seeds": seeds})
     sides: dict[str, Run] = {"tuned": Run.from_dict(folder.read())}
-    folders = retrain(study, sides, folder.path.name, cpus=1, gpus=0, quiet=False)
+    folders, _ = retrain(study, sides, folder.path.name, cpus=1, gpus=0, quiet=False)
     return measured(folders, study.config.objectives)["tuned"][study.config.objectives[0]]
 
 

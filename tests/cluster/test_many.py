@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowerray.checkpoint import load_export
 from flowerray.cluster import many
-from flowerray.cluster.many import reasons_of, train_many
+from flowerray.cluster.many import DivergedTrainingsError, reasons_of, train_many
 from flowerray.cluster.session import ray_session
 from flowerray.errors import UserError
 from flowerray.run import Run
@@ -107,8 +107,9 @@ def test_a_failed_training_is_named_after_the_others_finished(
 ) -> None:
     bad, good = tmp_path / "bad", tmp_path / "good"
     runs = [(diverging(small_set), bad), (small(small_set), good)]
-    with pytest.raises(UserError, match=r"^1 of 2 trainings failed.*the loss became nan") as caught:
+    with pytest.raises(DivergedTrainingsError, match=r"^1 of 2 trainings failed.*nan") as caught:
         train_many(runs, cpus=1, in_process=True)
+    assert "the loss became nan" in caught.value.reasons[bad]
     assert str(bad) in str(caught.value) and str(good) not in str(caught.value)
     assert str(caught.value).count("\n") == 0
     assert (good / "thresholds.json").exists() and not (bad / "thresholds.json").exists()
@@ -194,13 +195,16 @@ def test_tasks_of_a_ray_train_what_this_process_would(
     ]
     with pytest.raises(UserError, match=r"^2 of 4 trainings failed") as caught:
         train_many(runs, cpus=1, parent=tmp_path)
+    assert type(caught.value) is UserError, "not all of them diverged"
+    with pytest.raises(DivergedTrainingsError):
+        train_many(runs[:2], cpus=1, quiet=True)
     assert "the loss became nan" in str(caught.value) and "P = 40 classes" in str(caught.value)
     assert_equal(weights(tmp_path / "seed0"), weights(small_run))
     assert status(tmp_path / "seed0")["finished"] == "FINISHED"
     assert status(tmp_path / "bad")["finished"] == "FAILED"
     assert (tmp_path / "center" / "plots" / "training.png").stat().st_size > 1000
     lines = capsys.readouterr().err.splitlines()
-    assert sum("of 3  seed0  loss 0." in line for line in lines) == 1, lines
+    assert sum("of 3  seed0  val MAP@R 0." in line for line in lines) == 1, lines
     assert sum("of 3  bad  failed: the loss became nan" in line for line in lines) == 1, lines
 
     # What finished is not trained again: no Ray, same numbers.

@@ -13,12 +13,20 @@ from optuna.trial import TrialState
 from flowerray import tracking
 from flowerray.cli import dispatch
 from flowerray.cluster.confirm import as_dict, champion, count, gain, pick
-from flowerray.cluster.study import Study, StudyConfig, images_trained
+from flowerray.cluster.live import finish_left
+from flowerray.cluster.study import Closed, Study, StudyConfig, images_trained
 from flowerray.cluster.trial import TrialReporter, guarded, history
-from flowerray.cluster.tune import TrialResources, ask_for_nodes, room
+from flowerray.cluster.tune import (
+    TrialResources,
+    ask_for_nodes,
+    refuse_faults,
+    refuse_unequal_shares,
+    room,
+    search,
+)
 from flowerray.errors import UserError
 from flowerray.files import only_driver
-from flowerray.progress import Progress, note_epoch
+from flowerray.progress import DivergedError, Progress, note_epoch
 from flowerray.run import Run
 from flowerray.rundir import FolderReporter, RunDir
 from tests.cluster.studies import KNOBS, make_study, pretend, run_trial, tune_words
@@ -123,9 +131,9 @@ def test_what_mlflow_is_told(tmp_path: Path, small_set: Path) -> None:
     complete = run_trial(study, optuna_study, [0.2, 0.5, 0.4, 0.4])
     stopped = run_trial(study, optuna_study, [0.1, 0.3], done=False)
     failed = run_trial(study, optuna_study, [], done=False, failed="out of memory")
-    assert complete[1:] == ("FINISHED", None)
-    assert stopped[1:] == ("KILLED", "stopped early after epoch 2 of 4")
-    assert failed[1:] == ("FAILED", "out of memory")
+    assert complete[1:] == ("FINISHED", None, True)
+    assert stopped[1:] == ("KILLED", "stopped early after epoch 2 of 4", True)
+    assert failed[1:] == ("FAILED", "out of memory", True)
     state = tracking.State.read(failed.folder)
     assert state.parent == str(study.folder) and state.name == "trial-0002"
     assert state.params["method.margin"] == optuna_study.trials[2].params["method.margin"]
@@ -150,6 +158,84 @@ def test_a_trial_that_was_running_is_asked_for_again(searched: tuple[Study, Any]
     assert champion(study.ended(optuna_study)).number == 5
 
 
+def test_a_fault_teaches_the_sampler_nothing_and_is_tried_again(
+    tmp_path: Path, small_set: Path
+) -> None:
+    study = make_study(tmp_path / "study", small_set, trials=3)
+    optuna_study = study.open_optuna()
+    run_trial(study, optuna_study, [0.4])
+    closed = run_trial(study, optuna_study, [0.3], done=False, failed="disk full", fault=True)
+    run_trial(study, optuna_study, [0.2])
+    folder = study.folder / "trials" / "0001"
+    assert closed == Closed(folder, "FAILED", "disk full", final=False)
+    assert optuna_study.trials[1].state == TrialState.FAIL
+    wrong = r"^1 of 3 trials could not be trained \(disk full\): .* --trials 2 goes on without"
+    with pytest.raises(UserError, match=wrong):
+        refuse_faults(study, optuna_study)
+
+    assert study.requeue(optuna_study) == 1
+    refuse_faults(study, optuna_study)  # as where the user goes on with two trials
+    again = optuna_study.ask(study.distributions)
+    assert again.params == optuna_study.trials[1].params
+    assert study.open_trial(again).path == folder
+    pretend(study.trial_dir(again), [0.6], done=True)
+    study.close_trial(optuna_study, again, {"epoch": 1, "val/map_at_r": 0.6})
+    assert study.requeue(optuna_study) == 0
+    numbers = {row.number: row.values for row in study.rows(study.ended(optuna_study))}
+    assert numbers == {0: (0.4,), 2: (0.2,), 1: (0.6,)}, "pictures show the folders' names"
+
+
+def test_a_death_while_trials_are_asked_for_again_loses_none(
+    tmp_path: Path, small_set: Path
+) -> None:
+    study = make_study(tmp_path / "study", small_set, trials=3)
+    optuna_study = study.open_optuna()
+    for _ in range(2):
+        study.open_trial(optuna_study.ask(study.distributions))
+    optuna_study.tell(0, state=TrialState.FAIL)  # as far as a killed `requeue` came
+    for _ in range(2):
+        assert study.requeue(optuna_study) == 3
+    waiting = [t for t in optuna_study.trials if t.state == TrialState.WAITING]
+    assert [study.trial_dir(t).path.name for t in waiting] == ["0000", "0001"]
+    assert optuna_study.ask(study.distributions).params == optuna_study.trials[0].params
+
+
+def test_what_a_smaller_search_leaves_out_is_ended_in_mlflow(
+    tmp_path: Path, small_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make_study(tmp_path / "study", small_set, trials=1)
+    optuna_study = study.open_optuna()
+    run_trial(study, optuna_study, [0.4])
+    left = study.open_trial(optuna_study.ask(study.distributions)).path
+    (left / "checkpoints").mkdir()
+    told: list[Any] = []
+    monkeypatch.setattr(tracking, "finish", lambda *words: told.append(words))
+    finish_left(study, study.ended(optuna_study))
+    first = study.folder / "trials" / "0000"
+    assert told == [(first, "FINISHED", None), (left, "KILLED", "left out")]
+    assert (left / "checkpoints").exists()
+
+
+def test_a_search_that_its_time_limit_ended_is_not_begun_again(
+    tmp_path: Path, small_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make_study(tmp_path / "study", small_set, trials=3)
+    run_trial(study, study.open_optuna(), [0.4])
+    study.searched = True
+    study.write()
+    study = Study.read(study.folder)
+    monkeypatch.setattr("flowerray.cluster.tune.ray_session", lambda *_, **__: pytest.fail("Ray"))
+    search(study, TrialResources(time_limit=1), quiet=True)
+
+    seen: list[bool] = []
+    monkeypatch.setattr("flowerray.cluster.tune.tune", lambda s, *_, **__: seen.append(s.searched))
+    monkeypatch.setattr("flowerray.report.study.study_table", str)
+    for more in ([], ["--time-limit", "2"], ["--trials", "4"]):
+        assert dispatch(["tune", "triplet", "--resume", str(study.folder), *more]) == 0
+        study.write()
+    assert seen == [True, False, False]
+
+
 def test_a_resumed_sampler_does_not_repeat_itself(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", tmp_path, sampler="random")
 
@@ -172,6 +258,43 @@ def test_every_sampler_draws(name: Any, tmp_path: Path) -> None:
     for value in (0.1, 0.5, 0.3, 0.2, 0.6, 0.4):
         fresh.tell(fresh.ask(study.distributions), value)
     assert len({trial.params["method.margin"] for trial in fresh.trials}) == 6
+
+
+def test_cmaes_learns_from_trials_that_were_stopped(tmp_path: Path) -> None:
+    """Two of three are; a generation has 5 trials."""
+    import optuna
+
+    study = make_study(tmp_path / "study", tmp_path, sampler="cmaes")
+    fresh = optuna.create_study(sampler=study.sampler(0), direction="maximize")
+    for number in range(30):
+        trial = fresh.ask(study.distributions)
+        value = -abs(trial.params["method.margin"] - 0.3)
+        trial.report(value, 1)
+        stopped = number % 3 > 0
+        fresh.tell(trial, None if stopped else value,
+                   state=TrialState.PRUNED if stopped else None)  # fmt: skip
+    generations = {
+        value for t in fresh.trials for key, value in t.system_attrs.items() if "generation" in key
+    }
+    assert len(generations) >= 4
+
+
+def test_nsga2_has_no_pruner_unless_it_is_asked_for(
+    tmp_path: Path, small_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It learns from trials that came to their end alone."""
+    taken: list[str] = []
+
+    def stop(study: Study, *_: Any, **__: Any) -> None:
+        taken.append(study.config.pruner)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flowerray.cluster.tune.run_study", stop)
+    for number, more in enumerate((["nsga2"], ["nsga2", "--pruner", "asha"], ["tpe"])):
+        words = tune_words(small_set, out=tmp_path / str(number))
+        assert dispatch(["tune", "triplet", *words, "--sampler", *more]) == 130
+    assert dispatch(["tune", "triplet", "--resume", str(tmp_path / "0")]) == 130
+    assert taken == ["none", "asha", "asha", "none"]
 
 
 # --- the worker's side -----------------------------------------------------------------------
@@ -235,10 +358,11 @@ def test_a_first_try_that_was_cut_off_leaves_no_trace(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (UserError("the loss became nan at step 3."), "the loss became nan at step 3"),
+        (DivergedError("the loss became nan at step 3."), "the loss became nan at step 3"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "out of memory"),
-        (RuntimeError("shapes do not fit"), "shapes do not fit"),
+        (UserError("the training workers failed: CUDA out of memory."), "out of memory"),
+        (MemoryError(), "out of memory"),
     ],
 )
 def test_a_failure_is_told_as_the_worst_value(
@@ -254,11 +378,25 @@ def test_a_failure_is_told_as_the_worst_value(
     assert told == [{"epoch": 1, "val/map_at_r": 0.0, "failed": reason}]
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), UserError("no RUN folder here.")])
+def test_what_the_configuration_is_not_to_blame_for_is_a_fault(
+    error: Exception, tmp_path: Path
+) -> None:
+    folder, told = a_run(tmp_path), list[dict[str, Any]]()
+
+    def training() -> None:
+        raise error
+
+    guarded(folder, OBJECTIVES, told.append, training)
+    assert told[0]["fault"] is True and told[0]["failed"] == str(error).rstrip(".")
+
+
 def test_a_collapse_is_a_failure(tmp_path: Path) -> None:
     folder, told = a_run(tmp_path), list[dict[str, Any]]()
     pretend(folder, [0.3, 0.2, 0.1], done=True, spread=0.01)
     guarded(folder, OBJECTIVES, told.append, lambda: None)
     assert told[0]["val/map_at_r"] == 0.0 and "collapsed" in told[0]["failed"]
+    assert "fault" not in told[0]
 
 
 def test_a_finished_trial_is_not_trained_again(tmp_path: Path) -> None:
@@ -317,15 +455,29 @@ def test_the_gain_is_paired_by_seed() -> None:
 
 def test_how_many_trials_a_cluster_holds() -> None:
     gpus = TrialResources(cpus_per_trial=2, gpus_per_trial=0.5)
-    assert room({"CPU": 16, "GPU": 1}, gpus) == 2
-    assert room({"CPU": 3}, TrialResources()) == 3
-    assert room({"CPU": 2}, TrialResources(cpus_per_trial=0.5)) == 4
-    with pytest.raises(UserError, match="does not fit this cluster of 2 CPUs and 0 GPUs"):
-        room({"CPU": 2}, gpus)
+    assert room([{"CPU": 16, "GPU": 1}], gpus) == 2
+    assert room([{"CPU": 3}], TrialResources()) == 3
+    assert room([{"CPU": 2}], TrialResources(cpus_per_trial=0.5)) == 4
+    assert room([{"CPU": 3}, {"CPU": 3}], TrialResources(cpus_per_trial=2)) == 2, "none spans two"
+    two = TrialResources(cpus_per_trial=4, gpus_per_trial=2, workers_per_trial=2)
+    assert room([{"CPU": 4, "GPU": 1}] * 5, two) == 2, "its workers may"
+    with pytest.raises(UserError, match=r"does not fit this cluster of 1 node.* 2 CPUs and 0 GPUs"):
+        room([{"CPU": 2}], gpus)
+    with pytest.raises(UserError, match=r"cluster of 2 node\(s\) with up to 4 CPUs"):
+        room([{"CPU": 4}, {"CPU": 4}], TrialResources(cpus_per_trial=8))
+    with pytest.raises(UserError, match="give --workers-per-trial 2 too"):
+        TrialResources(gpus_per_trial=2).check()
     with pytest.raises(UserError, match="cannot be shared by 2 workers"):
         TrialResources(workers_per_trial=2, gpus_per_trial=1).check()
-    with pytest.raises(UserError, match="whole number"):
-        TrialResources(gpus_per_trial=1.5).check()
+
+
+def test_workers_that_cannot_share_every_batch_are_refused(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study", tmp_path)  # 3 x 4
+    refuse_unequal_shares(study, 3)
+    study.knobs = {**study.knobs, "train.classes_per_batch": {"choices": [3, 5]}}
+    refuse_unequal_shares(study, 4)
+    with pytest.raises(UserError, match=r"--workers-per-trial 3: .* P x K = 5 x 4 images"):
+        refuse_unequal_shares(study, 3)
 
 
 def test_a_refused_search_leaves_no_folder(
@@ -333,7 +485,7 @@ def test_a_refused_search_leaves_no_folder(
 ) -> None:
     for wrong, said in (
         (["--embedder.backbone", "no_such_net"], "no_such_net"),
-        (["--gpus-per-trial", "1.5"], "whole number"),
+        (["--gpus-per-trial", "1.5"], "give --workers-per-trial 2 too"),
         (["--train.classes-per-batch", "100"], "100"),
     ):
         words = tune_words(small_set, out=tmp_path / "study")

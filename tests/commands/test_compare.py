@@ -12,6 +12,7 @@ import pytest
 
 from flowerray.cli import dispatch
 from flowerray.cluster import many
+from flowerray.cluster.many import DivergedTrainingsError
 from flowerray.commands import compare as command
 from flowerray.commands.compare import CompareConfig, base_runs, compare, plan, read_options
 from flowerray.data.augment import AugmentConfig
@@ -150,6 +151,49 @@ def test_unequal_budgets_are_refused(small_set: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError):
             compare(make(), tmp_path / "out", quiet=True)
         assert not (tmp_path / "out").exists()
+
+
+def test_tuned_configurations_get_seeds_that_no_search_used(
+    small_set: Path, tmp_path: Path
+) -> None:
+    def seeds(**studies: Path) -> list[int]:
+        train = {} if studies else {"train": BATCH}
+        made = config(
+            small_set, seeds=2, protocols=["official"], **{"train": TrainConfig()}, **studies
+        )
+        entries, _, _ = plan(made.model_copy(update=train), quiet=True)
+        return sorted({entry.run.train.seed for entry in entries})
+
+    studies = {
+        name: study(tmp_path / name, small(small_set, name, classes_per_batch=2))
+        for name in ("center", "siamese", "triplet")
+    }
+    assert seeds() == [0, 1]
+    assert seeds(**studies) == [2000, 2001]
+
+
+def test_a_seed_that_diverges_is_left_out_for_every_row(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = config(small_set, seeds=3, protocols=["official"])
+    entries, _, _ = plan(made, quiet=True)
+    nan = {tmp_path / "runs" / "official-siamese-seed1"}
+
+    def train_many(runs: Any, **_: Any) -> list[dict[str, Any]]:
+        if bad := nan & {path for _, path in runs}:
+            raise DivergedTrainingsError("some diverged", dict.fromkeys(bad, "nan"))
+        return [{"folder": path} for _, path in runs]
+
+    monkeypatch.setattr(command, "train_many", train_many)
+    kept, costs, notes = command.train(made, tmp_path, entries, quiet=True)
+    assert {entry.run.train.seed for entry in kept} == {0, 2} and len(kept) == 8
+    assert [cost["folder"].name for cost in costs] == [entry.name for entry in kept]
+    assert notes == ["official: seed 1 is left out for every row, since the training of siamese "
+                     "diverged."]  # fmt: skip
+
+    nan |= {tmp_path / "runs" / f"official-center-seed{seed}" for seed in (0, 2)}
+    with pytest.raises(DivergedTrainingsError):
+        command.train(made, tmp_path, entries, quiet=True)
 
 
 # --- statistics -----------------------------------------------------------------------------------
