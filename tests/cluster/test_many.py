@@ -154,9 +154,9 @@ def test_ray_is_started_only_where_it_helps(
     called: list[str] = []
 
     def stand_in(name: str) -> Any:
-        def train(*_: Any) -> dict[Path, str]:
+        def train(*_: Any) -> dict[Path, Exception]:
             called.append(name)
-            return {tmp_path: "said no"}
+            return {tmp_path: UserError("said no")}
 
         return train
 

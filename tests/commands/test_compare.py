@@ -157,11 +157,9 @@ def test_tuned_configurations_get_seeds_that_no_search_used(
     small_set: Path, tmp_path: Path
 ) -> None:
     def seeds(**studies: Path) -> list[int]:
-        train = {} if studies else {"train": BATCH}
-        made = config(
-            small_set, seeds=2, protocols=["official"], **{"train": TrainConfig()}, **studies
-        )
-        entries, _, _ = plan(made.model_copy(update=train), quiet=True)
+        train = TrainConfig() if studies else BATCH
+        made = config(small_set, seeds=2, protocols=["official"], train=train, **studies)
+        entries, _, _ = plan(made, quiet=True)
         return sorted({entry.run.train.seed for entry in entries})
 
     studies = {

@@ -122,9 +122,11 @@ def test_the_table_of_a_default_that_won() -> None:
         "winner": "default",
         "confirmed": confirmed,
         "registered": {**RESULT["registered"], "version": None},
+        "study": "runs/study",
     }
     text = study_table(changed)
     assert "no trial was better than the default" in text
     assert "flowerray evaluate runs/study/confirm/trial-0011-seed-1002" in text
+    assert "flowerray tune triplet --resume runs/study" in text
     del changed["confirmed"]
     assert "not confirmed" in study_table(changed)
