@@ -1,6 +1,7 @@
 """The command line: its surface, its options, its output."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -151,6 +152,25 @@ def test_an_interrupt_says_how_to_go_on(
     again = typed(f"flowerray {command} --resume {out}")
     line = f"flowerray {command.split()[0]}: interrupted; go on with: {again}\n"
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    ("job", "threads", "left"),
+    [
+        ('{"runtime_env": {}}', "1", None),  # Ray's own choice for a process without CPU slots
+        ('{"runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}', "1", "1"),
+        ('{"runtime_env": {}}', "4", "4"),
+        (None, "1", "1"),
+    ],
+)
+def test_the_driver_of_a_job_has_all_cores(
+    job: str | None, threads: str, left: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    if job:
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", job)
+    cli.take_all_cores()
+    assert os.environ.get("OMP_NUM_THREADS") == left
 
 
 def test_a_closed_pipe_is_no_error() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from flowerray import tracking, tracking_server
+from flowerray.cli import dispatch
 from flowerray.errors import UserError
 from tests.tracked import RUN, append, client, curve, logged, make_run, record
 
@@ -52,6 +53,21 @@ def test_the_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert tracking.tracking_uri(tmp_path / "a") == "http://host:5000" == tracking.ui_line(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///m.db")
     assert tracking.tracking_uri(tmp_path / "a") == f"sqlite:///{tmp_path}/m.db"
+
+
+def test_a_servers_password_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = closed_port().replace("//", "//bob:s3cret@")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    run_dir = make_run(tmp_path)
+    assert not tracking.sync(run_dir)
+    assert "bob:***@127.0.0.1" in caplog.text and "bob:***@127.0.0.1" in tracking.ui_line(run_dir)
+    with pytest.raises(UserError) as strict:
+        tracking.sync(run_dir, strict=True)
+    with pytest.raises(UserError) as other:
+        tracking_server.resolve("models:/flowers@champion")
+    assert "s3cret" not in f"{caplog.text}{tracking.ui_line(run_dir)}{strict.value}{other.value}"
 
 
 def test_a_trial_is_tracked_where_its_study_is(tmp_path: Path) -> None:
@@ -197,6 +213,31 @@ def test_trials_are_nested_even_if_the_study_came_later(runs: Path) -> None:
     assert tracking.sync(trial) and tracking.sync(study) and tracking.sync(trial)
     tags = client(trial).get_run(tracking.run_id(trial)).data.tags
     assert tags["mlflow.parentRunId"] == tracking.run_id(study)
+
+
+def test_track_sync_sends_a_study_with_its_trials(runs: Path) -> None:
+    study = make_run(runs, records=1, name="study")
+    trials = [make_run(study / "trials", records=2, name=name) for name in ("0000", "0001")]
+    for trial in trials:
+        tracking.start(trial, trial.name, RUN, parent=study, experiment="here")
+    assert dispatch(["track", "sync", str(study)]) == 0
+    for trial in trials:
+        tags = client(trial).get_run(tracking.run_id(trial)).data.tags
+        assert tags["mlflow.parentRunId"] == tracking.run_id(study)
+        assert logged(trial) == curve(range(1, 3))
+
+
+def test_a_later_tag_leaves_the_end_as_it_was(runs: Path) -> None:
+    run_dir = make_run(runs, records=1)
+    assert tracking.finish(run_dir, "KILLED", "stopped early")
+    before = client(run_dir).get_run(tracking.run_id(run_dir)).info
+    time.sleep(0.01)
+    state = tracking.State.read(run_dir)
+    state.store(run_dir, tags={**state.tags, "flowerray.best": "true"}, described=False)
+    assert tracking.sync(run_dir)
+    run = client(run_dir).get_run(tracking.run_id(run_dir))
+    assert run.data.tags["flowerray.best"] == "true"
+    assert (run.info.status, run.info.end_time) == ("KILLED", before.end_time)
 
 
 def test_an_end_sends_files_and_status(runs: Path) -> None:
