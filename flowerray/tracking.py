@@ -13,7 +13,8 @@ import os
 import shlex
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -226,6 +227,21 @@ def finish(run_dir: Path, status: Status = "FINISHED", reason: str | None = None
         _send(run_dir)
 
     return _attempt(run_dir, action)
+
+
+@contextmanager
+def noted_end(run_dir: Path) -> Iterator[None]:
+    """Notes how the block ended: FINISHED, FAILED with the reason, or KILLED by an interrupt."""
+    status: Status = "KILLED"
+    reason: str | None = "interrupted"
+    try:
+        yield
+        status, reason = "FINISHED", None
+    except Exception as error:
+        status, reason = "FAILED", (str(error) or type(error).__name__).splitlines()[0]
+        raise
+    finally:
+        finish(run_dir, status, reason)
 
 
 def log_folder(

@@ -4,7 +4,6 @@ The best of many trials is also the luckiest; trained again with seeds that the 
 it has to be better than the default to win.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -66,7 +65,7 @@ def confirm(study: Study, cpus: float, gpus: float, quiet: bool = False) -> dict
         result["confirmed"] = {"seeds": seeds(study), "diverged": diverged, **found}
         if not is_default:
             gains = {n: gain(found["tuned"][n], found["default"][n]) for n in objectives}
-            result["confirmed"]["gain"] = {n: as_dict(i) for n, i in gains.items()}
+            result["confirmed"]["gain"] = {n: interval.to_dict() for n, interval in gains.items()}
             means = [[mean(found[side][n]) for n in objectives] for side in ("default", "tuned")]
             result["winner"] = ("default", "tuned")[pick(means)]
         by_seed = zip(*(found[result["winner"]][n] for n in objectives), strict=True)
@@ -167,13 +166,6 @@ def measured(
 def gain(tuned_S: Sequence[float], default_S: Sequence[float]) -> Interval:
     """Mean of the differences, seed by seed, with Student's interval."""
     return t_interval([a - b for a, b in zip(tuned_S, default_S, strict=True)])
-
-
-def as_dict(interval: Interval) -> dict[str, float | int | None]:
-    """For JSON, which has no NaN."""
-    bounds = {"low": interval.low, "high": interval.high}
-    finite = {k: None if math.isnan(v) else v for k, v in bounds.items()}
-    return {"n": interval.n, "mean": interval.mean, **finite}
 
 
 def tag_best(study: Study, ended: Sequence[Any], best: Any) -> None:

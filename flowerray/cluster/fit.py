@@ -69,9 +69,7 @@ def drive(
     """Trains a prepared run and notes in MLflow how it ended; see `fit`."""
     params = run.to_dict()
     tracking.start(folder.path, folder.path.name, params, tags, parent=parent)
-    status: tracking.Status = "KILLED"
-    reason: str | None = "interrupted"
-    try:
+    with tracking.noted_end(folder.path):
         with tracking.LiveTracking(folder.path), Progress(folder, total_steps, quiet):
             if run.resources.workers == 0:
                 device = pick_device(run.resources.device)
@@ -82,12 +80,6 @@ def drive(
                     print(f"starting Ray with {workers} training worker(s) ...", file=sys.stderr)
                 summary = fit_on_ray(run, folder)
         plot_training(folder, folder.plots / "training.png")
-        status, reason = "FINISHED", None
-    except Exception as error:
-        status, reason = "FAILED", (str(error) or type(error).__name__).splitlines()[0]
-        raise
-    finally:
-        tracking.finish(folder.path, status, reason)
     return summary
 
 

@@ -155,9 +155,7 @@ def run_study(study: Study, resources: TrialResources, quiet: bool) -> dict[str,
         study.tags, _ = prepare(study.base, quiet)
     params = {"study": study.config.model_dump(), "space": study.knobs, **study.base.to_dict()}
     tracking.start(study.folder, study.folder.name, params, {**study.tags, "kind": "study"})
-    status: tracking.Status = "KILLED"
-    reason: str | None = "interrupted"
-    try:
+    with tracking.noted_end(study.folder):
         search(study, resources, quiet)
         optuna_study = study.open_optuna()
         finish_left(study, study.ended(optuna_study))
@@ -166,14 +164,7 @@ def run_study(study: Study, resources: TrialResources, quiet: bool) -> dict[str,
         # One worker trains as several do, with what one of them gets.
         gpus = min(1.0, resources.gpus_per_trial)
         cpus = resources.cpus_per_trial / resources.workers_per_trial
-        result = confirm(study, cpus, gpus, quiet)
-        status, reason = "FINISHED", None
-    except Exception as error:
-        status, reason = "FAILED", (str(error) or type(error).__name__).splitlines()[0]
-        raise
-    finally:
-        tracking.finish(study.folder, status, reason)
-    return result
+        return confirm(study, cpus, gpus, quiet)
 
 
 def search(study: Study, resources: TrialResources, quiet: bool) -> None:

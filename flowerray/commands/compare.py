@@ -144,9 +144,7 @@ def run_comparison(
     params = config.model_dump(mode="json")
     tracking.start(out, out.name, params)
     tracking.sync(out)  # before its trainings, which are shown under it
-    status: tracking.Status = "KILLED"
-    reason: str | None = "interrupted"
-    try:
+    with tracking.noted_end(out):
         entries, costs, lost = train(config, out, entries, quiet)
         content = {
             "flowerray": __version__,
@@ -162,14 +160,7 @@ def run_comparison(
         write_json(out / "compare.json", content)
         (out / "compare.txt").write_text(comparison_table(content) + "\n")
         plot_comparison(content, out / "compare.png")
-        status, reason = "FINISHED", None
-    except Exception as error:
-        status, reason = "FAILED", (str(error) or type(error).__name__).splitlines()[0]
-        raise
-    finally:
-        if reason:
-            tracking.finish(out, status, reason)
-    tracking.log_folder(out, params, means(content))
+        tracking.log_folder(out, params, means(content))
     return content
 
 

@@ -33,6 +33,11 @@ class Interval:
     level: float = 0.95
     """Coverage in the long run."""
 
+    def to_dict(self) -> dict[str, float | int | None]:
+        """For JSON, which has no NaN: bounds that do not exist are None."""
+        low, high = (None if np.isnan(bound) else float(bound) for bound in (self.low, self.high))
+        return {"mean": self.mean, "low": low, "high": high, "n": self.n}
+
     def __str__(self) -> str:
         return format(self, "")
 

@@ -3,7 +3,6 @@
 An evaluation is a record as RUN/evaluation/<split>.json holds it. Letters: S seeds, Q queries.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 from tqdm import tqdm
 
 from flowerray.evaluate.statistics import (
-    Interval,
     bootstrap_interval,
     holm,
     paired_bootstrap,
@@ -53,7 +51,7 @@ def rows_of(
                 if row == FROZEN
                 else t_interval(values_S)
             )
-            rows[row][metric] = {**plain(ci), "values": values_S.tolist()}
+            rows[row][metric] = {**ci.to_dict(), "values": values_S.tolist()}
     return rows
 
 
@@ -68,19 +66,13 @@ def pairs_of(records: Mapping[str, Sequence[Record]], quiet: bool = False) -> li
         for metric in METRICS:
             sides = (scores(records[row], metric) for row in (first, second))
             test = paired_bootstrap(*sides, resamples=RESAMPLES)
-            pair[metric] = {**plain(test), "p_value": test.p_value}
+            pair[metric] = {**test.to_dict(), "p_value": test.p_value}
         pairs.append(pair)
     for metric in METRICS:
         adjusted = holm([pair[metric]["p_value"] for pair in pairs])
         for pair, value in zip(pairs, adjusted, strict=True):
             pair[metric]["p_holm"] = float(value)
     return pairs
-
-
-def plain(found: Interval) -> dict[str, Any]:
-    """For JSON: bounds that do not exist are None."""
-    low, high = (None if math.isnan(bound) else bound for bound in (found.low, found.high))
-    return {"mean": found.mean, "low": low, "high": high, "n": found.n}
 
 
 def comparison_table(content: dict[str, Any]) -> str:

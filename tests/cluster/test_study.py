@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from flowerray import tracking
 from flowerray.cli import dispatch
-from flowerray.cluster.confirm import as_dict, champion, count, gain, pick
+from flowerray.cluster.confirm import champion, count, gain, pick
 from flowerray.cluster.live import finish_left
 from flowerray.cluster.study import Closed, Study, StudyConfig, images_trained
 from flowerray.cluster.trial import TrialReporter, guarded, history
@@ -444,7 +444,7 @@ def test_the_gain_is_paired_by_seed() -> None:
     assert (found.low, found.high) == (
         pytest.approx(0.04 - half, abs=1e-6), pytest.approx(0.04 + half, abs=1e-6),
     )  # fmt: skip
-    single = as_dict(gain([0.5], [0.4]))
+    single = gain([0.5], [0.4]).to_dict()
     assert json.loads(json.dumps(single)) == {
         "n": 1, "mean": pytest.approx(0.1), "low": None, "high": None,
     }  # fmt: skip
