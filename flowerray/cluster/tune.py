@@ -21,7 +21,7 @@ from flowerray.cluster.live import Lines, LiveStudy, finish_left
 from flowerray.cluster.session import own_signals, ray_session, slots
 from flowerray.cluster.space import search_space
 from flowerray.cluster.study import Study, StudyConfig, label, outcome
-from flowerray.cluster.trial import trial, trial_of_workers
+from flowerray.cluster.trial import FAULT, trial, trial_of_workers
 from flowerray.config import Config
 from flowerray.data.source import open_dataset
 from flowerray.errors import UserError
@@ -386,11 +386,14 @@ def make_scheduler(study: Study, ended: list[Any]) -> Any:
 
     class Scheduler(ASHAScheduler):
         def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            if FAULT in result:  # it says nothing of the configuration
+                return self.CONTINUE
             decision: str = super().on_trial_result(controller, trial, summed(result))
             return decision
 
         def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
-            super().on_trial_complete(controller, trial, summed(result))
+            if FAULT not in result:
+                super().on_trial_complete(controller, trial, summed(result))
 
         def on_trial_add(self, controller: Any, trial: Any) -> None:
             """Takes in what a trial that was cut off had reached before it goes on."""

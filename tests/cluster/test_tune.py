@@ -223,3 +223,14 @@ def test_asha_knows_what_a_trial_reached_that_was_cut_off(tmp_path: Path) -> Non
     scheduler.on_trial_result(None, trial, {"epoch": 5, "val/map_at_r": 0.5})
     rungs = dict(scheduler._brackets[0]._rungs)
     assert rungs[2] == {"cut-off": 0.2}
+
+
+def test_asha_learns_nothing_from_a_fault(tmp_path: Path) -> None:
+    """No cluster: a full disk is no value of the configuration."""
+    scheduler = make_scheduler(make_study(tmp_path / "study", tmp_path, epochs=9), [])
+    trial = SimpleNamespace(trial_id="fault", config={"folder": str(tmp_path)})
+    scheduler.on_trial_add(None, trial)
+    result = {"epoch": 2, "val/map_at_r": 0.0, "failed": "No space left", "fault": True}
+    assert scheduler.on_trial_result(None, trial, result) == "CONTINUE"
+    scheduler.on_trial_complete(None, trial, result)
+    assert not any(recorded for _, recorded in scheduler._brackets[0]._rungs)
