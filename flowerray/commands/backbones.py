@@ -129,7 +129,13 @@ def survey_backbones(
         "models": rows,
         "skipped": [{"model": n, "why": skipped[n]} for n in names if n in skipped],
         "budget": {"max_latency_ms": max_latency_ms, "max_params": max_params},
-        "recommended": recommend(rows, max_latency_ms, max_params),
+        "recommended": recommend(rows, max_latency_ms, max_params)
+        if config.split != "test"
+        else {
+            "model": None,
+            "why": "A model chosen on test would not be tested any more: "
+            "leave --split test out for a recommendation.",
+        },
     }
     write_json(out / "backbones.json", content)
     write_table(rows, out / "backbones.csv")

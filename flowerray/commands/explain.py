@@ -24,6 +24,7 @@ from flowerray.explain.baselines import Saliency
 from flowerray.explain.cam import HEAD_METHODS, Explainer, MethodName
 from flowerray.explain.faithfulness import FaithfulnessConfig
 from flowerray.explain.judge import (
+    LOCALISATION,
     Choice,
     Subjects,
     choose,
@@ -86,6 +87,14 @@ def explain_split(
     """
     folder = explanations(model, out)
     dataset = open_dataset(model.run.data, progress=not quiet)
+    if (
+        beside is not None
+        and open_dataset(beside.run.data, progress=not quiet).tags != dataset.tags
+    ):
+        raise UserError(
+            f"--beside {beside.name} was trained on other data or by another protocol than "
+            f"{model.name}: its own training images could be judged."
+        )
     chosen_on, judged = draw_images(
         dataset, config.split, config.max_images, config.choose_images, config.seed
     )
@@ -93,14 +102,19 @@ def explain_split(
     result = own.result
     folder.mkdir(parents=True, exist_ok=True)
     title = f"{len(judged)} {config.split} images"
+    tested = len(own.scores["chosen"]["deletion"])
+    if tested < len(judged):
+        title += f" ({tested} of them for deletion, insertion and ROAD)"
     scores_chart(
         own, f"{Path(model.name).name}: {title}", folder / f"faithfulness_{config.split}.png"
     )
-    maps_sheet(own, folder / f"maps_{config.split}.png", title)
+    maps_sheet(own, folder / f"maps_{config.split}.png", f"{len(judged)} {config.split} images")
     if beside is not None:
         other = _judge_model(beside, dataset, chosen_on, judged, config, quiet)
         differences = gains(other.scores["chosen"], {"chosen": own.scores["chosen"]})["chosen"]
-        result["beside"] = other.result | {"gain_over_run": _plain(differences)}
+        # Deletion, insertion and ROAD are cosines, and each model has a scale of its own for them.
+        shared = {metric: found for metric, found in differences.items() if metric in LOCALISATION}
+        result["beside"] = other.result | {"gain_over_run": _plain(shared)}
         beside_sheet(own, other, folder / f"beside_{config.split}.png")
     write_json(folder / "faithfulness.json", result)
     if model.folder is not None and out is None:
@@ -166,9 +180,11 @@ def _judge_model(
         "images": len(subjects),
         "protocol": dataset.protocol,
         "masks": subjects.masks_NHW is not None,
+        "faithfulness": config.faithfulness.model_dump(mode="json"),
         "chosen": asdict(explainer)
         | {
             "on": "val" if tuning else None,
+            "free": config.method is None and config.layer is None,
             "images": len(tuning) if tuning else 0,
             "candidates": len(ranked),
             "ranking": [{"map": str(c.explainer), "score": c.score} for c in ranked if tuning],
@@ -217,5 +233,5 @@ def _methods(
     return methods
 
 
-def _plain(rows: Mapping[str, Interval]) -> dict[str, dict[str, float]]:
-    return {k: {"mean": v.mean, "low": v.low, "high": v.high} for k, v in rows.items()}
+def _plain(rows: Mapping[str, Interval]) -> dict[str, dict[str, Any]]:
+    return {metric: found.to_dict() for metric, found in rows.items()}

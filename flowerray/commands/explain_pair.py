@@ -132,8 +132,9 @@ def pick_explainer(
         content = json.loads(file.read_text())
         # A folder that --out names may hold the choice for another model.
         own = model.folder is not None and folder == model.folder.path / "explanations"
-        if own or content["run"] == model.name:
-            chosen = content["chosen"]
+        chosen = content["chosen"]
+        free = chosen.get("free", True)  # a map that --method forced was not chosen
+        if free and (own or content["run"] == model.name):
             return Explainer(chosen["method"], chosen["layer"], chosen["norm"])
     if method is None:
         try:

@@ -15,7 +15,7 @@ from flowerray.evaluate.statistics import Interval
 from flowerray.explain.baselines import Saliency
 from flowerray.explain.cam import Explainer, upsample
 from flowerray.explain.draw import draw_scores, draw_sheet
-from flowerray.explain.judge import Subjects, intervals
+from flowerray.explain.judge import Subjects, intervals, tested_positions
 
 LABELS = {
     "energy": "energy in mask (higher)",
@@ -57,11 +57,10 @@ def scores_chart(judged: Judged, title: str, out_png: Path) -> None:
 
 def maps_sheet(judged: Judged, out_png: Path, title: str, count: int = 9) -> None:
     """Best, middle and worst images by energy in mask (by insertion without masks)."""
-    key = "energy" if "energy" in judged.scores["chosen"] else "insertion"
-    rows = _spread(judged.scores["chosen"][key], count)
+    key, places, rows = _shown(judged, count)
     columns = {_heading(judged, n): _maps(judged, m, rows) for n, m in judged.methods.items()}
     captions = {
-        _heading(judged, n): [f"{key} {judged.scores[n][key][i]:.2f}" for i in rows]
+        _heading(judged, n): [f"{key} {judged.scores[n][key][i]:.2f}" for i in places]
         for n in judged.methods
     }
     title = f"{title}: best, middle and worst {key} of the chosen map; each map on its own scale"
@@ -70,15 +69,14 @@ def maps_sheet(judged: Judged, out_png: Path, title: str, count: int = 9) -> Non
 
 def beside_sheet(first: Judged, second: Judged, out_png: Path, count: int = 9) -> None:
     """The chosen and the exact map of both models, on images spread over the first one's scores."""
-    key = "energy" if "energy" in first.scores["chosen"] else "insertion"
-    rows = _spread(first.scores["chosen"][key], count)
+    key, places, rows = _shown(first, count)
     columns, captions = {}, {}
     for place, judged in (("RUN", first), ("beside", second)):
         for name in ("chosen", "decomposition"):
             if name in judged.methods:
                 heading = f"{place}: {_heading(judged, name)}"
                 columns[heading] = _maps(judged, judged.methods[name], rows)
-                captions[heading] = [f"{key} {judged.scores[name][key][i]:.2f}" for i in rows]
+                captions[heading] = [f"{key} {judged.scores[name][key][i]:.2f}" for i in places]
     names = [Path(judged.model.name).name for judged in (first, second)]
     title = f"RUN = {names[0]}, beside = {names[1]}; each map on its own scale"
     _sheet(first.subjects, rows, columns, captions, out_png, title)
@@ -108,6 +106,16 @@ def _maps(judged: Judged, method: Saliency, rows: NDArray[np.int64]) -> NDArray[
     )
     images, reference = picked.batch(0, device)
     return upsample(method(judged.model.embedder, images, reference), images.shape[-1])
+
+
+def _shown(judged: Judged, count: int) -> tuple[str, NDArray[np.int64], NDArray[np.int64]]:
+    """The metric that the rows of a sheet are spread over, and for each row its place among the
+    metric's values and among the subjects: the metrics of faithfulness have fewer values.
+    """
+    own = judged.scores["chosen"]
+    key = "energy" if "energy" in own else "insertion"
+    places = _spread(own[key], count)
+    return key, places, tested_positions(len(judged.subjects), len(own[key]))[places]
 
 
 def _spread(values: NDArray, count: int) -> NDArray[np.int64]:

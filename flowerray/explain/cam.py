@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flowerray.errors import UserError
 from flowerray.explain import decompose
-from flowerray.explain.layers import Captured, Norm, capture, similarity
+from flowerray.explain.layers import Captured, Norm, capture, protected, similarity
 from flowerray.model import Embedder
 
 Cam = Literal[
@@ -66,7 +66,7 @@ class Explainer:
             return decompose.contributions(embedder, images_BCHW, reference_BD)
         if self.method == "ablationcam":
             return decompose.ablation(embedder, images_BCHW, reference_BD)
-        with torch.no_grad():
+        with protected(embedder), torch.no_grad():
             check_references(embedder(images_BCHW), reference_BD)
         names = [self.layer]
         (captured,) = capture(embedder, images_BCHW, names, similarity(reference_BD), self.norm)

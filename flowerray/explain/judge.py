@@ -153,8 +153,7 @@ def judge(
     found: dict[str, dict[str, list[float]]] = {
         name: {metric: [] for metric in metrics_of(subjects)} for name in methods
     }
-    even = np.linspace(0, len(subjects) - 1, min(config.images, len(subjects)))
-    tested = set(even.round().astype(int).tolist())
+    tested = set(tested_positions(len(subjects), config.images).tolist())
     for start in range(0, len(subjects), _BATCH):
         images, reference = subjects.batch(start, device)
         size = images.shape[-1]
@@ -177,6 +176,13 @@ def judge(
         name: {metric: np.asarray(values) for metric, values in rows.items()}
         for name, rows in found.items()
     }
+
+
+def tested_positions(count: int, images: int) -> NDArray[np.int64]:
+    """Which of so many subjects the metrics of faithfulness take: up to `images`, at even
+    distances.
+    """
+    return np.linspace(0, count - 1, min(images, count)).round().astype(np.int64)
 
 
 def metrics_of(subjects: Subjects) -> tuple[str, ...]:

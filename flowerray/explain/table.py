@@ -44,8 +44,10 @@ def split(result: Mapping[str, Any]) -> str:
     lines = _model(result)
     if "beside" in result:
         other = result["beside"]
-        lines += ["", *_model(other), "", f"{other['run']} better than {result['run']} by"]
-        lines += _table({"chosen map": other["gain_over_run"]}, signed=True)
+        lines += ["", *_model(other)]
+        if other["gain_over_run"]:
+            lines += ["", f"{other['run']} better than {result['run']} by"]
+            lines += _table({"chosen map": other["gain_over_run"]}, signed=True)
     return "\n".join(lines)
 
 
@@ -81,6 +83,9 @@ def _model(result: Mapping[str, Any]) -> list[str]:
         )
     scores = {"chosen map" if k == "chosen" else k: v for k, v in result["scores"].items()}
     lines += ["", "mean and 95 % interval", *_table(scores)]
+    tested = scores["chosen map"]["deletion"].get("n", result["images"])
+    if tested < result["images"]:
+        lines.append(f" (deletion, insertion and ROAD on {tested} of the images)")
     lines += ["", "chosen map better by (above 0 is better)"]
     lines += _table(result["gain_over"], signed=True)
     lines += ["", f"{'sanity check':<16}{'chosen map':>16}{'edges':>18}   passes"]
@@ -100,13 +105,15 @@ def _table(rows: Mapping[str, Mapping[str, Any]], signed: bool = False) -> list[
             continue
         lines.append(f" {'':<16}" + "".join(f"{_HEADS[m]:<21}" for m in metrics).rstrip())
         for name, row in rows.items():
-            cells = "".join(
-                f"{row[m]['mean']:{sign}.2f} [{row[m]['low']:{sign}.2f}, "
-                f"{row[m]['high']:{sign}.2f}]".ljust(21)
-                for m in metrics
-            )
+            cells = "".join(_interval(row[m], sign).ljust(21) for m in metrics)
             lines.append(f" {name:<16}{cells}".rstrip())
     return lines
+
+
+def _interval(found: Mapping[str, Any], sign: str) -> str:
+    if found["low"] is None:  # of a single image
+        return f"{found['mean']:{sign}.2f}"
+    return f"{found['mean']:{sign}.2f} [{found['low']:{sign}.2f}, {found['high']:{sign}.2f}]"
 
 
 def _check(found: Mapping[str, Any]) -> str:

@@ -1,12 +1,17 @@
 """Concepts that a user names by example images, and whether a class's likeness depends on them.
 
 TCAV (Kim et al. 2018) on similarity: the derivative is that of the cosine to the class prototype.
+Any set of images points somewhere, and its score is steady however often it is told apart from
+other sets. So a concept is compared with random concepts, sets of as many random images that are
+treated alike: a permutation test, exact where a concept is one of them. It goes by the alignment,
+the cosine between derivative and concept: the score, a share, has few values.
 
-Letters: N images, B images of a class, C channels, D embedding dimensions, R repetitions.
+Letters: N images, B images of a class, C channels, D embedding dimensions, R random concepts.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +31,10 @@ _BATCH = 32
 class TcavConfig(Config):
     """How sure a concept has to be."""
 
-    repetitions: int = Field(20, ge=3)
-    """Random image sets that each concept is told apart from, and random pairs of sets."""
+    random_concepts: int = Field(199, ge=19)
+    """Sets of random images that are scored as a concept is; p is at least 1 / (this + 1)."""
+    repetitions: int = Field(5, ge=1)
+    """Sets of random images that each concept, and each random one, is told apart from."""
     level: float = Field(0.05, gt=0, lt=1)
     """Familywise error over the concepts (Holm 1979)."""
     seed: int = Field(0, ge=0)
@@ -43,11 +50,11 @@ class ConceptScore:
     """Share of the class's images that become more like their prototype along the concept, mean
     over repetitions."""
     random: float
-    """The same for directions between random sets."""
+    """The same for random concepts, mean over them."""
     accuracy: float
     """How well the concept is told apart from random images that were not fitted on, 0.5..1."""
     p_value: float
-    """Of no difference to random (Welch's t-test), after Holm's correction."""
+    """Share of random concepts that lie as far from the mean, after Holm's correction."""
     significant: bool
 
 
@@ -77,37 +84,74 @@ def tcav(
     for name, images in concepts.items():
         if len(images) < 4:
             raise UserError(f"The concept {name} has {len(images)} images: give at least four.")
-        if len(random_NCHW) < 2 * len(images):
-            raise UserError(
-                f"{len(random_NCHW)} random images are too few for {len(images)} of the concept "
-                f"{name}: at least twice as many are needed."
-            )
+    if len(random_NCHW) < 8:
+        raise UserError(
+            f"{len(random_NCHW)} random images are too few to tell a concept from: at least eight "
+            "are needed."
+        )
     pool_NC, _ = _pooled(embedder, layer, random_NCHW, None)
     _, slopes_BC = _pooled(embedder, layer, images_BCHW, reference_BD)
     rng = np.random.default_rng(config.seed)
     rows = []
+    chance: dict[int, NDArray[np.float64]] = {}
     for name, images in concepts.items():
         own_NC, _ = _pooled(embedder, layer, images, None)
-        scores, accuracies, chance = [], [], []
-        for _ in range(config.repetitions):
-            order = rng.permutation(len(pool_NC))
-            one, two = pool_NC[order[: len(own_NC)]], pool_NC[order[len(own_NC) : 2 * len(own_NC)]]
-            direction_C, accuracy = _direction(own_NC, one, rng)
-            scores.append(float((slopes_BC @ direction_C > 0).mean()))
-            accuracies.append(accuracy)
-            direction_C, _ = _direction(two, one, rng)
-            chance.append(float((slopes_BC @ direction_C > 0).mean()))
-        rows.append((name, scores, chance, accuracies, _welch(scores, chance)))
+        own_NC = rng.permutation(own_NC)[: len(pool_NC) // 2]  # or no random concept is as large
+        score, alignment = measure(own_NC, pool_NC, slopes_BC, config, rng)
+        if len(own_NC) not in chance:
+            chance[len(own_NC)] = measure_random(len(own_NC), pool_NC, slopes_BC, config, rng)
+        chance_R2 = chance[len(own_NC)]
+        accuracy = float(np.mean([
+            _accuracy(own_NC, rng.permutation(pool_NC)[: len(own_NC)], rng)
+            for _ in range(config.repetitions)
+        ]))  # fmt: skip
+        p = p_value(alignment, chance_R2[:, 1])
+        rows.append((name, score, float(chance_R2[:, 0].mean()), accuracy, p))
         if progress is not None:
             progress(1)
     adjusted = holm([row[-1] for row in rows]).tolist()
     return [
-        ConceptScore(
-            name, float(np.mean(scores)), float(np.mean(chance)), float(np.mean(accuracies)), p,
-            p < config.level,
-        )
-        for (name, scores, chance, accuracies, _), p in zip(rows, adjusted, strict=True)
-    ]  # fmt: skip
+        ConceptScore(name, score, random, accuracy, p, p < config.level)
+        for (name, score, random, accuracy, _), p in zip(rows, adjusted, strict=True)
+    ]
+
+
+def measure_random(
+    size: int, pool_NC: NDArray, slopes_BC: NDArray, config: TcavConfig, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """(R, 2): `measure` of random concepts of so many images."""
+    found = []
+    for _ in range(config.random_concepts):
+        shuffled_NC = rng.permutation(pool_NC)
+        found.append(measure(shuffled_NC[:size], shuffled_NC[size:], slopes_BC, config, rng))
+    return np.array(found)
+
+
+def p_value(value: float, chance_R: NDArray[np.float64]) -> float:
+    """The share of all R + 1 values that lie as far from their mean as this one, itself counted:
+    exact where it is a random concept's too.
+    """
+    both = np.append(chance_R, value)
+    away = np.abs(both - both.mean())
+    return float((away >= away[-1] - 1e-9).mean())
+
+
+def measure(
+    own_NC: NDArray,
+    pool_NC: NDArray,
+    slopes_BC: NDArray,
+    config: TcavConfig,
+    rng: np.random.Generator,
+) -> tuple[float, float]:
+    """Share of the derivatives that point towards a concept, and their mean cosine with it; means
+    over random sets that the concept is told apart from.
+    """
+    length_B1 = np.maximum(np.linalg.norm(slopes_BC, axis=1, keepdims=True), 1e-12)
+    cosines = np.concatenate([
+        slopes_BC / length_B1 @ _direction(own_NC, rng.permutation(pool_NC)[: len(own_NC)])
+        for _ in range(config.repetitions)
+    ])  # fmt: skip
+    return float((cosines > 0).mean()), float(cosines.mean())
 
 
 def _pooled(
@@ -130,37 +174,33 @@ def _pooled(
     return np.concatenate(means), np.concatenate(slopes)
 
 
-def _direction(
-    concept_NC: NDArray, random_NC: NDArray, rng: np.random.Generator
-) -> tuple[NDArray[np.float64], float]:
-    """The normal, towards the concept, of the plane between two sets, and how well a plane fitted
-    on three quarters tells the rest apart.
-    """
-    from sklearn.linear_model import LogisticRegression
+def _direction(concept_NC: NDArray, random_NC: NDArray) -> NDArray[np.float64]:
+    """(C,): the normal, towards the concept, of the plane between two sets."""
+    inputs, labels, spread_C = _scaled(concept_NC, random_NC)
+    normal_C = _plane().fit(inputs, labels).coef_[0] / spread_C
+    found: NDArray[np.float64] = normal_C / max(float(np.linalg.norm(normal_C)), 1e-12)
+    return found
 
-    inputs = np.concatenate([concept_NC, random_NC])
-    spread_C = inputs.std(0) + 1e-6 * inputs.std() + 1e-12
-    inputs = (inputs - inputs.mean(0)) / spread_C
-    labels = np.repeat([1, 0], [len(concept_NC), len(random_NC)])
+
+def _accuracy(concept_NC: NDArray, random_NC: NDArray, rng: np.random.Generator) -> float:
+    """How well a plane that is fitted on three quarters of two sets tells the rest apart."""
+    inputs, labels, _ = _scaled(concept_NC, random_NC)
     held = np.concatenate(
         [rng.permutation(n) < max(1, n // 4) for n in (len(concept_NC), len(random_NC))]
     )
-    model = LogisticRegression(C=0.01, max_iter=200)
-    accuracy = float(model.fit(inputs[~held], labels[~held]).score(inputs[held], labels[held]))
-    normal_C = model.fit(inputs, labels).coef_[0] / spread_C
-    return normal_C / max(float(np.linalg.norm(normal_C)), 1e-12), accuracy
+    plane = _plane().fit(inputs[~held], labels[~held])
+    return float(plane.score(inputs[held], labels[held]))
 
 
-def _welch(first: list[float], second: list[float]) -> float:
-    """Two-sided p-value of equal means (Welch 1947); 1 for equal constants, 0 for different ones,
-    where the test has no spread to go by.
-    """
-    from scipy.stats import t
+def _scaled(concept_NC: NDArray, random_NC: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """Both sets with equal spreads, 1 for each row of the concept, and the spreads (C,)."""
+    inputs = np.concatenate([concept_NC, random_NC])
+    spread_C = inputs.std(0) + 1e-6 * inputs.std() + 1e-12
+    labels = np.repeat([1, 0], [len(concept_NC), len(random_NC)])
+    return (inputs - inputs.mean(0)) / spread_C, labels, spread_C
 
-    one, two = np.asarray(first), np.asarray(second)
-    errors = np.array([one.var(ddof=1) / len(one), two.var(ddof=1) / len(two)])
-    gap = float(one.mean() - two.mean())
-    if errors.sum() == 0:
-        return 1.0 if gap == 0 else 0.0
-    freedom = errors.sum() ** 2 / (errors**2 / np.array([len(one) - 1, len(two) - 1])).sum()
-    return float(2 * t.sf(abs(gap) / np.sqrt(errors.sum()), freedom))
+
+def _plane() -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=0.01, max_iter=200)

@@ -44,6 +44,8 @@ def plausible(grey_NPP: NDArray[np.uint8], pairs_M2: NDArray[np.int64]) -> NDArr
         first, second = pairs_M2[rows].T
         for column, other in enumerate((plain, mirrored)):
             found_M2[rows, column] = (plain[first] * other[second]).sum(axis=1) >= _ROUGHLY
+        # Of one colour all over, nothing correlates.
+        found_M2[rows, 0] |= (rough[first] == rough[second]).all(axis=(1, 2))
     return found_M2
 
 

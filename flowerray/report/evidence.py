@@ -1,10 +1,12 @@
 """The report's sections that are made of pictures: galleries, failures, explanations."""
 
 import io
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flowerray.errors import UserError
 from flowerray.evaluate.statistics import Interval
@@ -214,14 +216,18 @@ def _faithfulness(about: str, content: dict) -> list[Block]:
     rows: list[list[str | float | None]] = [
         [
             "chosen map" if name == "chosen" else name,
-            *(cell(Interval(content["images"], **row[m])) for m in metrics),
+            *(cell(_interval(row[m], content["images"])) for m in metrics),
         ]
         for name, row in scores.items()
     ]
     chosen = content["chosen"]
     where = " at ".join(filter(None, (chosen["method"], chosen["layer"])))
     on = f", chosen on {chosen['images']} {chosen['on']} images" if chosen["on"] else ""
-    caption = f"{about}: {where}{on}, on {content['images']} {content['split']} images; 95 % CI."
+    images = f"{content['images']} {content['split']} images"
+    tested = scores["chosen"].get("deletion", {}).get("n", content["images"])
+    if tested < content["images"]:
+        images += f" (deletion, insertion and ROAD on {tested} of them)"
+    caption = f"{about}: {where}{on}, on {images}; 95 % CI."
     blocks: list[Block] = [Table(["", *(MAP_METRICS[m] for m in metrics)], rows, caption)]
     checks = content["sanity"]["chosen"]
     failed = [f"{_words(name)} ({c['rule']})" for name, c in checks.items() if not c["passed"]]
@@ -229,6 +235,11 @@ def _faithfulness(about: str, content: dict) -> list[Block]:
         text = f"{about}: the map fails the sanity checks {', '.join(failed)}."
         return [Note(text, "warn"), *blocks]
     return [*blocks, Text(f"The map passes its sanity checks: {', '.join(map(_words, checks))}.")]
+
+
+def _interval(row: Mapping[str, Any], images: int) -> Interval:
+    low, high = (math.nan if row[name] is None else row[name] for name in ("low", "high"))
+    return Interval(row.get("n", images), row["mean"], low, high)
 
 
 def _words(name: str) -> str:

@@ -69,13 +69,13 @@ def measured(setting: Setting) -> list[Measured]:
         key = (record["split"], int(m["num_queries"]), int(m["num_gallery"]))
         found.setdefault(key, {}).setdefault(label, []).append(record)
 
-    several = len(setting.frozen) > 1
+    several = len({entry.floor for v in setting.variants for entry in v.entries}) > 1
     for floor, record in setting.frozen.items():
         add(f"{FROZEN} ({floor})" if several else FROZEN, record)
     for variant in setting.variants:
         for entry in variant.entries:
             for record in entry.evaluations.values():
-                add(variant.label, record)
+                add(variant.label, {**record, "seed": entry.seed})
     kept = {key: rows for key, rows in found.items() if any(FROZEN not in name for name in rows)}
     return [Measured(*key, rows) for key, rows in kept.items()]
 
@@ -117,15 +117,18 @@ def compare(
 ) -> Comparison | None:
     """Two rows; None where they were not asked the same queries.
 
-    Seeds are paired in order, as many as both have; one record (frozen features) is paired with
-    every seed of the other.
+    Of trained rows the seeds that both have are paired; frozen features, which have none, are
+    paired with every seed of the other.
     """
     queries = {tuple(r["queries"]) for r in (*first_records, *second_records)}
     if len(queries) > 1:
         return None
-    if len(second_records) > 1:
-        count = min(len(first_records), len(second_records))
-        first_records, second_records = first_records[:count], second_records[:count]
+    if not second.startswith(FROZEN):
+        one, two = ({r.get("seed", 0): r for r in rows} for rows in (first_records, second_records))
+        both = sorted(one.keys() & two.keys())
+        if not both:
+            return None
+        first_records, second_records = [one[s] for s in both], [two[s] for s in both]
     hits, precision = (
         [scores(records, metric) for records in (first_records, second_records)]
         for metric in PER_QUERY

@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from flowerray import cli
 from flowerray.commands.explain import ExplainConfig, explain_split
 from flowerray.commands.explain_concepts import explain_concepts
 from flowerray.commands.explain_pair import explain_pair
+from flowerray.commands.explain_pictures import _shown
 from flowerray.commands.models import Model, open_model
 from flowerray.commands.subjects import draw_images, make_subjects
 from flowerray.data.source import open_dataset
@@ -22,6 +25,7 @@ from flowerray.errors import UserError
 from flowerray.explain import table
 from flowerray.explain.concepts import ConceptsConfig
 from flowerray.explain.faithfulness import FaithfulnessConfig
+from flowerray.explain.judge import tested_positions
 from flowerray.rundir import RunDir
 from tests.explain.cases import embedder
 
@@ -128,6 +132,9 @@ def test_a_split_with_another_model_beside(model: Model) -> None:
     own, other = (f["scores"]["chosen"]["energy"]["mean"] for f in (found, found["beside"]))
     gain = found["beside"]["gain_over_run"]["energy"]["mean"]
     assert gain == pytest.approx(other - own) and other != own
+    assert set(found["beside"]["gain_over_run"]) == {"energy", "pointing", "iou"}
+    assert found["scores"]["chosen"]["deletion"]["n"] == 2 < found["images"]
+    assert "(deletion, insertion and ROAD on 2 of the images)" in table.split(found)
     assert not found["sanity"]["edges"]["randomised"]["passed"]
     (record,) = folder_of(model).records()[before:]
     assert record["metrics"]["explain_test/energy"] == own
@@ -145,7 +152,34 @@ def test_the_choice_serves_the_pairs_that_follow(model: Model, pictures: list[Pa
     found = explain_pair(
         model, pictures[0], pictures[30], method=None, layer=None, concepts=None, out=None
     )
+    assert found["method"] == "decomposition", "a map that --method forced was not chosen"
+    file = folder_of(model).path / "explanations" / "faithfulness.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"chosen": {**content["chosen"], "free": True}}))
+    found = explain_pair(
+        model, pictures[0], pictures[30], method=None, layer=None, concepts=None, out=None
+    )
     assert found["method"].startswith(f"layercam at {chosen['layer']}")
+
+
+def test_a_model_of_other_data_is_not_judged_beside(model: Model, tmp_path: Path) -> None:
+    data = model.run.data.model_copy(update={"protocol": "disjoint"})
+    other = replace(model, name="other", run=model.run.model_copy(update={"data": data}))
+    with pytest.raises(UserError, match="--beside other was trained on other data"):
+        explain_split(model, FAST, tmp_path, other, quiet=True)
+
+
+def test_the_rows_of_a_sheet_are_the_images_whose_scores_they_show() -> None:
+    """Without masks they go by insertion, which 100 of 300 images have."""
+    tested = tested_positions(300, 100)
+    values = np.random.default_rng(0).random(300)
+    judged: Any = SimpleNamespace(
+        scores={"chosen": {"insertion": values[tested]}}, subjects=range(300)
+    )
+    key, places, rows = _shown(judged, 9)
+    assert key == "insertion" and np.array_equal(values[rows], values[tested][places])
+    best = tested[np.argsort(-values[tested])[:3]]
+    assert np.array_equal(rows[:3], best) and len(set(rows)) == 9
 
 
 def test_images_are_chosen_on_and_judged_on_without_overlap(model: Model) -> None:
