@@ -136,6 +136,11 @@ def test_published_top1_and_budget_are_in_the_result(small_set: Path, tmp_path: 
     assert content["recommended"]["model"] is None
     assert "at most 1 M parameters" in " ".join(backbones_table(content).split())
 
+    config = RANDOM.model_copy(update={"split": "test"})
+    content = measure(small_set, tmp_path / "test", "tf_efficientnet_lite0", config=config)
+    assert content["recommended"]["model"] is None
+    assert "chosen on test would not be tested" in " ".join(backbones_table(content).split())
+
 
 @pytest.mark.ray
 def test_on_ray_the_accuracy_is_the_same(small_set: Path, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import torch
 
 from flowerray.errors import UserError
 from flowerray.explain.cam import CAMS, Explainer, cam_maps, prototypes, upsample
-from flowerray.explain.layers import Captured, capture, similarity
+from flowerray.explain.layers import Captured, capture, find_layers, similarity
+from flowerray.model import Embedder, EmbedderConfig
 from tests.explain.cases import embed, embedder, images
 
 
@@ -104,6 +105,19 @@ def test_hirescam_of_a_cosine_sums_to_zero_where_the_head_is_additive() -> None:
     held = Explainer("hirescam", "bn2", "held")(model, batch, reference_BD)
     np.testing.assert_allclose(free.sum((1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(held.sum((1, 2)), cosine_B, atol=1e-5)
+
+
+def test_a_map_leaves_a_model_in_training_mode_as_it_was() -> None:
+    config = EmbedderConfig(
+        backbone="test_resnet", weights="none", image_size=32, dim=16, freeze_bn=False
+    )
+    model = Embedder(config, 0).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    reference = torch.nn.functional.normalize(torch.rand(2, model.dim), dim=1)
+    layer = find_layers(model)[0].name
+    Explainer("gradcam", layer)(model, images(2, 32), reference)
+    assert model.training
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
 
 
 def test_an_image_is_not_explained_by_itself() -> None:

@@ -63,6 +63,14 @@ def test_half_of_an_image_is_not_its_duplicate() -> None:
     assert agreement(thumbnail(whole), thumbnail(whole[:, 80:])) < 0.85
 
 
+def test_equal_images_of_one_colour_are_plausible() -> None:
+    """Nothing in them correlates, not even with itself."""
+    flat = np.full((3, 64, 64), 255, np.uint8)
+    flat[2] = 254
+    found = plausible(flat, np.array([[0, 1], [0, 2]]))
+    assert found[:, 0].tolist() == [True, False] and agreement(flat[0], flat[1]) == 1.0
+
+
 def test_plausible_tells_the_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = thumbnail(smooth(4))
     three = np.stack([whole, np.ascontiguousarray(whole[:, ::-1]), thumbnail(smooth(5))])

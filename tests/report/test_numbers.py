@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from flowerray.report.gather import group, read_entry
-from flowerray.report.numbers import FROZEN, comparisons, measured, scores, summary
+from flowerray.report.numbers import FROZEN, compare, comparisons, measured, scores, summary
 from tests.report.runs import QUERIES, draw, evaluation, make_run, read
 
 ROOT = Path("flowers")
@@ -37,6 +37,36 @@ def test_queries_with_nothing_to_find_do_not_count() -> None:
     record = evaluation(0.5, 0, ROOT)
     record["per_query"]["num_relevant"][:3] = [0, 0, 0]
     assert scores([record], "recall_at_1").shape == (1, QUERIES - 3)
+
+
+def test_trained_rows_are_paired_by_the_seeds_that_both_have() -> None:
+    """In either order; frozen features meet every seed."""
+    one = [{**evaluation(hits, seed, ROOT), "seed": seed} for seed, hits in ((0, 0.9), (2, 0.8))]
+    two = [{**evaluation(0.5, seed + 9, ROOT), "seed": seed} for seed in (1, 2)]
+    found, back = compare("one", one, "two", two), compare("two", two, "one", one)
+    assert found is not None and back is not None
+    assert found.recall.mean == pytest.approx(-back.recall.mean)
+    assert found.recall.p_value == back.recall.p_value
+    hits = [record["metrics"]["recall_at_1"] for record in (one[1], two[1])]
+    assert found.recall.mean == pytest.approx(hits[0] - hits[1]), "seed 2 of both"
+    assert compare("one", one, "two", two[:1]) is None
+    floor = compare("one", one, FROZEN, [evaluation(0.4, 5, ROOT)])
+    mean = np.mean([record["metrics"]["recall_at_1"] for record in one])
+    assert floor is not None and floor.recall.mean == pytest.approx(mean - 0.4)
+
+
+def test_a_row_is_not_compared_with_another_backbones_floor(tmp_path: Path) -> None:
+    """That of its own could not be measured."""
+    runs = [make_run(tmp_path / f"r{seed}", "triplet", seed, hits=0.9) for seed in range(2)]
+    entries = [read_entry(path) for path in runs]
+    entries[1].options["embedder.backbone"] = "resnet50"
+    (setting,) = group(entries)
+    floors = [entry.floor for entry in setting.entries]
+    assert len(set(floors)) == 2
+    setting.frozen[floors[0]] = evaluation(0.4, 5, ROOT)
+    (table,) = measured(setting)
+    against = [(c.first, c.second) for c in comparisons(setting, table) if FROZEN in c.second]
+    assert len(against) == 1 and floors[0] in against[0][1]
 
 
 def test_robust_is_compared_with_standard_and_both_with_frozen(tmp_path: Path) -> None:
