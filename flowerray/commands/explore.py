@@ -69,7 +69,7 @@ def explore_dataset(
     if model is not None:
         emb_ND = _embed(model.embedder, survey, frozen=False, quiet=quiet)
         title = f"{model.run.method_name} model {model.name}"
-    with tqdm(desc="comparing", unit="pair", disable=quiet or None) as bar:
+    with tqdm(desc="comparing", unit="", disable=quiet or None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

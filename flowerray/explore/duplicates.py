@@ -54,12 +54,13 @@ def find_duplicates(
         features_NF: unit vectors that see more than brightness: frozen backbone features.
         split_N: split of each image; partners in other splits are looked for on their own, so that
             a burst in one split cannot hide a leak.
-        progress: called with (done, total) candidates.
+        progress: called with (done, total), first of the images whose partners are looked for,
+            then of the pairs that are aligned.
     """
     if len(grey_NPP) < 2:
         return []
     bits_N64, mirrored_N64 = hashes(grey_NPP)
-    pairs_M2 = candidates(bits_N64, mirrored_N64, features_NF, split_N)
+    pairs_M2 = candidates(bits_N64, mirrored_N64, features_NF, split_N, progress)
     found = []
     plausible_M2 = plausible(grey_NPP, pairs_M2)
     for done, ((i, j), ways) in enumerate(zip(pairs_M2.tolist(), plausible_M2, strict=True), 1):
@@ -102,24 +103,27 @@ def candidates(
     mirrored_N64: NDArray[np.bool_],
     features_NF: NDArray[np.floating],
     split_N: NDArray[np.str_],
+    progress: Callable[[int, int], object] | None = None,
 ) -> NDArray[np.int64]:
     """Pairs (M, 2), i < j, each once: every image with its `NEIGHBOURS` nearest by either signal,
-    within its own split and outside.
+    within its own split and outside. Takes time with the square of N.
     """
     signs = np.where(bits_N64, np.float32(1), np.float32(-1))
     mirrored = np.where(mirrored_N64, np.float32(1), np.float32(-1))
     feats = np.asarray(features_NF, np.float32)
+    part_N = np.unique(split_N, return_inverse=True)[1]  # numbers compare faster than names
     found: set[tuple[int, int]] = set()
     block = max(1, _BLOCK_ELEMENTS // len(signs))
     for start in range(0, len(signs), block):
         rows = slice(start, start + block)
-        same = signs[rows] @ np.concatenate([signs, mirrored]).T
-        bits = np.maximum(same[:, : len(signs)], same[:, len(signs) :])
-        own_split = split_N[rows, None] == split_N[None, :]
+        bits = np.maximum(signs[rows] @ signs.T, signs[rows] @ mirrored.T)
+        own_split = part_N[rows, None] == part_N[None, :]
         for alike in (bits, feats[rows] @ feats.T):
             alike[np.arange(len(alike)), np.arange(start, start + len(alike))] = -np.inf
             for allowed in (own_split, ~own_split):
                 found |= set(_nearest(np.where(allowed, alike, -np.inf), start))
+        if progress is not None:
+            progress(min(start + block, len(signs)), len(signs))
     return np.array(sorted(found), np.int64).reshape(-1, 2)
 
 

@@ -132,7 +132,7 @@ def explore(
             would call all images of a class alike.
         model: what made `emb_ND`.
         config: of the maps.
-        progress: of the comparison of near-duplicate candidates: (done, total).
+        progress: of the search for near-duplicates, see `find_duplicates`.
     """
     labels_N = survey.dataset.labels_N
     on_map = draw_images(len(labels_N), config)

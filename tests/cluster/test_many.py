@@ -217,8 +217,10 @@ def test_ctrl_c_leaves_trainings_that_go_on(small_set: Path, tmp_path: Path) -> 
     run = small(small_set, epochs=LONG)
     (tmp_path / "run.json").write_text(json.dumps(run.to_dict()))
     code = (
-        "import json, sys; from pathlib import Path; from flowerray.run import Run\n"
+        "import json, signal, sys; from pathlib import Path; from flowerray.run import Run\n"
         "from flowerray.cluster.many import train_many\n"
+        # A shell that starts the tests in the background has the signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "out = Path(sys.argv[1])\n"
         "run = Run.from_dict(json.loads((out / 'run.json').read_text()))\n"
         "train_many([(run, out / 'a'), (run, out / 'b')], cpus=0.5)\n"
