@@ -15,7 +15,7 @@ from flowerray.evaluate.statistics import Interval
 from flowerray.explain.baselines import Saliency
 from flowerray.explain.cam import Explainer, upsample
 from flowerray.explain.draw import draw_scores, draw_sheet
-from flowerray.explain.judge import Subjects, intervals, tested_positions
+from flowerray.explain.judge import Subjects, faithful_positions, intervals
 
 LABELS = {
     "energy": "energy in mask (higher)",
@@ -115,7 +115,7 @@ def _shown(judged: Judged, count: int) -> tuple[str, NDArray[np.int64], NDArray[
     own = judged.scores["chosen"]
     key = "energy" if "energy" in own else "insertion"
     places = _spread(own[key], count)
-    return key, places, tested_positions(len(judged.subjects), len(own[key]))[places]
+    return key, places, faithful_positions(len(judged.subjects), len(own[key]))[places]
 
 
 def _spread(values: NDArray, count: int) -> NDArray[np.int64]:

@@ -153,7 +153,7 @@ def judge(
     found: dict[str, dict[str, list[float]]] = {
         name: {metric: [] for metric in metrics_of(subjects)} for name in methods
     }
-    tested = set(tested_positions(len(subjects), config.images).tolist())
+    tested = set(faithful_positions(len(subjects), config.images).tolist())
     for start in range(0, len(subjects), _BATCH):
         images, reference = subjects.batch(start, device)
         size = images.shape[-1]
@@ -178,7 +178,7 @@ def judge(
     }
 
 
-def tested_positions(count: int, images: int) -> NDArray[np.int64]:
+def faithful_positions(count: int, images: int) -> NDArray[np.int64]:
     """Which of so many subjects the metrics of faithfulness take: up to `images`, at even
     distances.
     """

@@ -25,7 +25,7 @@ from flowerray.errors import UserError
 from flowerray.explain import table
 from flowerray.explain.concepts import ConceptsConfig
 from flowerray.explain.faithfulness import FaithfulnessConfig
-from flowerray.explain.judge import tested_positions
+from flowerray.explain.judge import faithful_positions
 from flowerray.rundir import RunDir
 from tests.explain.cases import embedder
 
@@ -171,7 +171,7 @@ def test_a_model_of_other_data_is_not_judged_beside(model: Model, tmp_path: Path
 
 def test_the_rows_of_a_sheet_are_the_images_whose_scores_they_show() -> None:
     """Without masks they go by insertion, which 100 of 300 images have."""
-    tested = tested_positions(300, 100)
+    tested = faithful_positions(300, 100)
     values = np.random.default_rng(0).random(300)
     judged: Any = SimpleNamespace(
         scores={"chosen": {"insertion": values[tested]}}, subjects=range(300)
