@@ -17,6 +17,8 @@ from flowerray.evaluate.backbones import (
     published_top1,
     read_published,
     recommend,
+    stamp,
+    weight_file,
 )
 from flowerray.evaluate.measure import default_gallery
 from flowerray.evaluate.pareto import front
@@ -83,6 +85,10 @@ def survey_backbones(
 
     kept = {name: json.loads(file(name).read_text()) for name in names if file(name).exists()}
     kept = {n: r for n, r in kept.items() if config.random_weights or r["weights"] != "random"}
+    if config.files is not None:  # the user's files come before all else, and may be new
+        kept = {
+            n: r for n, r in kept.items() if r.get("weight_file") == stamp(weight_file(n, config))
+        }
     skipped: dict[str, str] = {}
 
     def keep(row: dict[str, Any]) -> None:

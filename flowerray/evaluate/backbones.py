@@ -100,6 +100,22 @@ def _known(name: str) -> bool:
         return False
 
 
+def weight_file(name: str, config: BackbonesConfig) -> Path | None:
+    """A model's file in the user's folder, if there is one."""
+    if config.files is None:
+        return None
+    given = [config.files / f"{name}{end}" for end in (".safetensors", ".pth", ".pt")]
+    return next((path for path in given if path.is_file()), None)
+
+
+def stamp(file: Path | None) -> list[Any] | None:
+    """What tells a file of weights from another: its place, size in bytes and time of change."""
+    if file is None:
+        return None
+    known = file.stat()
+    return [str(file.absolute()), known.st_size, known.st_mtime_ns]
+
+
 def open_backbone(name: str, config: BackbonesConfig) -> tuple[Embedder, str]:
     """A model with the best weights to be had, and where they are from: `file`, `bundled`, `hub`
     (or its cache), or `random`.
@@ -107,9 +123,7 @@ def open_backbone(name: str, config: BackbonesConfig) -> tuple[Embedder, str]:
     Raises:
         UserError: no weights, or the model cannot be built at this image size.
     """
-    given = [config.files / f"{name}{end}" for end in (".safetensors", ".pth", ".pt")
-             ] if config.files else []  # fmt: skip
-    file = next((path for path in given if path.is_file()), None)
+    file = weight_file(name, config)
     sources = {"hub": "hub"}
     if file is not None:
         sources = {"file": str(file)}
@@ -162,6 +176,7 @@ def assess(
         "model": name,
         "family": type(embedder.backbone).__module__.rpartition(".")[2],
         "weights": source,
+        "weight_file": stamp(weight_file(name, config)),
         "params": sum(parameter.numel() for parameter in embedder.backbone.parameters()),
         "flops": flops,
         "features": embedder.num_features,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flowerray.cluster import survey
 from flowerray.commands import backbones
@@ -13,6 +14,7 @@ from flowerray.commands.backbones import survey_backbones
 from flowerray.data.source import DataConfig
 from flowerray.errors import UserError
 from flowerray.evaluate.backbones import BackbonesConfig
+from flowerray.model import Embedder, EmbedderConfig
 from flowerray.report.backbones import backbones_table
 
 RANDOM = BackbonesConfig(image_size=32, random_weights=True, batch_size=2, rounds=1)
@@ -107,6 +109,27 @@ def test_a_second_call_measures_only_what_is_missing(
     assert second["models"][0]["recall_at_1"] == first["models"][0]["recall_at_1"]
     with pytest.raises(UserError, match="None of 1 models"):  # random ones are not kept for this
         measure(small_set, out, "test_resnet", config=TRAINED)
+
+
+def test_a_new_file_of_weights_is_measured(small_set: Path, tmp_path: Path) -> None:
+    """Also where a row of random weights, or of the file before, is there; without --files what
+    is there stays.
+    """
+    out, files = tmp_path / "out", tmp_path / "files"
+    files.mkdir()
+    assert measure(small_set, out, "test_resnet")["models"][0]["weights"] == "random"
+    found = []
+    config = RANDOM.model_copy(update={"files": files})
+    for seed in (1, 2):
+        embedder = Embedder(EmbedderConfig(backbone="test_resnet", weights="none"), seed)
+        torch.save(embedder.backbone.state_dict(), files / "test_resnet.pth")
+        row = measure(small_set, out, "test_resnet", config=config)["models"][0]
+        found.append((row["weights"], row["weight_file"][2]))
+    again = measure(small_set, out, "test_resnet")["models"][0]
+    assert found[0][0] == found[1][0] == "file"
+    assert found[0][1] < found[1][1] == again["weight_file"][2], (
+        "without --files what is there stays"
+    )
 
 
 def test_refuses_a_folder_of_something_else(small_set: Path, tmp_path: Path) -> None:
