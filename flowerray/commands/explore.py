@@ -60,8 +60,11 @@ def explore_dataset(
     maps = maps or MapConfig()
     model = None if run is None else open_model(run, device)
     dataset, note = open_for_exploring(data)
-    problems = check_dataset(data.root, progress=not quiet)
     survey = take_survey(dataset, progress=not quiet)
+    if oxford.is_oxford(data.root) or any(folder.class_files(data.root).values()):
+        problems = check_dataset(data.root, progress=not quiet)
+    else:  # a flat folder is no set to train on, and is looked at all the same
+        problems = [f"{path.name} is left out: {why}" for path, why in survey.unreadable]
     backbone = Embedder(embedder or EmbedderConfig()).to(device)
     features_NF = _embed(backbone, survey, frozen=True, quiet=quiet)
     title = f"{backbone.config.backbone}, frozen, {backbone.image_size} px"

@@ -82,6 +82,15 @@ def test_tiny_folders(
 
 
 @pytest.mark.usefixtures("offline")
+def test_the_problems_of_a_flat_folder_are_its_broken_files(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "set", {"a": 3}) / "a"
+    (root / "broken.png").write_bytes(b"no picture")
+    assert run(root, tmp_path / "out") == 0
+    (problem,) = json.loads((tmp_path / "out" / "explore.json").read_text())["problems"]
+    assert problem.startswith("broken.png is left out: ")
+
+
+@pytest.mark.usefixtures("offline")
 def test_a_trained_model(
     small_set: Path, small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
