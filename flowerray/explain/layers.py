@@ -213,11 +213,6 @@ def similarity(reference_BD: Tensor) -> Target:
     return value
 
 
-def difference(first_BD: Tensor, second_BD: Tensor) -> Target:
-    """Why one candidate rather than another: cosine to the first minus cosine to the second."""
-    return similarity(first_BD - second_BD)
-
-
 @contextmanager
 def protected(embedder: Embedder) -> Iterator[None]:
     """Eval mode; every submodule's own mode is back afterwards, also after an error."""

@@ -10,7 +10,7 @@ from torch import nn
 from flowerray.errors import UserError
 from flowerray.explain import layers
 from flowerray.explain.cam import CAMS, Explainer
-from flowerray.explain.layers import capture, difference, find_layers, similarity
+from flowerray.explain.layers import capture, find_layers, similarity
 from tests.explain.cases import embed, embedder, images
 
 FAMILIES = {
@@ -111,18 +111,6 @@ def test_also_after_an_error() -> None:
     with pytest.raises(IndexError, match="own fault"):
         capture(model, batch, ["bn2"], broken)
     assert model.training and not any(module._forward_hooks for module in model.modules())
-
-
-def test_difference_of_two_candidates() -> None:
-    model, batch = embedder(), images(3)
-    emb_BD = embed(model, batch)
-    one, two = emb_BD[1:2], emb_BD[2:3]
-    caught = [
-        capture(model, batch[:1], ["bn2"], target)[0]
-        for target in (similarity(one), similarity(two), difference(one, two))
-    ]
-    grads = [c.grads_BCHW for c in caught if c is not None]
-    torch.testing.assert_close(grads[0] - grads[1], grads[2], rtol=1e-4, atol=1e-8)
 
 
 def test_what_is_no_map() -> None:
