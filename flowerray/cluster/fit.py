@@ -166,7 +166,9 @@ def fit_on_ray(run: Run, folder: RunDir) -> dict[str, Any]:
         blind = run.resources.device == "auto" and not resources.get("CPU")
         if not cpus or blind:  # with no node up nothing says which device it will have
             cpus = cpus_of_a_worker(nodes, workers, use_gpu)
-        config = {"run": run.to_dict(), "folder": str(folder.path), "threads": cpus}
+        config = {
+            "run": run.to_dict(), "folder": str(folder.path), "threads": cpus, "alone": alone
+        }  # fmt: skip
         trainer = make_trainer(
             ray_worker, config, folder, workers=workers, cpus=cpus, use_gpu=use_gpu, alone=alone
         )
@@ -212,9 +214,8 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
-    reporter = RayReporter(
-        Path(config["folder"]), context.get_world_rank(), context.get_world_size()
-    )
+    kind = FolderReporter if config["alone"] else RayReporter  # a Ray of our own has no dashboard
+    reporter = kind(Path(config["folder"]), context.get_world_rank(), context.get_world_size())
     try:
         return work(Run.from_dict(config["run"]), reporter, get_device())
     except DivergedError as error:  # every rank sees the same loss, so every rank returns

@@ -21,7 +21,8 @@ ENVIRONMENT = {
     "RAY_num_workers_soft_limit": "0",  # by default one idle process a core stays, and polls
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # a job that sets FLOWERRAY_HOME may meet ours, its own
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # by default each report waits for a poll every 2 s
+    # By default a report waits for a poll every 2 s; one every 0.2 s cost 15 % of the speed.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or what a worker prints shows twice
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or each driver without a GPU prints a warning
