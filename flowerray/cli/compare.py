@@ -21,7 +21,8 @@ def compare(words: list[str]) -> int:
     """`flowerray compare [options]`."""
     import tyro
 
-    from flowerray.commands.compare import CompareConfig, compare, read_options
+    from flowerray.commands.compare import compare, read_options
+    from flowerray.commands.compare_plan import CompareConfig
     from flowerray.report.comparison import comparison_table
     from flowerray.tables import as_json
 

@@ -25,9 +25,9 @@ def make_trainer(
 ) -> Any:
     """A `TorchTrainer`. A worker that dies is replaced, twice at most.
 
-    Each of Ray Train's helpers is a process: it takes seconds to start, wakes 100 times a second
-    and interrupts the training. Those that serve nothing here are left out. A version of Ray that
-    names them otherwise starts them all, and trains as well.
+    Each of Ray Train's helpers is a process that takes seconds to start. Those that serve nothing
+    here are left out. A version of Ray that names them otherwise starts them all, and trains as
+    well.
 
     Args:
         worker: runs on each of the workers, with `config`.

@@ -182,15 +182,15 @@ def assess(
         "features": embedder.num_features,
         "queries": int(counted_Q.sum()),
         "gallery": found.metrics["gallery"],
-        "recall_at_1": _interval(found.per_query["hit"][counted_Q]),
-        "map_at_r": _interval(found.per_query["average_precision"][counted_Q]),
+        "recall_at_1": bootstrap_interval(found.per_query["hit"][counted_Q]).to_dict(),
+        "map_at_r": bootstrap_interval(found.per_query["average_precision"][counted_Q]).to_dict(),
         "linear": None,
     }
     if found.metrics["gallery"] == "train" and len(np.unique(found.gallery_labels)) > 1:
         right_Q = linear_probe(
             found.gallery_emb, found.gallery_labels, found.query_emb, config.linear_c
         ) == found.query_labels  # fmt: skip
-        row["linear"] = _interval(right_Q)
+        row["linear"] = bootstrap_interval(right_Q).to_dict()
     return row
 
 
@@ -395,9 +395,3 @@ def recommend(
     number = f"has the highest R@1 of {len(within)} models"
     why = f"It {'is the only model' if len(within) == 1 else number} with {budget}."
     return {"model": best["model"], "why": why}
-
-
-def _interval(values_Q: NDArray) -> dict[str, float | None]:
-    found = bootstrap_interval(values_Q.astype(np.float64))
-    low, high = (None if np.isnan(bound) else bound for bound in (found.low, found.high))
-    return {"mean": found.mean, "low": low, "high": high}

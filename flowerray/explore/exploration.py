@@ -163,10 +163,7 @@ def known(value: float) -> float | None:
 
 def _effect(effect: Effect) -> dict[str, Any]:
     def interval(value: Interval | None) -> dict[str, Any] | None:
-        if value is None:
-            return None
-        bounds = {"low": known(value.low), "high": known(value.high)}
-        return {"mean": value.mean, "n": value.n, **bounds}
+        return None if value is None else value.to_dict()
 
     return {
         "gallery": effect.gallery,

@@ -17,8 +17,9 @@ from flowerray import tracking
 from flowerray.checkpoint import load_export
 from flowerray.cli import dispatch
 from flowerray.cluster import tune as module
+from flowerray.cluster.searcher import make_scheduler
 from flowerray.cluster.study import Study
-from flowerray.cluster.tune import TrialResources, ask_for_nodes, make_scheduler
+from flowerray.cluster.tune import TrialResources, ask_for_nodes
 from flowerray.rundir import RunDir
 from tests.cluster.heads import free_ports, wait_for
 from tests.cluster.studies import make_study, pretend, run_trial, tune_words

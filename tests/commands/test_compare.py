@@ -14,7 +14,8 @@ from flowerray.cli import dispatch
 from flowerray.cluster import many
 from flowerray.cluster.many import DivergedTrainingsError
 from flowerray.commands import compare as command
-from flowerray.commands.compare import CompareConfig, base_runs, compare, plan, read_options
+from flowerray.commands.compare import compare, read_options
+from flowerray.commands.compare_plan import CompareConfig, base_runs, plan
 from flowerray.data.augment import AugmentConfig
 from flowerray.data.source import DataConfig
 from flowerray.data.synthetic import SyntheticConfig, synthesize
