@@ -11,8 +11,9 @@ from flowerray.model import Embedder
 
 
 class MovingAverage:
-    """Exponential moving average of an embedder's weights. Polyak & Juditsky 1992; decay as in
-    timm's ModelEmaV2.
+    """Exponential moving average of an embedder's weights. Polyak & Juditsky 1992; with the warm-up
+    of TensorFlow's ExponentialMovingAverage: until `decay` is reached the decay of step n is
+    (1 + n) / (10 + n), or short trainings would export their first weights.
     """
 
     def __init__(self, embedder: Embedder, decay: float) -> None:
@@ -20,11 +21,12 @@ class MovingAverage:
         self.state: dict[str, Tensor] = copy.deepcopy(embedder.state_dict())
 
     @torch.no_grad()
-    def update(self, embedder: Embedder) -> None:
-        """average += (1 - decay) (weights - average)."""
+    def update(self, embedder: Embedder, step: int) -> None:
+        """average += (1 - decay) (weights - average), after optimizer step `step`, from 1."""
+        decay = min(self.decay, (1 + step) / (10 + step))
         for name, value in embedder.state_dict().items():
             if value.is_floating_point():
-                self.state[name].lerp_(value, 1 - self.decay)
+                self.state[name].lerp_(value, 1 - decay)
             else:
                 self.state[name].copy_(value)
 

@@ -19,6 +19,7 @@ from flowerray.methods._base import Method
 from flowerray.model import Embedder, EmbedderConfig
 
 STATE = "state.pt"
+RUN = "run.json"
 EXPORT_KEYS = {"embedder", "method", "run", "threshold", "classes"}
 
 
@@ -45,7 +46,13 @@ def save_state(folder: Path, state: dict[str, Any], run: dict[str, Any]) -> None
     """Writes a checkpoint into an existing folder (the caller makes the folder atomic)."""
     with (folder / STATE).open("wb") as file:  # of a path torch hides that the disk is full
         torch.save(state, file)
-    (folder / "run.json").write_text(json.dumps(run, indent=2))
+    (folder / RUN).write_text(json.dumps(run, indent=2))
+
+
+def trained_on(folder: Path) -> str | None:
+    """The fingerprint of the data that a checkpoint was trained on, where it says so."""
+    known: str | None = json.loads((folder / RUN).read_text()).get("dataset")
+    return known
 
 
 def load_state(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -71,7 +78,7 @@ def export(
         path: `best_model_<name>.pth` or `robust_model_<name>.pth`.
         method: whose loss parameters are kept beside the embedder.
         embedder_state: the weights to export (the moving average's where there is one).
-        run: the Run as a plain dict.
+        run: the Run as a plain dict, with "dataset", the fingerprint of what it was trained on.
         threshold: cosine from which two photographs count as the same class, fitted on val.
         classes: names of the training classes, in the order of the method's targets.
     """
@@ -111,7 +118,8 @@ def export_file(path: Path) -> Path:
 
 
 def load_export(run_or_file: str | Path) -> dict[str, Any]:
-    """The content of an export: "embedder", "method", "run" (as a dict), "threshold", "classes".
+    """The content of an export: "embedder", "method", "run" (as a dict), "threshold", "classes",
+    and "dataset", the fingerprint of the training's data (None: not known).
 
     Raises:
         UserError: nothing there, or not a flowerray export.
@@ -120,7 +128,8 @@ def load_export(run_or_file: str | Path) -> dict[str, Any]:
     content = _load(file, "cpu")
     if not isinstance(content, dict) or set(content) != EXPORT_KEYS:
         raise UserError(f"{file} is not a flowerray model (expected keys {sorted(EXPORT_KEYS)}).")
-    return {**content, "run": json.loads(content["run"])}
+    run = json.loads(content["run"])
+    return {**content, "dataset": run.pop("dataset", None), "run": run}
 
 
 def initialise(method: Method, source: Path, classes: tuple[str, ...]) -> None:

@@ -48,7 +48,8 @@ class HardenConfig(Config):
     beta: float = Field(6.0, ge=0)
     """Weight of TRADES' divergence beside the clean loss; trades only."""
     ramp: float = Field(0.3, ge=0, le=1)
-    """Share of the training over which epsilon rises linearly from 0; at 0 no attack is made."""
+    """Share of the training over which epsilon rises linearly from 0 to its full size (a step whose
+    epsilon is 0 is trained on clean images); 0 = full size from the first step."""
     destination: Literal["zero", "lga"] = "zero"
     """How far an attack moves triplets and pairs: until positives are as far as negatives, or, with
     the LGA schedule, short of that by the last loss; pgd and nfgsm only, no meaning for center."""
@@ -65,8 +66,8 @@ class HardenConfig(Config):
     val_queries: int = Field(256, ge=1)
     """Val images that it attacks, spread over the classes and the same after each epoch."""
     probe_queries: int = Field(64, ge=0)
-    """Of those, how many also show whether one-step training has overfitted to its one step; nfgsm
-    and free only; 0 = no probe."""
+    """Of those, how many also show whether one-step training has overfitted to its one step; nfgsm,
+    free and one step of pgd or trades only; 0 = no probe."""
 
     @model_validator(mode="after")
     def _refuse_what_is_not_used(self) -> "HardenConfig":
@@ -79,7 +80,7 @@ class HardenConfig(Config):
             "destination": ("pgd", "nfgsm"),
             "awp": ("pgd", "trades", "nfgsm"),
             "replays": ("free",),
-            "probe_queries": ("nfgsm", "free"),
+            "probe_queries": ("nfgsm", "free", *(("pgd", "trades") if self.steps == 1 else ())),
         }
         for name, field in type(self).model_fields.items():
             kinds = users.get(name, ("pgd", "trades", "nfgsm", "free"))
@@ -94,6 +95,11 @@ class HardenConfig(Config):
     def on(self) -> bool:
         """Whether anything is hardened."""
         return self.kind != "none"
+
+    @property
+    def one_step(self) -> bool:
+        """Whether images are attacked by a single step, which a model may learn to mislead."""
+        return self.kind in ("nfgsm", "free") or (self.on and self.steps == 1)
 
     @property
     def selection(self) -> str:

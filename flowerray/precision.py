@@ -5,7 +5,7 @@ import copy
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 import torch
@@ -50,7 +50,8 @@ def faster_precision(embedder: Embedder, device: torch.device) -> Literal["fp32"
     if key not in known:
         # One rank measures alone: in train mode a synchronised BatchNorm would wait for the others.
         known[key] = _measure(copy.deepcopy(embedder).eval(), device)
-        write_json(memory, known)
+        with suppress(OSError):  # it only saves the next measurement
+            write_json(memory, known)
     fp32, bf16 = known[key]["fp32"], known[key]["bf16"]
     return "bf16" if fp32 / bf16 >= MARGIN else "fp32"
 

@@ -230,7 +230,7 @@ def train(
                 optimizer.step()
                 method.after_step(output)
                 if average:
-                    average.update(method.embedder)
+                    average.update(method.embedder, progress.step + 1)
 
             progress.step += 1
             progress.step_in_epoch = batch.step + 1

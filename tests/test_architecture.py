@@ -30,12 +30,12 @@ ORDER = [
     "evaluate/checks", "evaluate/audit",
     "evaluate/guard",
     "system", "train", "explain", "tracking_server", "tracking", "pyfunc", "explore", "report",
-    "run", "cluster", "serve", "commands/models", "commands", "tables",
+    "run", "cluster", "commands/models", "commands", "tables",
     "cli/options", "cli",
 ]  # fmt: skip
 
 ONLY_IN = {
-    "ray": ("cluster/", "serve/"),
+    "ray": ("cluster/",),
     "mlflow": ("tracking", "pyfunc"),
     "tyro": ("cli/",),
 }

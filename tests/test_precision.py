@@ -34,6 +34,14 @@ def test_the_answer_is_measured_once(
     assert precision.faster_precision(embedder, CPU) == first
 
 
+def test_a_home_that_cannot_be_written_costs_the_memory_alone(
+    embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FLOWERRAY_HOME", str(tmp_path / "file"))
+    assert precision.faster_precision(embedder, CPU) in ("fp32", "bf16")
+
+
 def test_a_rank_that_measures_alone_waits_for_no_other(
     embedder: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

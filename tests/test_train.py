@@ -137,6 +137,28 @@ def test_a_diverged_loss_stops_the_run_and_names_the_step(
     assert all(np.isfinite(r["metrics"]["train/loss"]) for r in records)
 
 
+def test_a_compiled_embedder_trains_as_it_does_by_itself(
+    job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced as any backend has it, which compiling to machine code would take minutes to show."""
+    compiled: list[object] = []
+    compile_module = torch.nn.Module.compile
+
+    def traced(module: torch.nn.Module) -> None:
+        compiled.append(module)
+        compile_module(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    states = []
+    for name in ("plain", "compiled"):
+        make_run(tmp_path / name)
+        options = {"epochs": 1, "classes_per_batch": 4, "images_per_class": 2, "lr": 1e-3}
+        train = {**options, "compile": name == "compiled"}
+        more = {"method": "triplet", "double": True, "out": str(tmp_path / name)}
+        states.append(train_small({**job, **more, "train": train, "validate": True}).state_dict())
+    assert len(compiled) == 1 and largest_difference(*states) <= 1e-6
+
+
 def test_a_checkpoint_of_another_method_is_refused(job: dict[str, Any], tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     options = {"epochs": 1, "classes_per_batch": 4, "images_per_class": 2}
@@ -232,11 +254,12 @@ def test_moving_average_follows_its_formula() -> None:
     average = MovingAverage(embedder, 0.9)
     weight = embedder.projection.weight
     expected, generator = weight.detach().clone(), torch.Generator().manual_seed(0)
-    for _ in range(5):
+    for step in (1, 2, 3, 100, 101):
         with torch.no_grad():
             weight.copy_(torch.randn(weight.shape, generator=generator))
-        average.update(embedder)
-        expected = 0.9 * expected + 0.1 * weight.detach()
+        average.update(embedder, step)
+        decay = 0.9 if step > 80 else (1 + step) / (10 + step)  # a short training counts as well
+        expected = decay * expected + (1 - decay) * weight.detach()
     torch.testing.assert_close(average.state["projection.weight"], expected)
     last = weight.detach().clone()
     with average.swapped_into(embedder):

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from flowerray.attacks.library import (
+    LEAST_CLASSES,
     REFERENCE,
     attack_within,
     carlini_wagner,
@@ -79,6 +80,7 @@ def run(
     seed: int,
     positions: Sequence[int] | None = None,
     own_images_refused: bool = True,
+    raw: bool = False,
 ) -> Tensor:
     """Attacks queries; the gallery stays clean and is known to the attacker (white box).
 
@@ -106,6 +108,7 @@ def run(
             batch.
         own_images_refused: whether to refuse a gallery that holds most of these images; leave it to
             a look at all queries where batches get small.
+        raw: give what the attack gave, beyond epsilon too; for a look at the attack itself.
 
     Returns:
         Adversarial images_BCHW.
@@ -147,7 +150,8 @@ def run(
             budget=budget,
             seed=seed,
         )
-        return _within(_ATTACKS[name](scene), scene)
+        attacked_BCHW = _ATTACKS[name](scene)
+        return attacked_BCHW if raw else _within(attacked_BCHW, scene)
 
 
 @dataclass(frozen=True)
@@ -371,6 +375,15 @@ _ATTACKS: dict[str, Callable[[_Scene], Tensor]] = {
     "margin": _margin,
     "standard": _standard,
 }
+
+MINIMUM_NORM = ("fab", "cw", "deepfool")
+"""Attacks that seek the least change, and may end beyond epsilon."""
+
+
+def least_classes(name: str) -> int:
+    """Classes that a gallery must have for an attack."""
+    return LEAST_CLASSES["APGDT"] if name in ("apgd-dlr", "standard") else 2
+
 
 NAMES: tuple[str, ...] = tuple(_ATTACKS)
 """The attacks: `noise` is a control, `fab` and `apgd-dlr` are targeted, `shift` needs no labels,

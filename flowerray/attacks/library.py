@@ -41,7 +41,7 @@ REFERENCE: Mapping[str, Mapping[str, Any]] = {
 words and in its order: each part's every setting but model, norm, epsilon and seed. `n_classes` is
 the number of targets plus one there, whatever the number of classes."""
 
-_LEAST_CLASSES = {"APGD": 2, "APGDT": 4, "FAB": 2, "Square": 2}
+LEAST_CLASSES = {"APGD": 2, "APGDT": 4, "FAB": 2, "Square": 2}
 """How many logits each part's formula takes."""
 
 
@@ -97,9 +97,9 @@ def attack_within(
     import torchattacks
 
     num_classes = len(logits.classes_C)
-    if num_classes < _LEAST_CLASSES[part]:
+    if num_classes < LEAST_CLASSES[part]:
         raise UserError(
-            f"{part} compares the {_LEAST_CLASSES[part]} nearest classes, but the gallery holds "
+            f"{part} compares the {LEAST_CLASSES[part]} nearest classes, but the gallery holds "
             f"{num_classes}: choose another attack."
         )
     options = dict(options)

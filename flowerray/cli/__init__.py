@@ -42,7 +42,9 @@ COMMANDS: dict[str, Command] = {
         "training", "train", "train a method: flowerray train triplet --data.root DIR"
     ),
     "tune": Command("tune", "tune", "search a method's settings, on this machine or a cluster"),
-    "compare": Command("compare", "compare", "the methods under one budget, over seeds, tested"),
+    "compare": Command(
+        "compare", "compare", "train all methods under one budget, test what differs"
+    ),
     "evaluate": Command("measuring", "evaluate", "measure a trained model, or a frozen backbone"),
     "attack": Command("attack", "attack", "adversarial R@1 of a model, and whether to believe it"),
     "similar": Command("measuring", "similar", "do two photographs show the same class?"),

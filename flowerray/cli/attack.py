@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from flowerray.cli.options import end_of_logging, parse, peek, pick_device, refuse
+from flowerray.cli.options import end_of_logging, given, parse, peek, pick_device, refuse
 from flowerray.errors import UserError
 
 
@@ -12,7 +12,7 @@ def attack(words: list[str]) -> int:
     import tyro
     from pydantic import Field
 
-    from flowerray.evaluate.attack_config import PRESETS, AttackConfig
+    from flowerray.evaluate.attack_config import L2_GRID, PRESETS, AttackConfig
 
     def comma(kind: type, metavar: str) -> Any:
         """One word, its parts separated by commas."""
@@ -66,6 +66,8 @@ def attack(words: list[str]) -> int:
 
     model = open_model(options.run, pick_device("auto"))
     config = AttackConfig(**{field: getattr(options, field) for field in AttackConfig.model_fields})
+    if config.norm == "l2" and not given(words, ["eps", "preset"]):
+        config = config.model_copy(update={"eps": L2_GRID})
     content = command.attack_model(
         model,
         config,

@@ -44,14 +44,13 @@ def backbones(words: list[str]) -> int:
         if not fields["files"].is_dir():
             raise UserError(f"--files {options.files} is no folder: name one of weight files.")
 
-    import torch
-
     from flowerray import tables
+    from flowerray.cluster.session import own_gpus
     from flowerray.commands.backbones import survey_backbones
     from flowerray.report.backbones import backbones_table
 
     out = (options.out or default_out("backbones")).expanduser().absolute()
-    gpus = float(torch.cuda.is_available()) if options.gpus is None else options.gpus
+    gpus = own_gpus() if options.gpus is None else options.gpus
     content = survey_backbones(
         options.models, BackbonesConfig(**fields), absolute_data(options.data), out,
         results=options.results, max_latency_ms=options.max_latency_ms,

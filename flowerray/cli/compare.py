@@ -10,6 +10,7 @@ from flowerray.cli.options import (
     absolute_embedder,
     default_out,
     end_of_logging,
+    given,
     parse,
     peek,
     refuse,
@@ -21,6 +22,7 @@ def compare(words: list[str]) -> int:
     """`flowerray compare [options]`."""
     import tyro
 
+    from flowerray.cluster.session import own_gpus
     from flowerray.commands.compare import compare, read_options
     from flowerray.commands.compare_plan import CompareConfig
     from flowerray.report.comparison import comparison_table
@@ -46,6 +48,8 @@ def compare(words: list[str]) -> int:
     fields = {name: getattr(start, name) for name in CompareConfig.model_fields}
     options = parse(Options, words, "compare", about, default=Options(**fields))
     fields = {name: getattr(options, name) for name in CompareConfig.model_fields}
+    if resume is None and not given(words, ["gpus"]):
+        fields["gpus"] = own_gpus()
     fields["data"] = absolute_data(options.data)
     fields["embedder"] = absolute_embedder(options.embedder)
     for name in ("center", "siamese", "triplet"):

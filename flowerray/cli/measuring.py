@@ -13,7 +13,7 @@ from flowerray.cli.options import (
 )
 from flowerray.errors import UserError
 
-SPLITS = ("data.protocol", "data.train_per_class", "data.val_per_class")
+SPLITS = ("data.protocol", "data.train_per_class", "data.val_per_class", "data.seed")
 """What says how another set than the run's is split; without them all of it is measured."""
 
 
@@ -125,8 +125,9 @@ def search(words: list[str]) -> int:
         """A folder of images, of class folders, or in the Oxford layout."""
         top: int = Field(10, ge=1)
         """Neighbours to show."""
-        sheet: Path = Path("search.png")
-        """Where the picture of the query and its neighbours goes."""
+        sheet: Path | None = None
+        """Where the picture of the query and its neighbours goes, 50 of them at most; by default
+        search.png here, and none with --json."""
         as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
         """Print one JSON object and nothing else."""
 
@@ -135,7 +136,7 @@ def search(words: list[str]) -> int:
     )
     model = models.open_model(options.run, pick_device("auto"))
     found = measuring.search(
-        model, options.query, options.gallery, options.top, options.sheet, quiet=options.as_json
+        model, options.query, options.gallery, options.top, quiet=options.as_json
     )
     if options.as_json:
         rows = [
@@ -144,5 +145,8 @@ def search(words: list[str]) -> int:
         print(tables.as_json({"query": str(options.query), "neighbours": rows}))
     else:
         print(tables.neighbours(found))
-        print(f"picture   {options.sheet}")
+    sheet = options.sheet or (None if options.as_json else Path("search.png"))
+    drawn = sheet is not None and measuring.draw_neighbours(options.query, found, sheet)
+    if drawn and not options.as_json:
+        print(f"picture   {sheet}")
     return 0

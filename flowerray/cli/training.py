@@ -27,7 +27,8 @@ def train(words: list[str]) -> int:
 
 def demo(words: list[str]) -> int:
     """`flowerray demo`: the main job on rendered flowers, start to end."""
-    options, run = parse_run("demo", "triplet", words, default_preset="demo")
+    about = "Renders 40 species, trains triplet, and measures it beside the untrained backbone."
+    options, run = parse_run("demo", "triplet", words, default_preset="demo", about=about)
     from flowerray.cluster.fit import fit
     from flowerray.commands.measuring import evaluate_frozen, evaluate_model
     from flowerray.commands.models import open_model

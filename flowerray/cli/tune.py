@@ -26,6 +26,7 @@ def tune(words: list[str]) -> int:
     from pydantic import Field, create_model
 
     from flowerray import harden, methods, tables
+    from flowerray.cluster.session import own_gpus
     from flowerray.cluster.space import COMMON, DIM
     from flowerray.cluster.study import Study, StudyConfig
     from flowerray.cluster.tune import Choices, TrialResources, new_study
@@ -48,7 +49,7 @@ def tune(words: list[str]) -> int:
 
     class Own(Config):
         preset: Literal[tuple(PRESETS)] = "laptop"  # type: ignore[valid-type]
-        """The run that the other options change: the search's default."""
+        """The run that the other options change, the search's default: see `flowerray train`."""
         out: Path | None = None
         """A new folder for the study; by default runs/tune-METHOD-TIME."""
         resume: Path | None = None
@@ -82,6 +83,9 @@ def tune(words: list[str]) -> int:
     if old is None and config.sampler == "nsga2" and not given(words, ["pruner"]):
         config = config.model_copy(update={"pruner": "none"})  # it learns from whole trials alone
     resources = TrialResources(**taken(TrialResources))
+    if old is None and not given(words, ["gpus_per_trial"]):
+        gpus = own_gpus(resources.workers_per_trial)
+        resources = resources.model_copy(update={"gpus_per_trial": gpus})
     if options.hardened and not run.harden.on:
         content = {**run.harden.model_dump(), "kind": "pgd"}
         run = run.model_copy(update={"harden": harden.HardenConfig(**content)})

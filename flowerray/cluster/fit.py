@@ -5,6 +5,7 @@ MLflow fed.
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,22 @@ import torch
 from tqdm import tqdm
 
 from flowerray import tracking
+from flowerray.checkpoint import trained_on
 from flowerray.cluster.session import own_signals, ray_session, slots
 from flowerray.cluster.trainer import make_trainer
-from flowerray.cluster.worker import build_method, pick_device, split_store, start_weights, work
+from flowerray.cluster.worker import (
+    build_method,
+    pick_device,
+    refuse_changed,
+    split_store,
+    start_weights,
+    work,
+)
 from flowerray.data.batches import PKSampler
 from flowerray.data.source import open_dataset
 from flowerray.errors import UserError
 from flowerray.evaluate.guard import alarms
-from flowerray.files import only_driver
+from flowerray.files import only_driver, refuse_unwritable, writing
 from flowerray.progress import DivergedError
 from flowerray.report.curves import plot_training
 from flowerray.run import Run
@@ -49,9 +58,12 @@ def fit(
     folder = RunDir(out)
     if not resume:
         folder.refuse_existing()
+        refuse_unwritable(folder.path)
     tags, total_steps = prepare(run, quiet, resume)
     if resume:
         folder.read()
+        if (saved := folder.checkpoint()) is not None:
+            refuse_changed(trained_on(saved), tags, run)
     else:
         folder.create(run.to_dict())
     with only_driver(folder.path):
@@ -161,6 +173,12 @@ def fit_on_ray(run: Run, folder: RunDir) -> dict[str, Any]:
         use_gpu = run.resources.device == "cuda" or (
             run.resources.device == "auto" and gpus >= workers
         )
+        if gpus and not use_gpu and run.resources.device == "auto":
+            tqdm.write(
+                f"training on the CPU: {workers} workers cannot share {gpus:g} GPU(s); "
+                f"--resources.workers {int(gpus)} uses them.",
+                file=sys.stderr,
+            )
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cpus = run.resources.cpus_per_worker
         blind = run.resources.device == "auto" and not resources.get("CPU")
@@ -178,7 +196,12 @@ def fit_on_ray(run: Run, folder: RunDir) -> dict[str, Any]:
         except SystemExit:  # what Ray makes of Ctrl-C
             raise KeyboardInterrupt from None
         except Exception as error:
-            raise UserError(f"the training workers failed: {innermost(error)}") from error
+            whole = folder.path / "error.txt"
+            with writing(whole):
+                whole.write_text("\n".join(traceback.format_exception(error)))
+            raise UserError(
+                f"the training workers failed: {innermost(error)} (all of it: {whole})"
+            ) from error
     if summary and USER_ERROR in summary:
         raise UserError(summary[USER_ERROR])
     assert isinstance(summary, dict)
@@ -218,8 +241,11 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
     reporter = kind(Path(config["folder"]), context.get_world_rank(), context.get_world_size())
     try:
         return work(Run.from_dict(config["run"]), reporter, get_device())
-    except DivergedError as error:  # every rank sees the same loss, so every rank returns
-        return {USER_ERROR: str(error)}
+    except UserError as error:  # it would come again, so it is no failure that Ray should retry
+        # Every rank sees the same loss; of another fault the others know nothing, and would wait.
+        if isinstance(error, DivergedError) or reporter.world == 1:
+            return {USER_ERROR: str(error)}
+        raise
 
 
 class RayReporter(FolderReporter):
@@ -238,13 +264,23 @@ class RayReporter(FolderReporter):
 
 def innermost(error: BaseException) -> str:
     """One line of the worker's own error, out of Ray's wrappers."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        error = next(iter(failures.values()))
+    failures = list(getattr(error, "worker_failures", {}).values())
+    told = [_said(failure) for failure in failures or [error]]
+    # Where one of several workers dies, the others lose their connection to it.
+    return next((line for line in told if "onnection" not in line), told[0])
+
+
+def _said(error: BaseException) -> str:
+    """The first line of an error's message. Ray hands over the whole traceback as the message:
+    there it is the line after the last frame, of which only the frames are indented.
+    """
     while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
         error = cause
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    frames = [i for i, line in enumerate(lines) if line.startswith("  File ")]
+    if frames:
+        lines = [line for line in lines[frames[-1] :] if not line.startswith(" ")]
+    return lines[0].strip() if lines else type(error).__name__
 
 
 class Progress:

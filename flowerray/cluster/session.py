@@ -44,6 +44,13 @@ def require_gpus(gpus: float) -> None:
         )
 
 
+def own_gpus(workers: int = 1) -> float:
+    """A GPU for each of so many workers, where torch can use as many on this machine, else 0."""
+    import torch
+
+    return float(workers) if torch.cuda.device_count() >= workers else 0.0
+
+
 def slots(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float) -> int:
     """How many processes of so many CPUs and GPUs nodes with these resources hold at a time; none
     spans two nodes.

@@ -22,6 +22,7 @@ from flowerray.cluster.session import own_signals, ray_session, slots
 from flowerray.cluster.space import search_space
 from flowerray.cluster.study import Study, StudyConfig, label, outcome
 from flowerray.cluster.trial import trial, trial_of_workers
+from flowerray.cluster.worker import refuse_changed
 from flowerray.config import Config
 from flowerray.data.source import open_dataset
 from flowerray.errors import UserError
@@ -46,7 +47,7 @@ class TrialResources(Config):
     """CPU cores (and threads) of a trial, over all its workers."""
     gpus_per_trial: float = Field(0.0, ge=0)
     """GPUs of a trial, over all its workers; a fraction shares one GPU among trials; 0 trains on
-    the CPU."""
+    the CPU. The command gives each worker one where this machine has as many."""
     workers_per_trial: int = Field(1, ge=1, le=1024)
     """Workers of a trial; more than one costs about half a minute for each trial to start."""
     max_concurrent: int = Field(0, ge=0)
@@ -150,6 +151,8 @@ def run_study(study: Study, resources: TrialResources, quiet: bool) -> dict[str,
     study.base = study.base.model_copy(update={"resources": resources.of_a_run})
     if not study.tags:  # a resumed one
         study.tags, _ = prepare(study.base, quiet)
+        known = tracking.State.read(study.folder).tags.get("dataset/fingerprint")
+        refuse_changed(known, study.tags, study.base)
     params = {"study": study.config.model_dump(), "space": study.knobs, **study.base.to_dict()}
     tracking.start(study.folder, study.folder.name, params, {**study.tags, "kind": "study"})
     with tracking.noted_end(study.folder):

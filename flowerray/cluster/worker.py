@@ -2,6 +2,7 @@
 result.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,31 @@ def start_weights(
         checkpoint.initialise(method, run.init, class_names(dataset, trained_classes))
 
 
+def noted(run: Run, dataset: Dataset) -> dict[str, Any]:
+    """What checkpoints and exports say of their training: its options, and what it was trained
+    on.
+    """
+    return {**run.to_dict(), "dataset": dataset.tags["dataset/fingerprint"]}
+
+
+def refuse_changed(known: str | None, tags: Mapping[str, str], run: Run) -> None:
+    """Refuses to go on with another data set than the one that a training began with.
+
+    Args:
+        known: that one's fingerprint; None: nothing was trained yet.
+        tags: of the data set as it is now.
+
+    Raises:
+        UserError: its files, labels or splits are others; images that trained could validate.
+    """
+    if known not in (None, tags["dataset/fingerprint"]):
+        raise UserError(
+            f"{run.data.root} holds other files, classes or splits than when this training began: "
+            "images that trained would now validate or test. Put back what was there, or begin "
+            "anew."
+        )
+
+
 def class_names(dataset: Dataset, classes: NDArray[np.int64]) -> tuple[str, ...]:
     """The names of some classes."""
     return tuple(dataset.classes[c] for c in classes)
@@ -71,8 +97,10 @@ def work(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str, 
     if "val" in dataset.splits:
         val_store = split_store(dataset, "val", run.embedder.image_size)
     method = build_method(run, len(trained_classes)).to(device)
-    if reporter.restore() is None:
+    if (saved := reporter.restore()) is None:
         start_weights(run, method, dataset, trained_classes)
+    else:
+        refuse_changed(checkpoint.trained_on(saved), dataset.tags, run)
     if not run.embedder.freeze_bn and reporter.world > 1:
         method = convert_sync_batchnorm(method)
 
@@ -88,7 +116,8 @@ def work(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str, 
         return metrics
 
     data = Data(train_store, targets_N, validate if val_store is not None else None)
-    result = train(run.train, run.augment, run.harden, method, data, reporter, run.to_dict())
+    facts = noted(run, dataset)
+    result = train(run.train, run.augment, run.harden, method, data, reporter, facts)
     if reporter.rank != 0:
         return {}
     return finish(run, reporter.dir, method, dataset, trained_classes, val_store, result)
@@ -128,7 +157,8 @@ def finish(
     kind = "robust" if run.harden.on else "best"
     model = folder.path / f"{kind}_model_{file.export_name}.pth"
     classes = class_names(dataset, trained_classes)
-    checkpoint.export(model, method, embedder_state, run.to_dict(), threshold, classes)
+    facts = noted(run, dataset)
+    checkpoint.export(model, method, embedder_state, facts, threshold, classes)
     best = result.best if val_store is not None else None
     summary = {
         **result._asdict(),

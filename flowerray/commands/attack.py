@@ -1,6 +1,7 @@
 """`attack`: a model's retrieval under attack, kept in its RUN folder and in MLflow."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowerray import checkpoint, tracking
+from flowerray.attacks import bank
 from flowerray.commands.attack_record import metrics, record
-from flowerray.commands.measuring import new_pairs, stored_pairs
+from flowerray.commands.measuring import new_pairs, refuse_trained, stored_pairs
 from flowerray.commands.models import Model, open_model
 from flowerray.data.dataset import Dataset
 from flowerray.data.images import resize_side
-from flowerray.data.source import open_dataset
 from flowerray.data.store import Store, build_store
 from flowerray.errors import UserError
 from flowerray.evaluate.arena import Arena, frozen_copy, narrow
@@ -84,10 +85,13 @@ def attack_model(
             "one of them out."
         )
     device = next(model.embedder.parameters()).device
-    dataset = open_dataset(model.run.data, progress=not quiet)
+    dataset = model.own_dataset(quiet)
     chosen_Q = attacked_queries(dataset, config)
     standard = None if beside is None else open_model(beside, device)
+    if standard is not None and standard.run.data != model.run.data:
+        refuse_trained(standard, dataset.root, dataset, config.split, "name another --beside")
     subject = prepare(model, dataset, chosen_Q, config, quiet)
+    config = possible(config, len(np.unique(subject.arena.gallery_labels_G)))
     other = None if standard is None else prepare(standard, dataset, chosen_Q, config, quiet)
     pairs = split_pairs(model, dataset, chosen_Q, config)
     other_result = None if other is None else _measure(other, pairs, config, quiet)
@@ -98,12 +102,15 @@ def attack_model(
     if model.folder is not None:
         note(model.folder, content)  # what follows is long, and may be interrupted
     if audit:
+        unhardened = standard is not None and not standard.run.harden.on
         auditor = Auditor(
             subject.arena,
             result,
             queries=audit_queries,
-            standard=None if other is None else other.arena,
-            standard_result=other_result if model.run.harden.on else result,
+            standard=other.arena if other is not None and unhardened else None,
+            standard_result=(other_result if unhardened else None)
+            if model.run.harden.on
+            else result,
         )
         with tqdm(total=len(CHECKS), unit="check", desc="audit", disable=quiet or None) as bar:
             content["audit"] = auditor.run(bar.update).to_dict()
@@ -114,6 +121,23 @@ def attack_model(
     if model.folder is not None:
         keep(model, content, subject, result)
     return content
+
+
+def possible(config: AttackConfig, classes: int) -> AttackConfig:
+    """The configuration without those of the default attacks that need more classes.
+
+    Raises:
+        UserError: attacks were named, and one of them does.
+    """
+    fits = tuple(name for name in config.attacks if bank.least_classes(name) <= classes)
+    if fits == config.attacks:
+        return config
+    left = ", ".join(name for name in config.attacks if name not in fits)
+    why = f"it compares more classes than the {classes} of the gallery"
+    if config.attacks != AttackConfig().attacks:
+        raise UserError(f"--attacks: leave {left} out, since {why}.")
+    print(f"{left} is left out: {why}.", file=sys.stderr)
+    return config.model_copy(update={"attacks": fits})
 
 
 def standard_of(model: Model) -> str | None:
@@ -291,20 +315,32 @@ def _record(subject: Subject, result: Robustness) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def note(folder: RunDir, content: dict[str, Any]) -> None:
-    """Writes RUN/robustness.json, in place of an earlier result of the same attack."""
+def note(folder: RunDir, content: dict[str, Any]) -> bool:
+    """Writes RUN/robustness.json, in place of an earlier result of the same attack.
+
+    Returns:
+        Whether another attack on the same queries was audited, and this one was not: then that one
+        stays what the RUN shows.
+    """
     path = folder.path / FILE
     results = json.loads(path.read_text())["results"] if path.exists() else []
-    same = ("split", "gallery", "norm", "perturb")
-    others = [r for r in results if any(r[k] != content[k] for k in same)]
+    about = ("split", "gallery", "norm", "perturb")
+    others = [r for r in results if any(r[k] != content[k] for k in (*about, "config"))]
     write_json(path, {"results": [*others, content]})
+    audited = any(r["audit"] and all(r[k] == content[k] for k in about) for r in others)
+    return audited and content["audit"] is None
 
 
 def keep(model: Model, content: dict[str, Any], subject: Subject, result: Robustness) -> None:
     """Writes RUN/robustness.json, the pictures and the metrics, and sends them to MLflow."""
     folder = model.folder
     assert folder is not None
-    note(folder, content)
+    if note(folder, content):
+        print(
+            f"{folder.path} goes on to show its audited attack; this one is in {FILE} beside it.",
+            file=sys.stderr,
+        )
+        return
     last = folder.records()[-1] if folder.metrics.exists() else {"step": 0, "epoch": 0}
     FolderReporter(folder.path).report(last["step"], last["epoch"], metrics(content))
     shown = {folder.path.name: content}

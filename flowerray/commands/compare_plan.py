@@ -42,7 +42,7 @@ class CompareConfig(Config):
     images: int = Field(12_000, ge=1)
     """Training images that each training sees at least: whole epochs, rounded up."""
     seeds: int = Field(5, ge=1, le=1000)
-    """Trainings of each row and protocol, with seeds 0, 1, ..."""
+    """Trainings of each row and protocol, with seeds 0, 1, ...; tuned ones with 2000, 2001, ..."""
     protocols: tuple[Literal["official", "disjoint"], ...] = ("official", "disjoint")
     """official = known classes, new photographs; disjoint = classes that were never trained."""
     center: Path | None = None
@@ -55,7 +55,8 @@ class CompareConfig(Config):
     cpus: float = Field(1, gt=0)
     """CPU cores of each training; as many train at a time as there is room for."""
     gpus: float = Field(0, ge=0)
-    """GPUs of each training, also a fraction."""
+    """GPUs of each training, also a fraction; 0 trains on the CPU. The command gives one where this
+    machine has one."""
 
 
 @dataclass(frozen=True)

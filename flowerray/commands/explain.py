@@ -16,7 +16,6 @@ from flowerray.commands.models import Model
 from flowerray.commands.subjects import draw_images, make_subjects, progress_bar
 from flowerray.config import Config
 from flowerray.data.dataset import Dataset
-from flowerray.data.source import open_dataset
 from flowerray.errors import UserError
 from flowerray.evaluate.statistics import Interval
 from flowerray.explain import baselines, decompose
@@ -86,11 +85,8 @@ def explain_split(
             the results.
     """
     folder = explanations(model, out)
-    dataset = open_dataset(model.run.data, progress=not quiet)
-    if (
-        beside is not None
-        and open_dataset(beside.run.data, progress=not quiet).tags != dataset.tags
-    ):
+    dataset = model.own_dataset(quiet)
+    if beside is not None and beside.own_dataset(quiet).tags != dataset.tags:
         raise UserError(
             f"--beside {beside.name} was trained on other data or by another protocol than "
             f"{model.name}: its own training images could be judged."

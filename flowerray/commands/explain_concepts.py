@@ -17,7 +17,6 @@ from flowerray.commands.models import Model
 from flowerray.commands.subjects import draw_images, make_subjects
 from flowerray.data.folder import read_all
 from flowerray.data.images import resize_side
-from flowerray.data.source import open_dataset
 from flowerray.data.store import build_store
 from flowerray.errors import UserError
 from flowerray.explain.layers import find_layers
@@ -54,7 +53,7 @@ def explain_concepts(
         UserError: no such class or layer, folders without images; see `tcav`.
     """
     folder = explanations(model, out)
-    dataset = open_dataset(model.run.data, progress=not quiet)
+    dataset = model.own_dataset(quiet)
     size = model.embedder.image_size
     known = {found.name: found for found in find_layers(model.embedder)}
     chosen = known[pick_layer(model, layer)]

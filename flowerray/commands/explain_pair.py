@@ -13,7 +13,6 @@ from tqdm import tqdm
 from flowerray import tracking
 from flowerray.commands.models import Model
 from flowerray.data.images import eval_image, resize_side
-from flowerray.data.source import open_dataset
 from flowerray.data.store import build_store
 from flowerray.errors import UserError
 from flowerray.explain import decompose
@@ -170,7 +169,7 @@ def run_concepts(model: Model, folder: Path, config: ConceptsConfig, quiet: bool
     Raises:
         UserError: the data set cannot be read; see `fit_concepts`.
     """
-    dataset = open_dataset(model.run.data, progress=not quiet)
+    dataset = model.own_dataset(quiet)
     split = "train" if "train" in dataset.splits else "test"
     paths = [dataset.paths[i] for i in dataset.splits[split]]
     store = build_store(paths, resize_side(model.embedder.image_size), progress=not quiet)

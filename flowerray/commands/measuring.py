@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from flowerray import tracking
 from flowerray.cluster.worker import PAIR_SEED
 from flowerray.commands.models import Model, embed_files, store_builder
 from flowerray.data.dataset import Dataset
+from flowerray.data.folder import images
 from flowerray.data.images import resize_side
 from flowerray.data.source import DataConfig, open_all, open_dataset
 from flowerray.data.store import build_store
 from flowerray.errors import UserError
-from flowerray.evaluate.embed import embed
+from flowerray.evaluate.embed import kept_embeddings
 from flowerray.evaluate.measure import (
     EvaluateConfig,
     Measurement,
@@ -34,6 +36,9 @@ from flowerray.files import atomic_file
 from flowerray.model import Embedder, EmbedderConfig
 from flowerray.rundir import FolderReporter
 
+MOST_DRAWN = 50
+"""Neighbours in a picture."""
+
 
 def evaluate_model(
     model: Model, data: DataConfig, whole: bool, config: EvaluateConfig, quiet: bool = False
@@ -45,10 +50,15 @@ def evaluate_model(
         whole: take every image of the set as query and gallery.
         quiet: no progress bars.
     """
-    dataset = open_whole_or_split(data, whole, config.gallery, quiet)
-    if not whole and data != model.run.data:
-        refuse_trained(model, data.root, dataset, config.split)
-    own = data == model.run.data and model.folder is not None
+    if data == model.run.data:
+        dataset, same = model.own_dataset(quiet), True
+    else:
+        dataset = open_whole_or_split(data, whole, config.gallery, quiet)
+        moved = data == model.run.data.model_copy(update={"root": data.root})
+        same = moved and not whole and model.dataset == dataset.tags["dataset/fingerprint"]
+        if not (whole or same):
+            refuse_trained(model, data.root, dataset, config.split)
+    own = same and model.folder is not None
     pairs = (
         stored_pairs(model, dataset, config.split)
         if own
@@ -59,11 +69,20 @@ def evaluate_model(
         model.embedder, dataset, config, pairs=pairs, threshold=model.threshold, quiet=quiet
     )
     if own and config.gallery in (None, default_gallery(dataset, config.split)):
-        keep(model, measurement, dataset.root, time.perf_counter() - started)
+        try:
+            keep(model, measurement, dataset.root, time.perf_counter() - started)
+        except (OSError, UserError) as error:  # a full disk, somebody else's RUN
+            print(f"measured, but not kept in {model.name}: {error}", file=sys.stderr)
     return measurement
 
 
-def refuse_trained(model: Model, root: Path | None, dataset: Dataset, split: str) -> None:
+def refuse_trained(
+    model: Model,
+    root: Path | None,
+    dataset: Dataset,
+    split: str,
+    advice: str = "leave out the --data options, which are the run's own then",
+) -> None:
     """Refuses queries that the model was trained or chosen on, as other split options make them of
     its own set.
 
@@ -79,7 +98,7 @@ def refuse_trained(model: Model, root: Path | None, dataset: Dataset, split: str
     if known:
         raise UserError(
             f"{known} of the {len(queries)} {split} queries are images that {model.name} was "
-            "trained or chosen on: leave out the --data options, which are the run's own then."
+            f"trained or chosen on: {advice}."
         )
 
 
@@ -109,6 +128,10 @@ def open_whole_or_split(data: DataConfig, whole: bool, gallery: str | None, quie
         return open_dataset(data, progress=not quiet)
     assert data.root is not None
     dataset = open_all(data.root)
+    if dataset.kind == "folder" and (left := len(set(images(data.root)) - set(dataset.paths))):
+        print(
+            f"{left} images beside the class folders of {data.root} are left out", file=sys.stderr
+        )
     if len(dataset.classes) == 1 and gallery in (None, "self"):
         raise UserError(
             f"{data.root} holds images of one class, so that any neighbour would be right: give "
@@ -165,7 +188,8 @@ def stored_pairs(model: Model, dataset: Dataset, split: str) -> Pairs | None:
         known: dict[str, tuple[Pairs, Sequence[str]]] = {
             s: (pairs, split_names(dataset, s)) for s, pairs in kept.items() if pairs is not None
         }
-        save_pairs(path, known, seed=PAIR_SEED)
+        with suppress(OSError, UserError):  # `keep` says that the RUN cannot be written
+            save_pairs(path, known, seed=PAIR_SEED)
     return kept[split]
 
 
@@ -235,50 +259,53 @@ def similar(model: Model, first: Path, second: Path) -> dict[str, Any]:
 def is_another_set(model: Model, root: Path | None) -> bool:
     """Whether a folder holds other photographs than the model was trained on: of those every image
     may be a query. The set of the training, given by another path or moved, is told by its files,
-    labels and splits.
+    labels and splits; where nothing says what those were, it is taken for that set.
     """
     own = model.run.data
     if root is None or (own.root is not None and root.resolve() == own.root.resolve()):
         return False
-    known = None
-    if model.folder is not None:
-        known = tracking.State.read(model.folder.path).tags.get("dataset/fingerprint")
+    known = model.dataset
     try:
         if known is None and own.root is not None and own.root.is_dir():
             known = open_dataset(own).tags["dataset/fingerprint"]
         found = open_dataset(own.model_copy(update={"root": root})).tags["dataset/fingerprint"]
     except UserError:
         return True
-    return found != known
+    return known is not None and found != known
 
 
 def search(
-    model: Model, query: Path, gallery: Path, top: int, sheet: Path | None, quiet: bool = False
+    model: Model, query: Path, gallery: Path, top: int, quiet: bool = False
 ) -> list[Neighbour]:
-    """The `top` images of a folder (or of one folder a class) that are most like the query.
-
-    Args:
-        sheet: where a picture of query and neighbours is written.
-    """
+    """The `top` images of a folder (or of one folder a class) that are most like the query."""
     dataset = gallery_of(gallery)
     query_D = embed_files(model.embedder, [query])[0]  # first: a gallery takes its time
     store = build_store(dataset.paths, resize_side(model.embedder.image_size), progress=not quiet)
     with tqdm(total=len(store), unit="img", desc="embed", disable=quiet or None) as bar:
-        gallery_GD = embed(model.embedder, store, progress=bar.update).astype(np.float64)
+        gallery_GD = kept_embeddings(model.embedder, store, progress=bar.update).astype(np.float64)
     cosine_G = gallery_GD @ query_D
     itself = np.array([path.samefile(query) for path in dataset.paths])
     order = [g for g in np.argsort(-cosine_G, kind="stable") if not itself[g]][:top]
-    found = [
+    return [
         Neighbour(dataset.paths[g], dataset.classes[dataset.labels_N[g]], float(cosine_G[g]))
         for g in order
     ]
-    if sheet is not None:
-        retrieval_sheet([SheetRow(query, None, tuple(found))], sheet)
-    return found
+
+
+def draw_neighbours(query: Path, found: Sequence[Neighbour], sheet: Path) -> bool:
+    """Draws a query and its nearest neighbours, `MOST_DRAWN` at most; False, after a warning, where
+    that cannot be written.
+    """
+    try:
+        retrieval_sheet([SheetRow(query, None, tuple(found[:MOST_DRAWN]))], sheet)
+    except OSError as error:
+        print(f"no picture: {sheet} cannot be written ({error.strerror}).", file=sys.stderr)
+        return False
+    return True
 
 
 def gallery_of(folder: Path) -> Dataset:
     """Every image of a folder: Oxford's layout, one folder a class, or a flat folder of images."""
     if not folder.is_dir():
         raise UserError(f"--gallery {folder} is not a folder.")
-    return open_all(folder)
+    return open_all(folder, beside=True)

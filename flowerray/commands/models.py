@@ -9,8 +9,11 @@ import torch
 from numpy.typing import NDArray
 
 from flowerray import checkpoint, tracking
+from flowerray.data.dataset import Dataset
 from flowerray.data.images import eval_image, resize_side
+from flowerray.data.source import open_dataset
 from flowerray.data.store import Store, build_store
+from flowerray.errors import UserError
 from flowerray.model import Embedder
 from flowerray.precision import full_precision
 from flowerray.run import Run
@@ -29,6 +32,23 @@ class Model:
     embedder: Embedder
     threshold: float
     """Cosine from which two photographs count as the same class."""
+    dataset: str | None = None
+    """Fingerprint of what it was trained on; None: not known."""
+
+    def own_dataset(self, quiet: bool = False) -> Dataset:
+        """The set that it was trained on.
+
+        Raises:
+            UserError: it holds other files, classes or splits now; see also `open_dataset`.
+        """
+        dataset = open_dataset(self.run.data, progress=not quiet)
+        if self.dataset not in (None, dataset.tags["dataset/fingerprint"]):
+            raise UserError(
+                f"{dataset.root} holds other files, classes or splits than when {self.name} was "
+                "trained, so that its training images may be among the queries: put back what was "
+                "there, or measure it on a folder of photographs that it has not seen."
+            )
+        return dataset
 
 
 def open_model(name: str, device: torch.device) -> Model:
@@ -45,6 +65,7 @@ def open_model(name: str, device: torch.device) -> Model:
         run=Run.from_dict(content["run"]),
         embedder=checkpoint.build_embedder(content).to(device),
         threshold=content["threshold"],
+        dataset=content["dataset"],
     )
 
 

@@ -22,27 +22,35 @@ def draw_images(
     dataset: Dataset, split: str, max_images: int, choose_images: int, seed: int
 ) -> tuple[NDArray[np.int64] | None, NDArray[np.int64]]:
     """Positions within val to choose on (None: there is no val), and within the split to judge on;
-    they never overlap.
+    they never overlap. Images that stand alone in their class are not drawn.
 
     Raises:
         UserError: the split is missing or too small.
     """
-    if split not in dataset.splits or len(dataset.splits[split]) < 2:
+    if split not in dataset.splits or len(_comparable(dataset, split)) < 2:
         raise UserError(
-            f"Protocol {dataset.protocol} of {dataset.root} has no {split} images to "
-            f"explain: choose one of {', '.join(dataset.splits)}."
+            f"Protocol {dataset.protocol} of {dataset.root} has no {split} images to explain "
+            f"(two of a class at the least): choose one of {', '.join(dataset.splits)}."
         )
     rng = np.random.default_rng((seed, 0))
     chosen_on = None
     if "val" in dataset.splits:
-        order = rng.permutation(len(dataset.splits["val"]))
+        order = rng.permutation(_comparable(dataset, "val"))
         most = len(order) // 2 if split == "val" else len(order)
         chosen_on, rest = np.split(order, [min(choose_images, most)])
         if split == "val":
             return np.sort(chosen_on), np.sort(rest[:max_images])
-        chosen_on = np.sort(chosen_on)
-    judged = rng.permutation(len(dataset.splits[split]))[:max_images]
+        chosen_on = np.sort(chosen_on) if len(chosen_on) else None
+    judged = rng.permutation(_comparable(dataset, split))[:max_images]
     return chosen_on, np.sort(judged)
+
+
+def _comparable(dataset: Dataset, split: str) -> NDArray[np.int64]:
+    """Positions within the split of the images whose class has another image in the gallery."""
+    labels = dataset.split_labels(split)
+    if default_gallery(dataset, split) == "self":
+        return np.flatnonzero(np.bincount(labels)[labels] > 1)
+    return np.flatnonzero(np.isin(labels, dataset.split_labels("train")))
 
 
 def make_subjects(

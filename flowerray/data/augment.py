@@ -3,6 +3,7 @@
 Letters: B images, U random numbers an image, C channels, H W padded image, S side of the result.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -185,6 +186,16 @@ _CHROMA = np.eye(3) - _GREY
 _TURNED = np.linalg.inv(_YIQ) @ np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ _YIQ
 
 
+@functools.cache
+def _matrices(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Copied once: each copy to a GPU waits for all that was asked of it before."""
+    return (
+        torch.from_numpy(_GREY).to(device),
+        torch.from_numpy(_CHROMA).to(device),
+        torch.from_numpy(_TURNED).to(device),
+    )
+
+
 def _recolour(pixels_BCSS: Tensor, draws: _Draws, config: AugmentConfig) -> Tensor:
     """One affine map of RGB an image: from pixels in [0,255] to pixels in [0,1]."""
 
@@ -195,9 +206,7 @@ def _recolour(pixels_BCSS: Tensor, draws: _Draws, config: AugmentConfig) -> Tens
     gain_B = contrast_B * (1 + jitter(draws.brightness, config.brightness))
     saturation_B = 1 + jitter(draws.saturation, config.saturation)
     angle_B = 2 * math.pi * jitter(draws.hue, config.hue)
-    grey_CC, chroma_CC, turned_CC = (
-        torch.from_numpy(m).to(gain_B.device) for m in (_GREY, _CHROMA, _TURNED)
-    )
+    grey_CC, chroma_CC, turned_CC = _matrices(gain_B.device)
 
     def each(value_B: Tensor) -> Tensor:
         return value_B.view(-1, 1, 1)

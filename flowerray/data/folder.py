@@ -82,17 +82,24 @@ def read_folder(
     return _dataset(root, protocol, paths, labels_N, tuple(found), splits)
 
 
-def read_all(root: Path) -> Dataset:
+def read_all(root: Path, beside: bool = False) -> Dataset:
     """Reads every image of a folder into one split, "test": a gallery, or a set to evaluate on.
 
-    Images that lie in `root` itself, without class folders, form one class.
+    Images that lie in `root` itself form one class, named as `root` is, where there are no class
+    folders.
+
+    Args:
+        beside: take them too where there are.
 
     Raises:
         UserError: no folder, or no images.
     """
     root = Path(root)
-    found = class_files(root)
-    found = {name: files for name, files in found.items() if files} or {root.name: _images(root)}
+    found = {name: files for name, files in class_files(root).items() if files}
+    if beside or not found:
+        loose = images(root)
+        if loose:
+            found[root.name] = sorted([*found.get(root.name, ()), *loose])
     paths, labels_N = _flatten(found)
     if not paths:
         raise UserError(
@@ -113,7 +120,7 @@ def class_files(root: Path) -> dict[str, list[Path]]:
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; give the folder that holds the data set.")
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and _is_shown(entry))
-    found = {folder.name: _images(folder) for folder in folders}
+    found = {folder.name: images(folder) for folder in folders}
     for path in (*folders, *(file for files in found.values() for file in files)):
         try:
             path.name.encode()
@@ -133,7 +140,7 @@ def faults(root: Path, found: dict[str, list[Path]]) -> list[str]:
         f"{name} has no image ({', '.join(SUFFIXES)})" for name, files in found.items() if not files
     ]
     overlooked = []
-    for path in _images(root):
+    for path in images(root):
         overlooked.append(f"{path.name} is left out: it lies beside the class folders")
     for name in found:
         for entry in sorted((root / name).iterdir()):
@@ -157,7 +164,8 @@ def faults(root: Path, found: dict[str, list[Path]]) -> list[str]:
     return few + empty + overlooked
 
 
-def _images(folder: Path) -> list[Path]:
+def images(folder: Path) -> list[Path]:
+    """The image files in a folder itself, sorted."""
     files = (entry for entry in folder.iterdir() if entry.suffix.lower() in SUFFIXES)
     return sorted(file for file in files if file.is_file() and _is_shown(file))
 

@@ -55,14 +55,17 @@ def open_dataset(config: DataConfig, progress: bool = True) -> Dataset:
     )
 
 
-def open_all(root: Path) -> Dataset:
+def open_all(root: Path, beside: bool = False) -> Dataset:
     """A set of either layout with every image in one split, "test".
+
+    Args:
+        beside: see `read_all`.
 
     Raises:
         UserError: see `read_oxford` and `read_all`.
     """
     if not oxford.is_oxford(root):
-        return folder.read_all(root)
+        return folder.read_all(root, beside)
     dataset = oxford.read_oxford(root)
     return replace(dataset, splits={"test": np.arange(len(dataset.paths))})
 

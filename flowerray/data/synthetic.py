@@ -6,6 +6,7 @@ numbered class by class, as Oxford's.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,8 @@ def synthesize(
     out = Path(out)
     if is_complete(out, config):
         return out
+    if os.path.ismount(out):  # the finished folder takes its place by a rename
+        raise UserError(f"{out} is a mount point: name a folder in it.")
     sizes = class_sizes(config)
     jobs = [(c, k) for c, size in enumerate(sizes) for k in range(size)]
     chunks = [

@@ -11,6 +11,8 @@ from flowerray.errors import UserError
 
 GRID = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Budgets that are reported, in 1/255."""
+L2_GRID = (0.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
+"""The same for l2: spread over all pixels, a change has to be longer to be felt."""
 
 
 class AttackConfig(Config):
@@ -20,7 +22,8 @@ class AttackConfig(Config):
     """Attacks in the order in which they run: fgsm, pgd, apgd-ce, apgd-dlr, fab, square, cw,
     deepfool, shift, margin, standard, and noise as a control. Cheap ones first save the most."""
     eps: tuple[float, ...] = GRID
-    """Radii of the perturbation, in 1/255, for linf and for l2 alike; 0 is the clean photograph."""
+    """Radii of the perturbation, in 1/255; 0 is the clean photograph. The command takes 0, 32, 64,
+    128, 256, 512, 1024 for l2 where none are given."""
     norm: Literal["linf", "l2"] = "linf"
     """How a perturbation is measured: the largest change of a pixel's channel, or the root of the
     sum of all squared changes."""

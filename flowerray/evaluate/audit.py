@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowerray.attacks import bank
 from flowerray.attacks.logits import MaxSimLogits
 from flowerray.attacks.objectives import cross_entropy, margin
 from flowerray.attacks.pgd import Aim, PGDConfig, noise, pgd, project
@@ -25,8 +26,8 @@ from flowerray.evaluate.robustness import Robustness, perturb
 from flowerray.precision import full_precision
 
 CHECKS = (
-    "zero_radius", "monotone", "huge", "more_steps", "order", "black_box", "transfer", "restarts",
-    "gradients", "noise", "undefended", "batches", "collapse", "decision",
+    "zero_radius", "inside", "monotone", "huge", "more_steps", "order", "black_box", "transfer",
+    "restarts", "gradients", "noise", "undefended", "batches", "collapse", "decision",
 )  # fmt: skip
 """The methods of `Auditor` that are checks, in the order in which they run."""
 HUGE = 128.0
@@ -99,6 +100,25 @@ class Auditor:
             changed = max(changed, float((clean - other).abs().max()))
         text = f"at eps 0 pixels change by {changed:g}"
         return [Check("eps 0 is exact", changed == 0, changed, text)]
+
+    def inside(self) -> list[Check]:
+        """No attack leaves the budget, where `perturb` would put the photograph in its place."""
+        names = [name for name in self.config.attacks if name not in bank.MINIMUM_NORM]
+        batch = np.arange(min(ALONE, len(self.clean_Q)))
+        images = self.arena.images(self.arena.chosen_Q[batch])
+        outside = 0
+        for name in names:
+            attacked = bank.run(
+                name, self.arena.embedder, images, self._labels(batch), *self.arena.gallery(),
+                norm=self.config.norm, epsilon=self.eps, seed=self.config.seed, raw=True,
+                budget=self.config.model_copy(update={"restarts": 1}).budget(),
+                own_images_refused=False,
+            )  # fmt: skip
+            allowed = bank.admissible(images, attacked, self.config.norm, self.eps / 255)
+            outside += int((~allowed).sum())
+        share = outside / max(1, len(names) * len(batch))
+        text = f"{outside} of {len(names) * len(batch)} attacked images lie beyond eps or [0,1]"
+        return [Check("attacks stay inside", outside == 0, share, text)]
 
     def monotone(self) -> list[Check]:
         """A larger radius is not weaker, each one measured by itself."""

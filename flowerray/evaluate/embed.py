@@ -5,6 +5,7 @@ Letters: N images, B of a batch, C H W an image, D embedding dimensions, F backb
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -116,23 +117,45 @@ def frozen_features(
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
 ) -> NDArray[np.float32]:
-    """`embed(..., frozen=True)`, kept beside the store, since floor and pairs ask for it often.
+    """`embed(..., frozen=True)`, kept beside the store, since floor and pairs ask for it often."""
+    return _kept(embedder, store, batch_size, True, progress)
 
-    The file's name holds a hash of what decides them: the backbone's name, its weights, how pixels
-    are normalised, and the image size.
+
+def kept_embeddings(
+    embedder: Embedder,
+    store: Store,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int], object] | None = None,
+) -> NDArray[np.float32]:
+    """`embed`, kept beside the store for the next search in it."""
+    return _kept(embedder, store, batch_size, False, progress)
+
+
+def _kept(
+    embedder: Embedder,
+    store: Store,
+    batch_size: int,
+    frozen: bool,
+    progress: Callable[[int], object] | None,
+) -> NDArray[np.float32]:
+    """The file's name holds a hash of what decides its content: the backbone's name, the weights,
+    how pixels are normalised, and the image size.
     """
     normalised = (embedder.mean.flatten().tolist(), embedder.std.flatten().tolist())
     facts = repr((embedder.config.backbone, *normalised, embedder.image_size))
     digest = hashlib.blake2b(facts.encode(), digest_size=8)
-    for name, value in embedder.backbone.state_dict().items():
+    weights = embedder.backbone if frozen else embedder
+    for name, value in weights.state_dict().items():
         digest.update(name.encode() + value.cpu().numpy().tobytes())
-    file = store.folder / f"features-{digest.hexdigest()}.npy"
+    file = store.folder / f"{'features' if frozen else 'embeddings'}-{digest.hexdigest()}.npy"
     if file.exists():
-        features_NF: NDArray[np.float32] = np.load(file)
+        emb_ND: NDArray[np.float32] = np.load(file)
         if progress is not None:
             progress(len(store))
-        return features_NF
-    features_NF = embed(embedder, store, batch_size=batch_size, frozen=True, progress=progress)
-    with atomic_file(file) as temporary, temporary.open("wb") as opened:
-        np.save(opened, features_NF)
-    return features_NF
+        return emb_ND
+    emb_ND = embed(embedder, store, batch_size=batch_size, frozen=frozen, progress=progress)
+    with suppress(OSError):  # it only saves time
+        with atomic_file(file) as temporary, temporary.open("wb") as opened:
+            np.save(opened, emb_ND)
+    return emb_ND

@@ -77,7 +77,7 @@ def guard(
         "val/effective_rank": float(found["effective_rank"]),
         "alarm/collapse": float(found["collapsed"]),
     }
-    if config.kind in ("nfgsm", "free") and config.probe_queries:
+    if config.one_step and config.probe_queries:
         probed_A = chosen_A[:: math.ceil(len(chosen_A) / config.probe_queries) or 1]
         single = target.recall(probed_A, config.epsilon, steps=0)
         strong = target.recall(probed_A, config.epsilon, PROBE_STEPS)
@@ -99,7 +99,7 @@ def alarms(metrics: dict[str, float]) -> list[str]:
         said.append(
             f"catastrophic overfitting: R@1 {metrics['val/probe_single_step']:.2f} under one step, "
             f"{metrics['val/probe']:.2f} under {PROBE_STEPS}: lower --harden.epsilon, or use "
-            "--harden.kind pgd."
+            "--harden.kind pgd --harden.steps 2."
         )
     return said
 

@@ -121,7 +121,8 @@ def _tile(
     left, top = place
     sheet.paste(thumbnail(path, _TILE), place)
     draw.rectangle((left, top, left + _TILE - 1, top + _TILE - 1), outline=colour, width=_FRAME)
-    for line, text in enumerate(caption):
+    for line, written in enumerate(caption):
+        text = "".join(c if c.isprintable() else "?" for c in written)
         while draw.textlength(text, font) > _TILE:
             text = text[:-2].rstrip("…") + "…"
         draw.text((left, top + _TILE + 3 + 17 * line), text, _INK, font)

@@ -176,8 +176,8 @@ def holm(p_values_T: ArrayLike) -> NDArray[np.float64]:
 def mcnemar(first_hit_Q: ArrayLike, second_hit_Q: ArrayLike, *, level: float = 0.95) -> PairedTest:
     """Exact (binomial) test of equal hit rates on the same queries (McNemar 1947).
 
-    The interval of the difference first - second takes the number of queries on which the two
-    differ as given (Clopper and Pearson 1934).
+    The interval of the difference first - second is Newcombe's (1998, method 10): Wilson's bounds
+    of both rates, put together by how much they go along with each other.
 
     Raises:
         UserError: lengths that differ, no values, or a value that is neither 0 nor 1.
@@ -187,15 +187,27 @@ def mcnemar(first_hit_Q: ArrayLike, second_hit_Q: ArrayLike, *, level: float = 0
         raise UserError("McNemar's test compares hits and misses: every value must be 0 or 1.")
     queries = len(first)
     wins, losses = int((first > second).sum()), int((first < second).sum())
+    both = int((first * second).sum())
+    neither = queries - both - wins - losses
+    one, two = (_wilson(hits, queries, level) for hits in (both + wins, both + losses))
+    along = both * neither - wins * losses
+    if along > 0:
+        along = max(along - queries / 2, 0)
+    spread = math.sqrt(math.prod((both + wins, neither + losses, both + losses, neither + wins)))
+    phi = along / spread if spread else 0.0
+
+    def reach(a: float, b: float) -> float:
+        return math.sqrt(a * a - 2 * phi * a * b + b * b)
+
+    mean = (wins - losses) / queries
+    low = mean - reach(one.mean - one.low, two.high - two.mean)
+    high = mean + reach(one.high - one.mean, two.mean - two.low)
     if wins + losses == 0:
-        return PairedTest(queries, 0.0, 0.0, 0.0, level, 1.0)
+        return PairedTest(queries, mean, low, high, level, 1.0)
     from scipy import stats
 
-    result = stats.binomtest(wins, wins + losses, 0.5)
-    bounds = result.proportion_ci(level, method="exact")
-    low, high = ((2 * bound - 1) * (wins + losses) / queries for bound in (bounds.low, bounds.high))
-    mean = (wins - losses) / queries
-    return PairedTest(queries, mean, float(low), float(high), level, float(result.pvalue))
+    p_value = float(stats.binomtest(wins, wins + losses, 0.5).pvalue)
+    return PairedTest(queries, mean, low, high, level, p_value)
 
 
 def permutation_test(

@@ -35,6 +35,7 @@ from flowerray.methods._base import (
     mean_nonzero,
     mean_where,
     pair_masks,
+    to_device,
     widen,
 )
 
@@ -137,7 +138,8 @@ class Siamese(Method):
         if self.config.negatives == "all":
             return negative_BB
         if self.config.negatives == "balanced":
-            key_BB = torch.rand(dist_BB.shape, generator=self.generator()).to(dist_BB.device)
+            key_BB = torch.rand(dist_BB.shape, generator=self.generator())
+            key_BB = to_device(key_BB, dist_BB.device)
         else:
             key_BB = dist_BB
         order_BB = key_BB.where(negative_BB, torch.inf).argsort(dim=1, stable=True)

@@ -29,6 +29,7 @@ from flowerray.methods._base import (
     mean_nonzero,
     mean_where,
     pair_masks,
+    to_device,
     widen,
 )
 
@@ -149,7 +150,7 @@ def draw_columns(weights_BB: Tensor, generator: torch.Generator) -> tuple[Tensor
     """For each place of a row one column, drawn by the row's weights, and whether there was any."""
     sums_BB = weights_BB.cumsum(1)
     uniform_BB = torch.rand(weights_BB.shape, generator=generator, dtype=torch.float64)
-    uniform_BB = uniform_BB.to(weights_BB.device, weights_BB.dtype)
+    uniform_BB = to_device(uniform_BB.to(weights_BB.dtype), weights_BB.device)
     target_BB = uniform_BB * sums_BB[:, -1:]
     column_BB = torch.searchsorted(sums_BB, target_BB, right=True).clamp(
         max=weights_BB.shape[1] - 1

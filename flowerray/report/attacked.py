@@ -30,7 +30,7 @@ class Battle:
     """Attacks of one kind: the same queries, gallery, norm, attacks and effort."""
 
     records: dict[str, list[Record]]
-    """Variant -> one a seed."""
+    """Variant -> one a seed; each has its training's `seed`."""
 
     @property
     def first(self) -> Record:
@@ -71,12 +71,19 @@ def battles(setting: Setting) -> list[Battle]:
     found: dict[str, dict[str, list[Record]]] = {}
     for variant in setting.variants:
         for entry in variant.entries:
-            for record in (entry.robustness or {}).get("results", []):
+            own: dict[str, Record] = {}
+            for record in sorted((entry.robustness or {}).get("results", []), key=_weight):
                 config = {k: v for k, v in record["config"].items() if k not in FREE}
                 shared = [config, record["num_queries"], record["num_gallery"], record["gallery"]]
-                rows = found.setdefault(json.dumps(shared, sort_keys=True), {})
-                rows.setdefault(variant.label, []).append(record)
+                own[json.dumps(shared, sort_keys=True)] = {**record, "seed": entry.seed}
+            for kind, record in own.items():
+                found.setdefault(kind, {}).setdefault(variant.label, []).append(record)
     return [Battle(rows) for rows in found.values()]
+
+
+def _weight(record: Record) -> tuple[bool, int, float]:
+    """Of a RUN's attacks of one kind the last by this order counts."""
+    return bool(record["audit"]), len(record["worst_case"]), record["time"]
 
 
 def worst_case(records: Sequence[Record], eps: str, key: str = "recall_at_1") -> Interval | None:
@@ -182,9 +189,11 @@ def _comparisons(setting: Setting, battle: Battle) -> list[tuple[str, Comparison
     found: list[tuple[str, Comparison]] = []
     for robust in (v for v in known if v.robust):
         for standard in (v for v in known if not v.robust and v.method == robust.method):
-            pair = battle.records[robust.label], battle.records[standard.label]
-            count = min(map(len, pair))
-            both = [records[:count] for records in pair]
+            sides = [{r["seed"]: r for r in battle.records[v.label]} for v in (robust, standard)]
+            shared = sorted(sides[0].keys() & sides[1].keys())
+            both = [[side[seed] for seed in shared] for side in sides]
+            if not shared:
+                continue
             if len({tuple(r["queries"]) for records in both for r in records}) > 1:
                 continue
             for eps in PAIRED_EPS:

@@ -18,7 +18,7 @@ from ray._private import state
 from torch import Tensor
 
 from flowerray.checkpoint import load_export
-from flowerray.cluster.fit import Progress, cpus_of_a_worker, fit
+from flowerray.cluster.fit import Progress, cpus_of_a_worker, fit, innermost
 from flowerray.cluster.session import ray_session
 from flowerray.errors import UserError
 from flowerray.run import ResourcesConfig, Run
@@ -206,6 +206,34 @@ def test_alarms_are_shown_wherever_the_workers_run(
         FolderReporter(folder.path).report(2, 1, metrics)
     said = capsys.readouterr().err
     assert "warning: the embedding has collapsed (mean cosine 0.99" in said
+
+
+def test_the_first_line_of_a_workers_error_is_told() -> None:
+    """Ray hands over the traceback as the message, and the last line of many errors is a hint."""
+
+    class FailedError(Exception):
+        worker_failures = {
+            1: RuntimeError("Traceback ...\n  File x, line 1\nRuntimeError: Connection closed"),
+            0: RuntimeError(
+                "Traceback (most recent call last):\n"
+                '  File "train.py", line 3, in step\n    loss.backward()\n    ^^^^^^^^^^^^^\n'
+                "torch.AcceleratorError: CUDA error: device-side assert triggered\n"
+                "Search for it in the documentation.\nCompile with TORCH_USE_CUDA_DSA.\n"
+            ),
+        }
+
+    said = innermost(FailedError())
+    assert said == "torch.AcceleratorError: CUDA error: device-side assert triggered"
+    assert innermost(ValueError("a\nb")) == "a" and innermost(AssertionError()) == "AssertionError"
+
+
+def test_an_out_that_cannot_be_written_is_found_before_the_work(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowerray.cluster.fit.prepare", lambda *_: pytest.fail("prepared"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made"):
+        fit(small(small_set), tmp_path / "file" / "run", quiet=True)
 
 
 def test_no_worker_spans_two_nodes() -> None:

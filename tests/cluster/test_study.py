@@ -1,36 +1,26 @@
 """A study's books, without Ray: its folder, Optuna's history, how trials end, who wins."""
 
-import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from optuna.trial import TrialState
 
 from flowerray import tracking
 from flowerray.cli import dispatch
-from flowerray.cluster.confirm import champion, count, gain, pick
+from flowerray.cluster import tune
+from flowerray.cluster.confirm import champion, count
 from flowerray.cluster.live import finish_left
-from flowerray.cluster.study import Closed, Study, StudyConfig, images_trained
-from flowerray.cluster.trial import TrialReporter, guarded, history
+from flowerray.cluster.study import Closed, Study, StudyConfig
 from flowerray.cluster.tune import (
     TrialResources,
-    ask_for_nodes,
     refuse_faults,
-    refuse_unequal_shares,
-    room,
     search,
 )
 from flowerray.errors import UserError
-from flowerray.files import only_driver
-from flowerray.progress import DivergedError, Progress, note_epoch
 from flowerray.run import Run
-from flowerray.rundir import FolderReporter, RunDir
 from tests.cluster.studies import KNOBS, make_study, pretend, run_trial, tune_words
-from tests.small import small, with_hardening
+from tests.small import small
 
 OBJECTIVES = ["val/map_at_r"]
 
@@ -78,6 +68,16 @@ def test_a_pareto_study_needs_attacks(
     assert dispatch(["tune", "triplet", *words]) == 2
     assert "add --harden" in capsys.readouterr().err
     assert not (tmp_path / "study").exists()
+
+
+def test_a_study_whose_photographs_have_changed_is_refused(
+    tmp_path: Path, small_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make_study(tmp_path / "study", small_set)
+    tracking.start(study.folder, "study", {}, {"dataset/fingerprint": "then"})
+    monkeypatch.setattr(tune, "prepare", lambda *_: ({"dataset/fingerprint": "now"}, 1))
+    with pytest.raises(UserError, match="splits than when this training began"):
+        tune.run_study(study, TrialResources(), quiet=True)
 
 
 # --- trials ----------------------------------------------------------------------------------
@@ -295,256 +295,3 @@ def test_nsga2_has_no_pruner_unless_it_is_asked_for(
         assert dispatch(["tune", "triplet", *words, "--sampler", *more]) == 130
     assert dispatch(["tune", "triplet", "--resume", str(tmp_path / "0")]) == 130
     assert taken == ["none", "asha", "asha", "none"]
-
-
-# --- the worker's side -----------------------------------------------------------------------
-
-
-def a_run(tmp_path: Path) -> RunDir:
-    folder = RunDir(tmp_path / "run")
-    folder.create(small(tmp_path, epochs=3).to_dict())
-    return folder
-
-
-def test_a_trial_stands_where_its_best_checkpoint_stands(tmp_path: Path) -> None:
-    folder = a_run(tmp_path)
-    pretend(folder, [0.2, 0.5, 0.4], done=True)
-    assert history(folder, OBJECTIVES) == [
-        {"epoch": 1, "val/map_at_r": 0.2},
-        {"epoch": 2, "val/map_at_r": 0.5},
-        {"epoch": 3, "val/map_at_r": 0.5},
-    ]
-    assert images_trained(folder) == 18 * 12
-    with pytest.raises(UserError, match="reports no finite val/adversarial_recall_at_1"):
-        history(folder, [*OBJECTIVES, "val/adversarial_recall_at_1"])
-
-
-def test_a_trial_stands_where_equal_attacked_figures_are_told_apart(tmp_path: Path) -> None:
-    """Tuning is told of the checkpoint that the training keeps."""
-    folder = RunDir(tmp_path / "run")
-    folder.create(with_hardening(small(tmp_path, epochs=3), kind="pgd").to_dict())
-    reporter, progress = FolderReporter(folder.path), Progress()
-    selection = "val/adversarial_recall_at_1"
-    for epoch, map_at_r in enumerate((0.2, 0.5, 0.4), start=1):
-        metrics = {selection: 0.0, "val/map_at_r": map_at_r}
-        note_epoch(progress, metrics, selection)
-        reporter.report(epoch, epoch, metrics | {"epoch/seconds": 1.0})
-    found = history(folder, [selection, "val/map_at_r"])
-    assert [standing["val/map_at_r"] for standing in found] == [0.2, 0.5, 0.5]
-    assert progress.best_epoch == 2
-
-
-def test_the_last_epoch_is_told_once_the_model_is_there(tmp_path: Path) -> None:
-    folder, told = a_run(tmp_path), list[dict[str, Any]]()
-    reporter = TrialReporter(folder.path, told.append, OBJECTIVES, 3, scheduled=0.0)
-    assert reporter.restore() is None
-    for epoch, value in enumerate([0.2, 0.5, 0.4], start=1):
-        reporter.report(6 * epoch - 3, epoch, {"train/loss": 1.0})
-        reporter.report(6 * epoch, epoch, {"epoch/seconds": 1.0, "val/map_at_r": value})
-    assert [(t["epoch"], t["val/map_at_r"]) for t in told] == [(1, 0.2), (2, 0.5)]
-    assert len(folder.series("trial/start_seconds")) == 1
-    assert len(folder.series("trial/report_seconds")) == 3
-
-
-def test_a_first_try_that_was_cut_off_leaves_no_trace(tmp_path: Path) -> None:
-    folder = a_run(tmp_path)
-    for _ in range(2):
-        reporter = TrialReporter(folder.path, lambda _: None, OBJECTIVES, 3, scheduled=0.0)
-        assert reporter.restore() is None
-        reporter.report(2, 1, {"train/loss": 1.0})
-    assert [r["step"] for r in folder.records()] == [0, 2]
-
-
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (DivergedError("the loss became nan at step 3."), "the loss became nan at step 3"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory"),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "out of memory"),
-        (UserError("the training workers failed: CUDA out of memory."), "out of memory"),
-        (MemoryError(), "out of memory"),
-    ],
-)
-def test_a_failure_is_told_as_the_worst_value(
-    error: Exception, reason: str, tmp_path: Path
-) -> None:
-    folder, told = a_run(tmp_path), list[dict[str, Any]]()
-    pretend(folder, [0.7], done=False)
-
-    def training() -> None:
-        raise error
-
-    guarded(folder, OBJECTIVES, told.append, training)
-    assert told == [{"epoch": 1, "val/map_at_r": 0.0, "failed": reason}]
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), UserError("no RUN folder here.")])
-def test_what_the_configuration_is_not_to_blame_for_is_a_fault(
-    error: Exception, tmp_path: Path
-) -> None:
-    folder, told = a_run(tmp_path), list[dict[str, Any]]()
-
-    def training() -> None:
-        raise error
-
-    guarded(folder, OBJECTIVES, told.append, training)
-    assert told[0]["fault"] is True and told[0]["failed"] == str(error).rstrip(".")
-
-
-def test_a_collapse_is_a_failure(tmp_path: Path) -> None:
-    folder, told = a_run(tmp_path), list[dict[str, Any]]()
-    pretend(folder, [0.3, 0.2, 0.1], done=True, spread=0.01)
-    guarded(folder, OBJECTIVES, told.append, lambda: None)
-    assert told[0]["val/map_at_r"] == 0.0 and "collapsed" in told[0]["failed"]
-    assert "fault" not in told[0]
-
-
-def test_a_finished_trial_is_not_trained_again(tmp_path: Path) -> None:
-    folder, told = a_run(tmp_path), list[dict[str, Any]]()
-    pretend(folder, [0.2, 0.5, 0.4], done=True)
-
-    def training() -> None:
-        raise AssertionError("it is trained already")
-
-    guarded(folder, OBJECTIVES, told.append, training)
-    assert told == [{"epoch": 3, "val/map_at_r": 0.5}]
-
-
-# --- who wins --------------------------------------------------------------------------------
-
-
-def test_one_objective_takes_the_highest() -> None:
-    assert pick([(0.3,), (0.5,), (0.5,), (0.1,)]) == 1
-
-
-def test_the_pareto_rule() -> None:
-    """The front's best adversarial R@1 is 0.50, so 0.45 is enough; (0.8, 0.46) is the cleanest of
-    those, though (0.9, 0.44) is cleaner still. (0.79, 0.46) is beaten.
-    """
-    points = [(0.9, 0.44), (0.79, 0.46), (0.8, 0.46), (0.6, 0.50), (0.5, 0.2)]
-    assert pick(points) == 2
-    assert pick([(0.9, 0.449), (0.6, 0.50)]) == 1
-    assert pick([(0.9, 0.451), (0.6, 0.50)]) == 0
-
-
-def test_no_complete_trial_names_the_first_failure(tmp_path: Path, small_set: Path) -> None:
-    study = make_study(tmp_path / "study", small_set)
-    optuna_study = study.open_optuna()
-    run_trial(study, optuna_study, [0.4], done=False)
-    run_trial(study, optuna_study, [], done=False, failed="out of memory")
-    with pytest.raises(UserError, match=r"none of 2 trials .* failed: out of memory"):
-        champion(study.ended(optuna_study))
-
-
-def test_the_gain_is_paired_by_seed() -> None:
-    """Differences 0.02, 0.04, 0.06: mean 0.04, standard error 0.02 / sqrt 3, t(2) = 4.3027."""
-    found = gain([0.52, 0.64, 0.76], [0.50, 0.60, 0.70])
-    half = 4.302653 * 0.02 / 3**0.5
-    assert found.mean == pytest.approx(0.04)
-    assert (found.low, found.high) == (
-        pytest.approx(0.04 - half, abs=1e-6), pytest.approx(0.04 + half, abs=1e-6),
-    )  # fmt: skip
-    single = gain([0.5], [0.4]).to_dict()
-    assert json.loads(json.dumps(single)) == {
-        "n": 1, "mean": pytest.approx(0.1), "low": None, "high": None,
-    }  # fmt: skip
-
-
-# --- resources -------------------------------------------------------------------------------
-
-
-def test_how_many_trials_a_cluster_holds() -> None:
-    gpus = TrialResources(cpus_per_trial=2, gpus_per_trial=0.5)
-    assert room([{"CPU": 16, "GPU": 1}], gpus) == 2
-    assert room([{"CPU": 3}], TrialResources()) == 3
-    assert room([{"CPU": 2}], TrialResources(cpus_per_trial=0.5)) == 4
-    assert room([{"CPU": 3}, {"CPU": 3}], TrialResources(cpus_per_trial=2)) == 2, "none spans two"
-    two = TrialResources(cpus_per_trial=4, gpus_per_trial=2, workers_per_trial=2)
-    assert room([{"CPU": 4, "GPU": 1}] * 5, two) == 2, "its workers may"
-    with pytest.raises(UserError, match=r"does not fit this cluster of 1 node.* 2 CPUs and 0 GPUs"):
-        room([{"CPU": 2}], gpus)
-    with pytest.raises(UserError, match=r"cluster of 2 node\(s\) with up to 4 CPUs"):
-        room([{"CPU": 4}, {"CPU": 4}], TrialResources(cpus_per_trial=8))
-    with pytest.raises(UserError, match="give --workers-per-trial 2 too"):
-        TrialResources(gpus_per_trial=2).check()
-    with pytest.raises(UserError, match="cannot be shared by 2 workers"):
-        TrialResources(workers_per_trial=2, gpus_per_trial=1).check()
-
-
-def test_workers_that_cannot_share_every_batch_are_refused(tmp_path: Path) -> None:
-    study = make_study(tmp_path / "study", tmp_path)  # 3 x 4
-    refuse_unequal_shares(study, 3)
-    study.knobs = {**study.knobs, "train.classes_per_batch": {"choices": [3, 5]}}
-    refuse_unequal_shares(study, 4)
-    with pytest.raises(UserError, match=r"--workers-per-trial 3: .* P x K = 5 x 4 images"):
-        refuse_unequal_shares(study, 3)
-
-
-def test_a_refused_search_leaves_no_folder(
-    tmp_path: Path, small_set: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for wrong, said in (
-        (["--embedder.backbone", "no_such_net"], "no_such_net"),
-        (["--gpus-per-trial", "1.5"], "give --workers-per-trial 2 too"),
-        (["--train.classes-per-batch", "100"], "100"),
-    ):
-        words = tune_words(small_set, out=tmp_path / "study")
-        assert dispatch(["tune", "triplet", *words, *wrong]) == 2
-        assert said in capsys.readouterr().err
-        assert not (tmp_path / "study").exists()
-
-
-def test_a_resumed_study_keeps_its_resources_and_one_driver(
-    tmp_path: Path,
-    small_set: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    taken: list[TrialResources] = []
-
-    def stop(study: Study, resources: TrialResources, quiet: bool) -> None:
-        taken.append(resources)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("flowerray.cluster.tune.run_study", stop)
-    said = ["--cpus-per-trial", "4", "--max-concurrent", "8", "--time-limit", "90"]
-    words = tune_words(small_set, out=tmp_path / "study")
-    assert dispatch(["tune", "triplet", *words, *said]) == 130
-    resume = ["tune", "triplet", "--resume", str(tmp_path / "study")]
-    assert dispatch(resume) == 130
-    assert dispatch([*resume, "--cpus-per-trial", "2"]) == 130
-    assert dispatch(resume) == 130
-    whole = TrialResources(cpus_per_trial=4, max_concurrent=8, time_limit=90)
-    less = whole.model_copy(update={"cpus_per_trial": 2})
-    assert taken == [whole, whole, less, less]
-    capsys.readouterr()
-    before = (tmp_path / "study" / "study.json").read_bytes()
-    with only_driver(tmp_path / "study"):
-        assert dispatch([*resume, "--trials", "99"]) == 2
-    assert (tmp_path / "study" / "study.json").read_bytes() == before
-    assert "another process is at work" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("resources", "trials", "bundles"),
-    [
-        ({"gpus_per_trial": 0.5}, 3, [{"CPU": 1, "GPU": 0.5}] * 3),
-        (
-            {"cpus_per_trial": 8, "gpus_per_trial": 4, "workers_per_trial": 4},
-            2,
-            [{"CPU": 2, "GPU": 1}] * 8,
-        ),
-        ({"cpus_per_trial": 2}, 0, []),
-    ],
-)
-def test_a_growing_cluster_is_asked_for_all_trials_at_once(
-    resources: dict[str, Any],
-    trials: int,
-    bundles: list[dict[str, float]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked: list[list[dict[str, float]]] = []
-    sdk = SimpleNamespace(request_resources=lambda bundles: asked.append(bundles))
-    monkeypatch.setitem(sys.modules, "ray.autoscaler.sdk", sdk)
-    ask_for_nodes(TrialResources(**resources), trials)
-    assert asked == [bundles]

@@ -61,15 +61,91 @@ def test_what_is_kept(model: Model, run: RunDir, small_run: Path) -> None:
 
 def test_another_attack_is_added_and_the_same_replaced(model: Model, run: RunDir) -> None:
     small = QUICK.model_copy(update={"attacks": ("fgsm",), "max_pairs": 0})
-    for norm, eps in (("linf", 4.0), ("linf", 8.0), ("l2", 255.0)):
+    for norm, eps in (("linf", 4.0), ("linf", 8.0), ("linf", 4.0), ("l2", 255.0)):
         config = small.model_copy(update={"norm": norm, "eps": (0.0, eps)})
         attack_model(model, config, quiet=True)
     results = json.loads((run.path / "robustness.json").read_text())["results"]
     assert [(r["norm"], list(r["worst_case"])) for r in results] == [
         ("linf", ["0", "8"]),
+        ("linf", ["0", "4"]),
         ("l2", ["0", "255"]),
     ]
     assert "pair_accuracy" not in results[0]["clean"]
+
+
+def test_a_quick_attack_leaves_an_audited_one_as_it_is(
+    model: Model, run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = QUICK.model_copy(update={"eps": (0.0, 8.0), "max_pairs": 0, "black_box_queries": 20})
+    attack_model(model, config, audit=True, audit_queries=8, quiet=True)
+    picture, records = (run.plots / "robustness.png").read_bytes(), run.records()
+    weak = config.model_copy(update={"attacks": ("fgsm",)})
+    attack_model(model, weak, quiet=True)
+    assert "goes on to show its audited attack" in capsys.readouterr().err
+    results = json.loads((run.path / "robustness.json").read_text())["results"]
+    assert [bool(r["audit"]) for r in results] == [True, False]
+    assert (run.plots / "robustness.png").read_bytes() == picture and run.records() == records
+    attack_model(model, config, quiet=True)  # the same again, which was not audited
+    results = json.loads((run.path / "robustness.json").read_text())["results"]
+    assert [r["audit"] for r in results] == [None, None]
+
+
+def test_few_classes_and_a_long_distance(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found before the first attack, not after hours of them."""
+    default = AttackConfig()
+    assert command.possible(default, 4) == default
+    left = command.possible(default, 3)
+    assert left.attacks == tuple(name for name in default.attacks if name != "apgd-dlr")
+    assert "apgd-dlr is left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match="leave standard out"):
+        command.possible(QUICK.model_copy(update={"attacks": ("fgsm", "standard")}), 3)
+
+    asked: list[AttackConfig] = []
+
+    def stop(model: Model, config: AttackConfig, **_: Any) -> None:
+        asked.append(config)
+        raise UserError("enough")
+
+    monkeypatch.setattr(command, "attack_model", stop)
+    for words in (["--norm", "l2"], ["--norm", "l2", "--eps", "0,9"], []):
+        assert dispatch(["attack", str(run.path), *words]) == 2
+    assert [config.eps[1] for config in asked] == [32.0, 9.0, 0.5]
+
+
+def test_only_a_model_that_was_not_hardened_is_the_standard_one(
+    model: Model, small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    class Auditor:
+        def __init__(self, *_: Any, **more: Any) -> None:
+            given.append(more)
+            raise UserError("enough")
+
+    monkeypatch.setattr(command, "Auditor", Auditor)
+    harden = type(model.run.harden)(kind="pgd")
+    robust = replace(model, folder=None, run=model.run.model_copy(update={"harden": harden}))
+    config = QUICK.model_copy(update={"max_pairs": 0, "eps": (0.0,)})
+    for beside in (small_run, _hardened_copy(small_run, tmp_path, small_run)):
+        with pytest.raises(UserError, match="enough"):
+            attack_model(robust, config, beside=str(beside), audit=True, quiet=True)
+    assert [more["standard"] is None for more in given] == [False, True]
+    assert [more["standard_result"] is None for more in given] == [False, True]
+
+
+def test_a_model_beside_that_was_trained_on_the_queries_is_refused(
+    model: Model, small_set: Path, tmp_path: Path
+) -> None:
+    from flowerray.cluster.fit import fit
+    from tests.small import small
+
+    run = small(small_set, epochs=1)
+    data = run.data.model_copy(update={"protocol": "notebooks"})  # it trains on the test images
+    fit(run.model_copy(update={"data": data}), tmp_path / "other", quiet=True)
+    with pytest.raises(UserError, match=r"24 of the 24 test queries .*: name another --beside"):
+        attack_model(model, QUICK, beside=str(tmp_path / "other"), quiet=True)
 
 
 def test_self_gallery_leaves_the_attacked_queries_out(model: Model) -> None:
@@ -99,7 +175,8 @@ def test_train_queries_never_meet_themselves(model: Model, gallery: str | None) 
 
 def test_disjoint_classes_are_searched_among_themselves(model: Model) -> None:
     data = model.run.data.model_copy(update={"protocol": "disjoint"})
-    disjoint = replace(model, folder=None, run=model.run.model_copy(update={"data": data}))
+    run = model.run.model_copy(update={"data": data})
+    disjoint = replace(model, folder=None, run=run, dataset=None)
     config = QUICK.model_copy(update={"eps": (0.0,), "max_pairs": 0})
     assert attack_model(disjoint, config, quiet=True)["gallery"] == "self"
 
@@ -203,7 +280,7 @@ def test_an_audit_on_a_terminal_and_one_that_is_interrupted(
     config = QUICK.model_copy(update={"eps": (0.0, 8.0), "max_pairs": 0, "black_box_queries": 20})
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
     content = attack_model(model, config, audit=True, audit_queries=8)
-    assert content["audit"] is not None and "14/14" in terminal.getvalue()
+    assert content["audit"] is not None and "15/15" in terminal.getvalue()
     (run.path / "robustness.json").unlink()
 
     def stop(*_: Any) -> None:

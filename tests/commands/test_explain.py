@@ -196,6 +196,23 @@ def test_images_are_chosen_on_and_judged_on_without_overlap(model: Model) -> Non
         draw_images(replace(dataset, splits={"train": dataset.splits["train"]}), "val", 5, 7, 0)
 
 
+def test_an_image_that_is_alone_in_its_class_is_left_out(model: Model) -> None:
+    data = model.run.data.model_copy(update={"protocol": "disjoint"})
+    dataset = open_dataset(data, progress=False)
+    rows = dataset.splits["test"]
+    alone = 4
+    others = rows[dataset.labels_N[rows] == dataset.labels_N[rows[alone]]]
+    cut = np.setdiff1d(rows, np.setdiff1d(others, rows[alone]))
+    dataset = replace(dataset, splits={**dataset.splits, "test": cut})
+    place = int(np.flatnonzero(cut == rows[alone])[0])
+    _, judged = draw_images(dataset, "test", 1000, 7, seed=0)
+    assert len(judged) == len(cut) - 1 and place not in judged
+    make_subjects(model, dataset, "test", judged, True, {})
+    none = replace(dataset, splits={**dataset.splits, "test": cut[[place]]})
+    with pytest.raises(UserError, match="two of a class"):
+        draw_images(none, "test", 5, 7, seed=0)
+
+
 def test_where_classes_are_disjoint_an_image_is_not_in_its_prototype(model: Model) -> None:
     data = model.run.data.model_copy(update={"protocol": "disjoint"})
     dataset = open_dataset(data, progress=False)

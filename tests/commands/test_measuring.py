@@ -10,13 +10,16 @@ import torch
 from PIL import Image
 
 from flowerray.cli import dispatch
+from flowerray.cluster.fit import fit
 from flowerray.commands import measuring
 from flowerray.commands.models import Model, embed_files, open_model
 from flowerray.data.images import eval_image
-from flowerray.data.source import DataConfig
+from flowerray.data.source import DataConfig, open_dataset
 from flowerray.errors import UserError
+from flowerray.evaluate import embed as embedding
 from flowerray.evaluate.measure import EvaluateConfig
 from flowerray.rundir import RunDir
+from tests.small import small
 
 CPU = torch.device("cpu")
 
@@ -167,17 +170,21 @@ def test_search_in_each_kind_of_gallery(
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(picture, folder)
     query = flat / pictures[0].name
-    sheet = tmp_path / "sheet.png"
-    found = measuring.search(model, query, flat, 5, sheet, quiet=True)
+    found = measuring.search(model, query, flat, 5, quiet=True)
     assert [n.path for n in found] == by_hand(model, query, sorted(flat.iterdir()))[:5]
-    assert {n.class_name for n in found} == {"flat"} and Image.open(sheet).width > 100
+    assert {n.class_name for n in found} == {"flat"}
+    (flat / "edited").mkdir()
+    shutil.move(flat / pictures[10].name, flat / "edited")
+    both = measuring.search(model, query, flat, 100, quiet=True)  # beside folders, and in them
+    assert len(both) == len(pictures[::10]) - 1
+    assert {n.class_name for n in both} == {"flat", "edited"}
 
-    found = measuring.search(model, query, classes, 100, None, quiet=True)
+    found = measuring.search(model, query, classes, 100, quiet=True)
     assert len(found) == len(pictures[::10])  # the copy of the query counts
     assert found[0].path.name == query.name
     assert all(n.class_name == n.path.parent.name for n in found)
 
-    found = measuring.search(model, pictures[3], small_set, 2, None, quiet=True)
+    found = measuring.search(model, pictures[3], small_set, 2, quiet=True)
     assert len(found) == 2 and pictures[3] not in [n.path for n in found]
 
 
@@ -188,10 +195,99 @@ def test_a_gallery_has_to_be_a_folder_with_images(model: Model, tmp_path: Path) 
         measuring.gallery_of(tmp_path / "none")
 
 
-def test_a_place_that_cannot_be_written_is_one_sentence(
-    run: RunDir, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_gallery_is_embedded_once(
+    model: Model, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for picture in pictures[:4]:
+        shutil.copy(picture, tmp_path)
+    first = measuring.search(model, pictures[5], tmp_path, 4, quiet=True)
+    before = embedding.embed
+    monkeypatch.setattr(embedding, "embed", lambda *_, **__: pytest.fail("embedded again"))
+    assert measuring.search(model, pictures[5], tmp_path, 4, quiet=True) == first
+    monkeypatch.setattr(embedding, "embed", before)
+    with torch.no_grad():  # another model asks anew
+        model.embedder.projection.weight.mul_(-1)
+    assert measuring.search(model, pictures[6], tmp_path, 4, quiet=True) != first
+
+
+def test_neighbours_are_told_where_no_picture_can_be_written(
+    run: RunDir, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
     words = ["search", str(run.path), str(pictures[0]), "--gallery", str(pictures[0].parent)]
-    assert dispatch([*words, "--sheet", str(tmp_path)]) == 2
-    said = capsys.readouterr().err
-    assert str(tmp_path) in said and "Traceback" not in said
+    assert dispatch([*words, "--sheet", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert pictures[1].suffix in shown.out and "Traceback" not in shown.err
+    assert f"no picture: {tmp_path} cannot be written" in shown.err
+    assert dispatch([*words, "--json"]) == 0 and not list(tmp_path.iterdir())
+    assert dispatch([*words, "--top", "80"]) == 0
+    assert Image.open("search.png").width < 10_000
+
+
+def test_an_evaluation_that_cannot_be_kept_is_told_all_the_same(
+    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else's RUN, or a full disk."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(measuring, "save_pairs", full)
+    monkeypatch.setattr(measuring.FolderReporter, "report", full)
+    run.pairs.unlink()
+    assert dispatch(["evaluate", str(run.path), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["num_queries"] == 24
+    assert "measured, but not kept" in shown.err and "No space left" in shown.err
+
+
+def test_a_lone_export_knows_what_it_was_trained_on(
+    run: RunDir, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On another machine, where its data lie elsewhere."""
+    content = torch.load(run.path / "best_model_triplet_loss.pth", weights_only=True)
+    options = json.loads(content["run"])
+    options["data"]["root"] = str(tmp_path / "gone")
+    torch.save({**content, "run": json.dumps(options)}, file := tmp_path / "alone.pth")
+    there = shutil.copytree(small_set, tmp_path / "there")
+    words = ["evaluate", str(file), "--json", "--data.root", str(there)]
+    for split, queries in (("test", 24), ("val", 60)):
+        assert dispatch([*words, "--split", split]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["split"], found["gallery"]) == (split, "train")
+        assert found["num_queries"] == queries
+    assert dispatch([*words, "--data.protocol", "notebooks"]) == 2
+    assert "was trained or chosen on" in capsys.readouterr().err
+    another = tmp_path / "another"
+    for n, picture in enumerate(sorted((small_set / "jpg").iterdir())[::7]):
+        (another / f"class{n % 2}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, another / f"class{n % 2}")
+    assert dispatch([*words[:-1], str(another)]) == 0
+    assert json.loads(capsys.readouterr().out)["gallery"] == "self"
+
+
+def test_a_set_that_has_changed_since_the_training_is_refused(
+    model: Model, small_set: Path, tmp_path: Path
+) -> None:
+    """A photograph more, and the splits of class folders are drawn anew."""
+    root = tmp_path / "flowers"
+    labels = open_dataset(DataConfig(root=small_set), progress=False)
+    for path, label in zip(labels.paths, labels.labels_N, strict=True):
+        (root / f"c{label}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, root / f"c{label}")
+    run = small(small_set, epochs=1)
+    data = DataConfig(root=root, train_per_class=8, val_per_class=4)
+    out = tmp_path / "run"
+    fit(run.model_copy(update={"data": data}), out, quiet=True)
+    later = run.model_copy(
+        update={"data": data, "train": run.train.model_copy(update={"epochs": 2})}
+    )
+    fit(later, tmp_path / "later", quiet=True)
+    shutil.copy(labels.paths[0], root / "c0" / "0.jpg")
+    with pytest.raises(UserError, match="other files, classes or splits than when"):
+        measuring.evaluate_model(
+            open_model(str(out), CPU), data, False, EvaluateConfig(), quiet=True
+        )
+    with pytest.raises(UserError, match="images that trained would now validate or test"):
+        fit(later, tmp_path / "later", resume=True, quiet=True)

@@ -243,6 +243,15 @@ def test_a_script_without_a_main_guard_is_told(call: str, tmp_path: Path) -> Non
     assert not (tmp_path / "set").exists()
 
 
+def test_a_mount_point_is_refused_before_the_painting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The finished folder could not take its place."""
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path)
+    with pytest.raises(UserError, match="is a mount point: name a folder in it"):
+        synthesize(tmp_path, SyntheticConfig(classes=3, scale=0.01, size=48), progress=False)
+
+
 @pytest.mark.parametrize("wrong", [{"classes": 1}, {"scale": 0}, {"size": 8}, {"seed": -1}])
 def test_settings_are_bounded(wrong: dict) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):

@@ -88,6 +88,20 @@ def test_where_it_looks(measured: Robustness) -> None:
 # --- faults of the model --------------------------------------------------------------------------
 
 
+def test_an_attack_that_leaves_the_budget(
+    auditor: Auditor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`perturb` would put the photograph in its place, and the model would look robust."""
+    assert not failed(auditor.inside())
+    attack_named = bank._ATTACKS["margin"]
+
+    def too_far(scene: Any) -> Tensor:
+        return scene.images_BCHW + 3 * (attack_named(scene) - scene.images_BCHW)
+
+    monkeypatch.setitem(bank._ATTACKS, "margin", too_far)
+    assert failed(auditor.inside())
+
+
 def test_masked_gradients() -> None:
     auditor = faulty(Masked())
     assert failed(auditor.gradients()) and failed(auditor.black_box())

@@ -98,6 +98,10 @@ def test_the_overfitting_alarm_compares_one_step_with_ten(
     found = guard(config, embedder, val_store, emb, labels, gallery)
     assert found["alarm/overfitting"] == 1.0
     assert "R@1 0.90 under one step, 0.05 under 10" in alarms(found | {"alarm/collapse": 0.0})[0]
+    for steps, probed in ((1, True), (2, False)):  # a single step of PGD is one-step training too
+        config = HardenConfig(kind="pgd", steps=steps, val_queries=12)
+        found = guard(config, embedder, val_store, emb, labels, gallery)
+        assert ("alarm/overfitting" in found) == probed
 
 
 def test_a_hardened_model_is_more_robust_than_its_standard_twin(

@@ -27,6 +27,13 @@ def frame_colours(path: Path, row: int, columns: int) -> list[tuple[int, int, in
         return [image.convert("RGB").getpixel((x + 1, y)) for x in lefts]  # type: ignore[misc]
 
 
+def test_a_name_of_two_lines_is_drawn(tmp_path: Path) -> None:
+    """Pillow measures single lines alone, and file systems allow it."""
+    odd = photo(tmp_path, "a\nb.png", (0, 0, 255))
+    row = SheetRow(odd, "iris\nblue", (Neighbour(odd, "iris\nblue", 0.9),))
+    assert retrieval_sheet([row], tmp_path / "sheet.png").exists()
+
+
 def test_frames_and_marks(tmp_path: Path) -> None:
     blue = photo(tmp_path, "blue.png", (0, 0, 255))
     same, other = (

@@ -106,7 +106,8 @@ def attack(path: Path, right: float, seed: int, audit: bool | None) -> dict[str,
     check = {"name": "gradients", "passed": audit, "value": 0.5, "text": "half are zero"}
     return {
         "run": str(path), "split": "test", "gallery": "train", "norm": "linf", "perturb": "query",
-        "num_queries": QUERIES, "num_gallery": 10, "threat_model": "the pixels are changed.",
+        "time": 0.0, "num_queries": QUERIES, "num_gallery": 10,
+        "threat_model": "the pixels are changed.",
         "config": {"attacks": ["fgsm", "pgd"], "eps": [0, 2], "steps": 20, "restarts": 3},
         "rows": "cumulative", "clean": {}, "worst_case": worst,
         "attacks": {name: {"2": {"recall_at_1": right}} for name in ("fgsm", "pgd")},

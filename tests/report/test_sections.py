@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from flowerray.files import write_json
 from flowerray.report import attacked, evidence, sections
 from flowerray.report.gather import Setting, group, read_entry
 from flowerray.report.page import Block, Commands, Details, Note, Page, Picture, Pictures, Table
-from tests.report.runs import evaluation, make_run, photographs
+from tests.report.runs import evaluation, make_run, photographs, read
 from tests.report.test_page import check_page
 
 ALL = (
@@ -128,6 +129,24 @@ def test_attacks_of_another_kind_are_another_table(tmp_path: Path) -> None:
     file = runs[1] / "robustness.json"
     file.write_text(file.read_text().replace('"steps": 20', '"steps": 40'))
     assert len(attacked.battles(setting(*runs))) == 2
+
+
+def test_robust_and_standard_are_paired_by_seed_and_each_run_counts_once(tmp_path: Path) -> None:
+    """Robust 1, 2 beside standard 0, 1, 2: seeds 1 and 2, whatever their places."""
+    robust = [make_run(tmp_path / f"r{s}", seed=s, robust=True, right=0.6) for s in (1, 2)]
+    standard = [make_run(tmp_path / f"s{s}", seed=s, right=0.1) for s in (0, 1, 2)]
+    file = robust[0] / "robustness.json"
+    (whole,) = read(file)["results"]
+    part = {**whole, "worst_case": {"2": whole["worst_case"]["2"]}, "time": 5.0}
+    write_json(file, {"results": [whole, part]})
+    found = setting(*robust, *standard)
+    (battle,) = attacked.battles(found)
+    assert sorted(len(rows) for rows in battle.records.values()) == [2, 3]
+    assert all("0" in r["worst_case"] for rows in battle.records.values() for r in rows)
+    ((eps, compared),) = attacked._comparisons(found, battle)
+    assert eps == "2" and compared.recall.mean == pytest.approx(0.5)
+    strangers = setting(robust[0], standard[0])
+    assert attacked._comparisons(strangers, attacked.battles(strangers)[0]) == []
 
 
 def test_failures_name_what_was_taken_for_what(tmp_path: Path) -> None:
