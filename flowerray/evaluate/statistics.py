@@ -190,7 +190,7 @@ def mcnemar(first_hit_Q: ArrayLike, second_hit_Q: ArrayLike, *, level: float = 0
     both = int((first * second).sum())
     neither = queries - both - wins - losses
     one, two = (_wilson(hits, queries, level) for hits in (both + wins, both + losses))
-    along = both * neither - wins * losses
+    along = float(both * neither - wins * losses)
     if along > 0:
         along = max(along - queries / 2, 0)
     spread = math.sqrt(math.prod((both + wins, neither + losses, both + losses, neither + wins)))
