@@ -171,7 +171,7 @@ def test_unwritable_out(refused: Refused, small_set: Path, tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "run"
     said = refused("train", "triplet", *words(small_set, out=out))
-    assert f"{out} cannot be written (Not a directory): choose another --out" in said
+    assert f"{out} cannot be made, since {out.parent} is a file: choose another --out" in said
 
 
 def test_existing_out(refused: Refused, small_set: Path, tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_a_file_where_a_folder_is_wanted(
     file.write_text("mine")
     a, b = (small_set / "jpg" / f"image_{n:05d}.jpg" for n in (1, 2))
     said = refused("search", small_run, a, "--gallery", small_set, "--sheet", file / "sheet.png")
-    assert f"{file} cannot be used (File exists)" in said
+    assert f"{file / 'sheet.png'} cannot be written (File exists): name another --sheet" in said
     for inside in (file, file / "below" / "it"):
         kept = f"{inside} cannot be made, since {file} is a file: choose another --out"
         assert kept in refused("explain", small_run, a, b, "--concepts", 0, "--out", inside)

@@ -20,10 +20,12 @@ def tracked() -> list[Path]:
     return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).exists()]
 
 
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def readme_lines() -> list[str]:
     """Lines of the bash blocks in the README and its pages, without comments."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    text = "\n".join(page.read_text() for page in pages)
+    text = "\n".join(page.read_text() for page in PAGES)
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line]
@@ -58,6 +60,16 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert "pip install uv && uv run flowerray demo" in lines
     assert "uv run pytest" in lines
     assert "uv run pytest" in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_are_wrapped_and_their_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    long = [line for line in text.splitlines() if len(line) > 110 and not line.startswith("|")]
+    assert not long
+    links = re.findall(r"\]\(([^)#]+)", text)
+    gone = [to for to in links if "://" not in to and not (page.parent / to).exists()]
+    assert not gone
 
 
 def test_nothing_of_one_machine_is_committed() -> None:

@@ -146,7 +146,14 @@ def search(words: list[str]) -> int:
     else:
         print(tables.neighbours(found))
     sheet = options.sheet or (None if options.as_json else Path("search.png"))
-    drawn = sheet is not None and measuring.draw_neighbours(options.query, found, sheet)
-    if drawn and not options.as_json:
+    if sheet is None:
+        return 0
+    try:
+        measuring.draw_neighbours(options.query, found, sheet)
+    except OSError as error:
+        raise UserError(
+            f"no picture, since {sheet} cannot be written ({error.strerror}): name another --sheet."
+        ) from error
+    if not options.as_json:
         print(f"picture   {sheet}")
     return 0

@@ -292,16 +292,9 @@ def search(
     ]
 
 
-def draw_neighbours(query: Path, found: Sequence[Neighbour], sheet: Path) -> bool:
-    """Draws a query and its nearest neighbours, `MOST_DRAWN` at most; False, after a warning, where
-    that cannot be written.
-    """
-    try:
-        retrieval_sheet([SheetRow(query, None, tuple(found[:MOST_DRAWN]))], sheet)
-    except OSError as error:
-        print(f"no picture: {sheet} cannot be written ({error.strerror}).", file=sys.stderr)
-        return False
-    return True
+def draw_neighbours(query: Path, found: Sequence[Neighbour], sheet: Path) -> None:
+    """Draws a query and its nearest neighbours, `MOST_DRAWN` at most."""
+    retrieval_sheet([SheetRow(query, None, tuple(found[:MOST_DRAWN]))], sheet)
 
 
 def gallery_of(folder: Path) -> Dataset:

@@ -397,3 +397,19 @@ def test_a_place_that_cannot_be_written_is_one_sentence(
     assert dispatch([*words, "--out", out]) == 2
     said = capsys.readouterr().err
     assert f"{out} cannot be written" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(("said", "gpus"), [([], 1.0), (["--gpus", "0"], 0.0)])
+def test_a_machine_with_a_gpu_trains_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], gpus: float
+) -> None:
+    taken: list[float] = []
+
+    def stop(config: CompareConfig, *_: object, **__: object) -> None:
+        taken.append(config.gpus)
+        raise UserError("enough")
+
+    monkeypatch.setattr("flowerray.commands.compare.compare", stop)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert dispatch(["compare", "--out", str(tmp_path / "out"), *said]) == 2
+    assert taken == [gpus]

@@ -164,7 +164,8 @@ def test_the_choice_serves_the_pairs_that_follow(model: Model, pictures: list[Pa
 
 def test_a_model_of_other_data_is_not_judged_beside(model: Model, tmp_path: Path) -> None:
     data = model.run.data.model_copy(update={"protocol": "disjoint"})
-    other = replace(model, name="other", run=model.run.model_copy(update={"data": data}))
+    run = model.run.model_copy(update={"data": data})
+    other = replace(model, name="other", run=run, dataset=None)
     with pytest.raises(UserError, match="--beside other was trained on other data"):
         explain_split(model, FAST, tmp_path, other, quiet=True)
 
@@ -230,7 +231,8 @@ def test_where_classes_are_disjoint_an_image_is_not_in_its_prototype(model: Mode
 
 def test_trainval_has_nothing_to_choose_on(model: Model, tmp_path: Path) -> None:
     data = model.run.data.model_copy(update={"protocol": "trainval"})
-    other = replace(model, run=model.run.model_copy(update={"data": data}))
+    run = model.run.model_copy(update={"data": data})
+    other = replace(model, run=run, dataset=None)
     with pytest.raises(UserError, match="has no val images to choose a map on"):
         explain_split(other, FAST, tmp_path, None, quiet=True)
     config = FAST.model_copy(update={"method": "decomposition"})

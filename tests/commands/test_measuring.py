@@ -216,10 +216,10 @@ def test_neighbours_are_told_where_no_picture_can_be_written(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     words = ["search", str(run.path), str(pictures[0]), "--gallery", str(pictures[0].parent)]
-    assert dispatch([*words, "--sheet", str(tmp_path)]) == 0
+    assert dispatch([*words, "--sheet", str(tmp_path)]) == 2
     shown = capsys.readouterr()
     assert pictures[1].suffix in shown.out and "Traceback" not in shown.err
-    assert f"no picture: {tmp_path} cannot be written" in shown.err
+    assert f"no picture, since {tmp_path} cannot be written" in shown.err
     assert dispatch([*words, "--json"]) == 0 and not list(tmp_path.iterdir())
     assert dispatch([*words, "--top", "80"]) == 0
     assert Image.open("search.png").width < 10_000
