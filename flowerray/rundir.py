@@ -77,8 +77,11 @@ class RunDir:
         """metrics.jsonl; a last line that a kill cut short is left out."""
         if not self.metrics.exists():
             return []
-        whole = self.metrics.read_text().rpartition("\n")[0]
-        return [json.loads(line) for line in whole.splitlines()]
+        records = []
+        for line in self.metrics.read_text().rpartition("\n")[0].splitlines():
+            with suppress(ValueError):  # what a full disk left of a record, and of the next one
+                records.append(json.loads(line))
+        return records
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of one metric."""
@@ -169,8 +172,12 @@ class FolderReporter:
     ) -> None:
         if metrics:
             record = {"step": step, "epoch": epoch, "time": time.time(), "metrics": metrics}
-            with self.dir.metrics.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            with self.dir.metrics.open("ab+") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":  # a full disk cut the last record short
+                        file.write(b"\n")
+                file.write(json.dumps(record).encode() + b"\n")
         if save is None:
             return
         if best:

@@ -4,6 +4,6 @@ import sys
 
 from flowerray.cli import main
 
-kind = [] if "--resume" in " ".join(sys.argv) else ["--harden.kind", "pgd"]  # a RUN has its own
+own = {"--resume", "--from"} & {word.split("=")[0] for word in sys.argv}  # a RUN has its own kind
 if __name__ == "__main__":
-    main(["train", "center", *kind, *sys.argv[1:]])
+    main(["train", "center", *([] if own else ["--harden.kind", "pgd"]), *sys.argv[1:]])

@@ -161,7 +161,9 @@ def test_a_job_that_a_pool_imports_again_does_nothing(monkeypatch: pytest.Monkey
         assert len(called.pop()) >= 1
 
 
-@pytest.mark.parametrize("words", [["--resume", "runs/x"], ["--resume=runs/x"], ["--out", "x"]])
+@pytest.mark.parametrize(
+    "words", [["--resume", "runs/x"], ["--resume=runs/x"], ["--from", "x"], ["--out", "x"]]
+)
 def test_a_resumed_hardening_keeps_its_own_kind(
     words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

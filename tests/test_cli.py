@@ -26,6 +26,26 @@ from tests.small import small, words
 Say = Callable[..., tuple[str, str]]
 
 
+def test_a_disk_that_is_full_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error of an open file names no path."""
+
+    def full(_: object, words: list[str]) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli.Command, "run", full)
+    assert dispatch(["report"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("flowerray report: a file cannot be written (No space left on device)")
+
+
+def test_init_takes_what_mlflow_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("flowerray.tracking.resolve", lambda name: tmp_path / f"{name[8:]}.pth")
+    run = small(tmp_path).model_copy(update={"init": Path("models:/flowerray-center@champion")})
+    assert options.absolute(run).init == tmp_path / "flowerray-center@champion.pth"
+
+
 # --- the surface ----------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ without a cloud.
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -176,7 +177,8 @@ def test_mlflow_gets_its_database_and_the_shared_artifacts(tmp_path: Path) -> No
 
 
 def test_nodes_are_set_up_with_uv_and_wait_for_the_shared_folder() -> None:
-    assert "cd ~/flowerray && ~/.local/bin/uv sync --no-dev" in CLUSTER["setup_commands"]
+    sync = next(command for command in CLUSTER["setup_commands"] if "uv sync" in command)
+    assert re.search(r"uv sync --no-dev --python 3\.\d+\.\d+\b", sync)  # Ray compares patches too
     assert CLUSTER["file_mounts"]["~/flowerray"] == "."
     assert any("mount -t nfs4" in command for command in CLUSTER["initialization_commands"])
     assert (
@@ -236,6 +238,15 @@ for folder in given["folders"]:
     found[folder] = [zipfile.ZipFile(target).namelist(), target.stat().st_size]
     target.unlink()
 """
+
+
+def test_an_image_holds_no_secret_and_no_data() -> None:
+    """docs/kuberay.yaml builds one with `COPY . .`, and docker reads neither of the other lists."""
+    left = set((ROOT / ".dockerignore").read_text().split())
+    assert {".git", ".venv", ".env", "**/*.env", "**/*.pem", "**/auth_token"} <= left
+    lists = (ROOT / ".rayignore").read_text() + (ROOT / ".gitignore").read_text()
+    for place in ("data", "runs", "mlartifacts", "outputs"):
+        assert place in left and place in lists
 
 
 def test_a_job_uploads_code_and_nothing_else(tmp_path: Path) -> None:

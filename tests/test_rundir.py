@@ -61,6 +61,16 @@ def test_metrics_are_read_back_without_a_torn_last_line(run: RunDir) -> None:
     assert all(r["time"] > 1.7e9 for r in run.records())
 
 
+def test_a_record_that_a_full_disk_cut_costs_itself_alone(run: RunDir) -> None:
+    reporter = FolderReporter(run.path)
+    reporter.report(2, 1, {"train/loss": 0.5})
+    with run.metrics.open("a") as file:
+        file.write('{"step": 3, "epo')
+    reporter.report(4, 1, {"train/loss": 0.25})
+    assert run.series("train/loss") == [(2, 0.5), (4, 0.25)]
+    assert [record["step"] for record in NewRecords(run)()] == [2, 4]
+
+
 def test_rewind_drops_what_came_after_the_checkpoint(run: RunDir) -> None:
     reporter = FolderReporter(run.path)
     for step in (1, 2, 3, 4):

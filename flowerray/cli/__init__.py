@@ -2,6 +2,7 @@
 of a typed configuration.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -14,6 +15,8 @@ from flowerray.errors import UserError
 from flowerray.memory import keep_freed_memory
 
 INTERRUPTED = 130
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""What a disk says that takes no more."""
 
 
 class Command(NamedTuple):
@@ -109,9 +112,12 @@ def dispatch(words: list[str]) -> int:
         return 0
     except OSError as error:
         place = error.filename2 or error.filename
-        if place is None:  # it is about no file: a fault of ours
+        if place is not None:
+            said = f"{place} cannot be used ({error.strerror}): check the path and its permissions."
+        elif error.errno in FULL:  # of a file that is open already the error names no path
+            said = f"a file cannot be written ({error.strerror}): make room, and try again."
+        else:  # a fault of ours
             raise
-        said = f"{place} cannot be used ({error.strerror}): check the path and its permissions."
         print(f"flowerray {words[0]}: {said}", file=sys.stderr)
         return 2
 

@@ -66,12 +66,13 @@ def attack(words: list[str]) -> int:
 
     model = open_model(options.run, pick_device("auto"))
     config = AttackConfig(**{field: getattr(options, field) for field in AttackConfig.model_fields})
-    if config.norm == "l2" and not given(words, ["eps", "preset"]):
+    if config.norm == "l2" and preset == "default" and not given(words, ["eps"]):
         config = config.model_copy(update={"eps": L2_GRID})
     content = command.attack_model(
         model,
         config,
         beside=options.beside or command.standard_of(model),
+        beside_may_lack=options.beside is None,
         audit=options.audit,
         audit_queries=options.audit_queries,
         ers=options.ers,

@@ -164,7 +164,12 @@ def follow(source: "RunDir", method: str) -> "Run":
 
 def absolute(run: "Run") -> "Run":
     """The run with absolute paths: a worker's own working directory is somewhere else."""
-    init = run.init.expanduser().absolute() if run.init else None
+    init = run.init
+    if init is not None and str(init).startswith(("models:/", "runs:/")):
+        from flowerray import tracking
+
+        init = tracking.resolve(str(init))
+    init = init.expanduser().absolute() if init else None
     changes = {"data": absolute_data(run.data), "embedder": absolute_embedder(run.embedder)}
     return run.model_copy(update={**changes, "init": init})
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from flowerray.data.batches import PKSampler
 from flowerray.data.source import open_dataset
 from flowerray.errors import UserError
 from flowerray.evaluate.guard import alarms
-from flowerray.files import only_driver, refuse_unwritable, writing
+from flowerray.files import only_driver, refuse_unwritable
 from flowerray.progress import DivergedError
 from flowerray.report.curves import plot_training
 from flowerray.run import Run
@@ -63,7 +64,7 @@ def fit(
     if resume:
         folder.read()
         if (saved := folder.checkpoint()) is not None:
-            refuse_changed(trained_on(saved), tags, run)
+            refuse_changed(trained_on(saved), tags, run.data.root)
     else:
         folder.create(run.to_dict())
     with only_driver(folder.path):
@@ -196,12 +197,12 @@ def fit_on_ray(run: Run, folder: RunDir) -> dict[str, Any]:
         except SystemExit:  # what Ray makes of Ctrl-C
             raise KeyboardInterrupt from None
         except Exception as error:
+            said = f"the training workers failed: {innermost(error)}"
             whole = folder.path / "error.txt"
-            with writing(whole):
+            with suppress(OSError):
                 whole.write_text("\n".join(traceback.format_exception(error)))
-            raise UserError(
-                f"the training workers failed: {innermost(error)} (all of it: {whole})"
-            ) from error
+                said += f" (all of it: {whole})"
+            raise UserError(said) from error
     if summary and USER_ERROR in summary:
         raise UserError(summary[USER_ERROR])
     assert isinstance(summary, dict)

@@ -31,7 +31,7 @@ ENVIRONMENT = {
 }
 
 
-def require_gpus(gpus: float) -> None:
+def require_gpus(gpus: float, option: str = "--gpus") -> None:
     """Raises UserError where a task is to have more GPUs than this machine has and no cluster could
     give them: Ray would wait for them for ever.
     """
@@ -39,16 +39,19 @@ def require_gpus(gpus: float) -> None:
 
     if gpus and "RAY_ADDRESS" not in os.environ and torch.cuda.device_count() < gpus:
         raise UserError(
-            f"--gpus {gpus:g}: this machine has {torch.cuda.device_count()} that torch can use; "
+            f"{option} {gpus:g}: this machine has {torch.cuda.device_count()} that torch can use; "
             "ask for fewer, or 0 for the CPU."
         )
 
 
 def own_gpus(workers: int = 1) -> float:
-    """A GPU for each of so many workers, where torch can use as many on this machine, else 0."""
+    """A GPU for each of so many workers, where torch can use as many on this machine; else, and on
+    a cluster, whose GPUs are elsewhere, 0.
+    """
     import torch
 
-    return float(workers) if torch.cuda.device_count() >= workers else 0.0
+    enough = "RAY_ADDRESS" not in os.environ and torch.cuda.device_count() >= workers
+    return float(workers) if enough else 0.0
 
 
 def slots(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float) -> int:

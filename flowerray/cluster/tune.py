@@ -18,7 +18,7 @@ from flowerray.cluster.confirm import confirm
 from flowerray.cluster.fit import prepare
 from flowerray.cluster.live import Lines, LiveStudy, finish_left
 from flowerray.cluster.searcher import make_scheduler, make_searcher
-from flowerray.cluster.session import own_signals, ray_session, slots
+from flowerray.cluster.session import own_signals, ray_session, require_gpus, slots
 from flowerray.cluster.space import search_space
 from flowerray.cluster.study import Study, StudyConfig, label, outcome
 from flowerray.cluster.trial import trial, trial_of_workers
@@ -148,11 +148,12 @@ def run_study(study: Study, resources: TrialResources, quiet: bool) -> dict[str,
     """
     resources.check()
     refuse_unequal_shares(study, resources.workers_per_trial)
+    require_gpus(resources.gpus_per_trial, "--gpus-per-trial")
     study.base = study.base.model_copy(update={"resources": resources.of_a_run})
     if not study.tags:  # a resumed one
         study.tags, _ = prepare(study.base, quiet)
         known = tracking.State.read(study.folder).tags.get("dataset/fingerprint")
-        refuse_changed(known, study.tags, study.base)
+        refuse_changed(known, study.tags, study.base.data.root)
     params = {"study": study.config.model_dump(), "space": study.knobs, **study.base.to_dict()}
     tracking.start(study.folder, study.folder.name, params, {**study.tags, "kind": "study"})
     with tracking.noted_end(study.folder):

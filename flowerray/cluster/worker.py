@@ -3,6 +3,7 @@ result.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,21 +61,22 @@ def noted(run: Run, dataset: Dataset) -> dict[str, Any]:
     return {**run.to_dict(), "dataset": dataset.tags["dataset/fingerprint"]}
 
 
-def refuse_changed(known: str | None, tags: Mapping[str, str], run: Run) -> None:
+def refuse_changed(known: str | None, tags: Mapping[str, str], root: Path | None) -> None:
     """Refuses to go on with another data set than the one that a training began with.
 
     Args:
         known: that one's fingerprint; None: nothing was trained yet.
         tags: of the data set as it is now.
+        root: where it lies; None: the rendered set.
 
     Raises:
         UserError: its files, labels or splits are others; images that trained could validate.
     """
     if known not in (None, tags["dataset/fingerprint"]):
         raise UserError(
-            f"{run.data.root} holds other files, classes or splits than when this training began: "
-            "images that trained would now validate or test. Put back what was there, or begin "
-            "anew."
+            f"{root or 'The rendered set'} holds other files, classes or splits than when this "
+            "training began: images that trained would now validate or test. Put back what was "
+            "there, or begin anew."
         )
 
 
@@ -100,7 +102,7 @@ def work(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str, 
     if (saved := reporter.restore()) is None:
         start_weights(run, method, dataset, trained_classes)
     else:
-        refuse_changed(checkpoint.trained_on(saved), dataset.tags, run)
+        refuse_changed(checkpoint.trained_on(saved), dataset.tags, dataset.root)
     if not run.embedder.freeze_bn and reporter.world > 1:
         method = convert_sync_batchnorm(method)
 

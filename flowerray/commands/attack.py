@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from flowerray import checkpoint, tracking
 from flowerray.attacks import bank
 from flowerray.commands.attack_record import metrics, record
-from flowerray.commands.measuring import new_pairs, refuse_trained, stored_pairs
+from flowerray.commands.measuring import new_pairs, not_kept, refuse_trained, stored_pairs
 from flowerray.commands.models import Model, open_model
 from flowerray.data.dataset import Dataset
 from flowerray.data.images import resize_side
@@ -56,6 +57,7 @@ def attack_model(
     config: AttackConfig,
     *,
     beside: str | None = None,
+    beside_may_lack: bool = False,
     audit: bool = False,
     audit_queries: int = 128,
     ers: bool = False,
@@ -67,6 +69,7 @@ def attack_model(
         model: any trained model; a RUN folder also keeps the result.
         config: the attacks.
         beside: another RUN, usually the one that was not hardened.
+        beside_may_lack: leave it out, with a note, where it was trained on the queries.
         audit: also ask whether the figures can be believed, about as long again.
         audit_queries: queries that the audit looks at.
         ers: also the terms of the Empirical Robustness Score, on as many queries as the audit.
@@ -88,8 +91,14 @@ def attack_model(
     dataset = model.own_dataset(quiet)
     chosen_Q = attacked_queries(dataset, config)
     standard = None if beside is None else open_model(beside, device)
-    if standard is not None and standard.run.data != model.run.data:
-        refuse_trained(standard, dataset.root, dataset, config.split, "name another --beside")
+    if standard is not None:
+        try:
+            refuse_strangers(standard, model, dataset, config.split)
+        except UserError as error:
+            if not beside_may_lack:
+                raise
+            print(f"nothing is attacked beside it: {error}", file=sys.stderr)
+            standard = None
     subject = prepare(model, dataset, chosen_Q, config, quiet)
     config = possible(config, len(np.unique(subject.arena.gallery_labels_G)))
     other = None if standard is None else prepare(standard, dataset, chosen_Q, config, quiet)
@@ -100,7 +109,8 @@ def attack_model(
     if other is not None and other_result is not None:
         content["beside"] = _record(other, other_result)
     if model.folder is not None:
-        note(model.folder, content)  # what follows is long, and may be interrupted
+        with suppress(OSError):  # `keep` says so
+            note(model.folder, content)  # what follows is long, and may be interrupted
     if audit:
         unhardened = standard is not None and not standard.run.harden.on
         auditor = Auditor(
@@ -119,8 +129,26 @@ def attack_model(
         if other is not None and other_result is not None:
             content["beside"]["ers"] = _score(other, other_result, audit_queries, quiet)
     if model.folder is not None:
-        keep(model, content, subject, result)
+        try:
+            keep(model, content, subject, result)
+        except (OSError, UserError) as error:  # a full disk, somebody else's RUN
+            not_kept(model.name, error)
     return content
+
+
+def refuse_strangers(other: Model, model: Model, dataset: Dataset, split: str) -> None:
+    """Refuses a model beside that was trained or chosen on the queries.
+
+    Raises:
+        UserError: so it was, or on an earlier state of the set.
+    """
+    if other.run.data != model.run.data:
+        refuse_trained(other, dataset.root, dataset, split, "name another --beside")
+    elif other.dataset not in (None, dataset.tags["dataset/fingerprint"]):
+        raise UserError(
+            f"{other.name} was trained before {dataset.root} got other files, classes or splits, "
+            "and may know the queries: name another --beside."
+        )
 
 
 def possible(config: AttackConfig, classes: int) -> AttackConfig:
@@ -316,19 +344,28 @@ def _record(subject: Subject, result: Robustness) -> dict[str, Any]:
 
 
 def note(folder: RunDir, content: dict[str, Any]) -> bool:
-    """Writes RUN/robustness.json, in place of an earlier result of the same attack.
+    """Writes RUN/robustness.json, in place of an earlier result of the same attack unless that one
+    was audited and this one was not.
 
     Returns:
-        Whether another attack on the same queries was audited, and this one was not: then that one
-        stays what the RUN shows.
+        Whether an attack on the same queries was audited, and this one was not: then that one stays
+        what the RUN shows.
     """
     path = folder.path / FILE
     results = json.loads(path.read_text())["results"] if path.exists() else []
-    about = ("split", "gallery", "norm", "perturb")
-    others = [r for r in results if any(r[k] != content[k] for k in (*about, "config"))]
-    write_json(path, {"results": [*others, content]})
-    audited = any(r["audit"] and all(r[k] == content[k] for k in about) for r in others)
-    return audited and content["audit"] is None
+    about = ("split", "gallery", "norm", "perturb", "num_queries")
+
+    def audited(result: dict[str, Any]) -> bool:
+        same = all(result[key] == content[key] for key in about)
+        seeds = (r["config"]["seed"] for r in (result, content))
+        return bool(result["audit"]) and same and len(set(seeds)) == 1
+
+    stays = content["audit"] is None and any(audited(r) for r in results)
+    again = [r for r in results if r["config"] == content["config"]]
+    again = [r for r in again if all(r[key] == content[key] for key in about)]
+    if not (stays and any(r["audit"] for r in again)):
+        write_json(path, {"results": [*(r for r in results if r not in again), content]})
+    return stays
 
 
 def keep(model: Model, content: dict[str, Any], subject: Subject, result: Robustness) -> None:
@@ -337,7 +374,7 @@ def keep(model: Model, content: dict[str, Any], subject: Subject, result: Robust
     assert folder is not None
     if note(folder, content):
         print(
-            f"{folder.path} goes on to show its audited attack; this one is in {FILE} beside it.",
+            f"{folder.path} goes on to show its audited attack on these queries.",
             file=sys.stderr,
         )
         return

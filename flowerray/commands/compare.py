@@ -218,6 +218,7 @@ def record_of(
             assert isinstance(found, dict)
             return found
     model = open_model(str(folder), device)
+    model.own_dataset(quiet)
     began = time.perf_counter()
     measurement = run_measure(model.embedder, dataset, EvaluateConfig(), quiet)
     keep(model, measurement, dataset.root, time.perf_counter() - began)

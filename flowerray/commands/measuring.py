@@ -54,8 +54,10 @@ def evaluate_model(
         dataset, same = model.own_dataset(quiet), True
     else:
         dataset = open_whole_or_split(data, whole, config.gallery, quiet)
+        own_root = model.run.data.root
         moved = data == model.run.data.model_copy(update={"root": data.root})
-        same = moved and not whole and model.dataset == dataset.tags["dataset/fingerprint"]
+        moved = moved and not whole and own_root is not None and not own_root.is_dir()
+        same = moved and model.dataset == dataset.tags["dataset/fingerprint"]
         if not (whole or same):
             refuse_trained(model, data.root, dataset, config.split)
     own = same and model.folder is not None
@@ -72,8 +74,14 @@ def evaluate_model(
         try:
             keep(model, measurement, dataset.root, time.perf_counter() - started)
         except (OSError, UserError) as error:  # a full disk, somebody else's RUN
-            print(f"measured, but not kept in {model.name}: {error}", file=sys.stderr)
+            not_kept(model.name, error)
     return measurement
+
+
+def not_kept(name: str, error: Exception) -> None:
+    """Says that a result could not be written into the RUN; it is printed all the same."""
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    print(f"measured, but not kept in {name}: {cause}", file=sys.stderr)
 
 
 def refuse_trained(
@@ -91,6 +99,8 @@ def refuse_trained(
     """
     if split not in dataset.splits or is_another_set(model, root):
         return
+    if root is None or (model.run.data.root and root.resolve() == model.run.data.root.resolve()):
+        model.own_dataset(quiet=True)  # its splits of today need not be those of its training
     own = open_dataset(model.run.data.model_copy(update={"root": dataset.root}))
     seen = {own.paths[i] for name in ("train", "val") for i in own.splits.get(name, ())}
     queries = dataset.splits[split]
@@ -265,13 +275,17 @@ def is_another_set(model: Model, root: Path | None) -> bool:
     if root is None or (own.root is not None and root.resolve() == own.root.resolve()):
         return False
     known = model.dataset
+    if known is None and model.folder is not None:
+        known = tracking.State.read(model.folder.path).tags.get("dataset/fingerprint")
     try:
         if known is None and own.root is not None and own.root.is_dir():
             known = open_dataset(own).tags["dataset/fingerprint"]
-        found = open_dataset(own.model_copy(update={"root": root})).tags["dataset/fingerprint"]
+        found = open_dataset(own.model_copy(update={"root": root})).tags
     except UserError:
         return True
-    return known is not None and found != known
+    if known is None:
+        return own.root is None and "dataset/synthetic" not in found
+    return found["dataset/fingerprint"] != known
 
 
 def search(

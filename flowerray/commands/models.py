@@ -58,10 +58,12 @@ def open_model(name: str, device: torch.device) -> Model:
         UserError: nothing there, or not a model.
     """
     path = tracking.resolve(name)
+    fetched = name.startswith("runs:/")
     content = checkpoint.load_export(path)
     return Model(
         name=name,
-        folder=RunDir(path) if path.is_dir() and (path / "run.json").exists() else None,
+        # What MLflow holds is fetched anew by each command, so that nothing can be kept beside it.
+        folder=RunDir(path) if not fetched and (path / "run.json").exists() else None,
         run=Run.from_dict(content["run"]),
         embedder=checkpoint.build_embedder(content).to(device),
         threshold=content["threshold"],

@@ -10,6 +10,7 @@ Letters: N images, C classes.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,9 +150,10 @@ def fetch(
         `out`, which `read_oxford` reads.
 
     Raises:
-        UserError: `out` cannot be written; see `download` and `unpack`.
+        UserError: `out` cannot be written, or holds another set; see `download` and `unpack`.
     """
     out = Path(out)
+    _refuse_others(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in ("imagelabels.mat", "setid.mat"):
@@ -173,6 +175,21 @@ def fetch(
             "that you may write to."
         ) from error
     return out
+
+
+def _refuse_others(out: Path) -> None:
+    """Refuses a folder whose content the archives would replace."""
+    if (out / "synthetic.json").exists():
+        raise UserError(f"{out} holds a rendered set: choose another --out.")
+    for folder in _ARCHIVES.values():
+        names = sorted(e.name for e in (out / folder).iterdir()) if (out / folder).is_dir() else []
+        kind = "image" if folder == "jpg" else folder
+        others = [name for name in names if not re.fullmatch(rf"{kind}_\d{{5}}\.jpg", name)]
+        if others:
+            raise UserError(
+                f"{out / folder} holds {others[0]}, which is none of Oxford's files and would be "
+                "lost: choose another --out."
+            )
 
 
 def image_name(number: int, folder: str = "jpg") -> str:

@@ -104,6 +104,8 @@ class Auditor:
     def inside(self) -> list[Check]:
         """No attack leaves the budget, where `perturb` would put the photograph in its place."""
         names = [name for name in self.config.attacks if name not in bank.MINIMUM_NORM]
+        if not names:
+            return [Check("attacks stay inside", None, None, "all seek the least change")]
         batch = np.arange(min(ALONE, len(self.clean_Q)))
         images = self.arena.images(self.arena.chosen_Q[batch])
         outside = 0
@@ -116,7 +118,7 @@ class Auditor:
             )  # fmt: skip
             allowed = bank.admissible(images, attacked, self.config.norm, self.eps / 255)
             outside += int((~allowed).sum())
-        share = outside / max(1, len(names) * len(batch))
+        share = outside / (len(names) * len(batch))
         text = f"{outside} of {len(names) * len(batch)} attacked images lie beyond eps or [0,1]"
         return [Check("attacks stay inside", outside == 0, share, text)]
 

@@ -196,7 +196,7 @@ def _comparisons(setting: Setting, battle: Battle) -> list[tuple[str, Comparison
                 continue
             if len({tuple(r["queries"]) for records in both for r in records}) > 1:
                 continue
-            for eps in PAIRED_EPS:
+            for eps in PAIRED_EPS if battle.first["norm"] == "linf" else battle.shared_eps[1:]:
                 if all(eps in r["worst_case"] for records in both for r in records):
                     compared = _compare(robust.label, standard.label, both, eps)
                     found.append((eps, compared))

@@ -85,9 +85,26 @@ def test_a_quick_attack_leaves_an_audited_one_as_it_is(
     results = json.loads((run.path / "robustness.json").read_text())["results"]
     assert [bool(r["audit"]) for r in results] == [True, False]
     assert (run.plots / "robustness.png").read_bytes() == picture and run.records() == records
-    attack_model(model, config, quiet=True)  # the same again, which was not audited
+    attack_model(model, config, quiet=True)  # the same again, which says nothing new
     results = json.loads((run.path / "robustness.json").read_text())["results"]
-    assert [r["audit"] for r in results] == [None, None]
+    assert [bool(r["audit"]) for r in results] == [True, False]
+    fewer = weak.model_copy(update={"max_queries": 6})  # of others it is the first
+    attack_model(model, fewer, quiet=True)
+    assert len(run.records()) == len(records) + 1
+
+
+def test_an_attack_that_cannot_be_kept_is_told_all_the_same(
+    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "write_json", full)
+    words = ["attack", str(run.path), "--attacks", "fgsm", "--eps", "0,8", "--max-queries", "6"]
+    assert dispatch([*words, "--max-pairs", "0", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert list(json.loads(shown.out)["worst_case"]) == ["0", "8"]
+    assert "measured, but not kept" in shown.err and "No space left" in shown.err
 
 
 def test_few_classes_and_a_long_distance(
@@ -136,7 +153,7 @@ def test_only_a_model_that_was_not_hardened_is_the_standard_one(
 
 
 def test_a_model_beside_that_was_trained_on_the_queries_is_refused(
-    model: Model, small_set: Path, tmp_path: Path
+    model: Model, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from flowerray.cluster.fit import fit
     from tests.small import small
@@ -146,6 +163,15 @@ def test_a_model_beside_that_was_trained_on_the_queries_is_refused(
     fit(run.model_copy(update={"data": data}), tmp_path / "other", quiet=True)
     with pytest.raises(UserError, match=r"24 of the 24 test queries .*: name another --beside"):
         attack_model(model, QUICK, beside=str(tmp_path / "other"), quiet=True)
+    config = QUICK.model_copy(update={"max_pairs": 0, "eps": (0.0,)})
+    other = str(tmp_path / "other")
+    content = attack_model(model, config, beside=other, beside_may_lack=True, quiet=True)
+    assert content["beside"] is None
+    assert "nothing is attacked beside it: 24 of the 24" in capsys.readouterr().err
+    twin = replace(model, name="twin", dataset="that of another day")
+    dataset = open_dataset(model.run.data)
+    with pytest.raises(UserError, match="twin was trained before"):
+        command.refuse_strangers(twin, model, dataset, "test")
 
 
 def test_self_gallery_leaves_the_attacked_queries_out(model: Model) -> None:

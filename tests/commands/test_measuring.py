@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -234,12 +235,13 @@ def test_an_evaluation_that_cannot_be_kept_is_told_all_the_same(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(measuring, "save_pairs", full)
-    monkeypatch.setattr(measuring.FolderReporter, "report", full)
+    monkeypatch.setattr(measuring.FolderReporter, "_write", full)
     run.pairs.unlink()
     assert dispatch(["evaluate", str(run.path), "--json"]) == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out)["num_queries"] == 24
     assert "measured, but not kept" in shown.err and "No space left" in shown.err
+    assert "--resume" not in shown.err
 
 
 def test_a_lone_export_knows_what_it_was_trained_on(
@@ -291,3 +293,46 @@ def test_a_set_that_has_changed_since_the_training_is_refused(
         )
     with pytest.raises(UserError, match="images that trained would now validate or test"):
         fit(later, tmp_path / "later", resume=True, quiet=True)
+    otherwise = data.model_copy(update={"train_per_class": 9})  # drawn anew, it would overlap
+    with pytest.raises(UserError, match="other files, classes or splits than when"):
+        measuring.evaluate_model(
+            open_model(str(out), CPU), otherwise, False, EvaluateConfig(), quiet=True
+        )
+
+
+def test_a_copy_of_the_set_is_measured_and_not_kept(
+    model: Model, run: RunDir, small_set: Path, tmp_path: Path
+) -> None:
+    """Blurred ones under the same names, say: the RUN's own figures stay."""
+    before = run.metrics.read_bytes()
+    copy = shutil.copytree(small_set, tmp_path / "copy")
+    data = model.run.data.model_copy(update={"root": copy})
+    found = measuring.evaluate_model(model, data, False, EvaluateConfig(), quiet=True)
+    assert found.metrics["gallery"] == "train" and run.metrics.read_bytes() == before
+
+
+def test_what_mlflow_holds_is_no_folder_to_keep_results_in(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is fetched anew by each command."""
+    monkeypatch.setattr("flowerray.tracking.resolve", lambda name: run.path)
+    fetched = open_model("runs:/abc", CPU)
+    assert fetched.folder is None and fetched.dataset == open_model(str(run.path), CPU).dataset
+
+
+def test_a_model_that_does_not_say_what_it_was_trained_on(
+    model: Model, small_set: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(small_set, tmp_path / "copy")
+    silent = replace(model, dataset=None)
+    assert not measuring.is_another_set(silent, copy)  # its mlflow.json does
+    alone = replace(silent, folder=None)
+    assert not measuring.is_another_set(alone, copy)  # its set is still there
+    rendered = alone.run.data.model_copy(update={"root": None})
+    default = replace(alone, run=alone.run.model_copy(update={"data": rendered}))
+    photographs = tmp_path / "photographs"
+    for n, picture in enumerate(sorted((small_set / "jpg").iterdir())[:60]):
+        (photographs / f"c{n % 2}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, photographs / f"c{n % 2}")
+    assert measuring.is_another_set(default, photographs)
+    assert not measuring.is_another_set(default, copy)  # a rendered one, so perhaps its own

@@ -231,6 +231,21 @@ def test_fetch_brings_the_whole_layout_once(
     assert (out / "jpg" / "image_00004.jpg").exists()
 
 
+def test_fetch_replaces_nobodys_photographs(
+    server: Server, published: dict[str, str], tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine" / "jpg" / "holiday.jpg"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"holds holiday\.jpg, which is none of Oxford's"):
+        fetch(tmp_path / "mine", progress=False, base_url=server.url, md5=published)
+    (tmp_path / "rendered").mkdir()
+    (tmp_path / "rendered" / "synthetic.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a rendered set"):
+        fetch(tmp_path / "rendered", progress=False, base_url=server.url, md5=published)
+    assert mine.read_bytes() == b"mine" and not server.requests
+
+
 def test_fetch_refuses_an_archive_that_lacks_images(
     server: Server, published: dict[str, str], tmp_path: Path
 ) -> None:
