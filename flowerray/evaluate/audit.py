@@ -110,7 +110,8 @@ class Auditor:
         left_out = (*bank.MINIMUM_NORM, "standard")
         names = [name for name in self.config.attacks if name not in left_out]
         if not names:
-            return [Check("attacks stay inside", None, None, "all seek the least change")]
+            text = "these attacks count only where they end inside"
+            return [Check("attacks stay inside", None, None, text)]
         batch = np.arange(min(ALONE, len(self.clean_Q)))
         images = self.arena.images(self.arena.chosen_Q[batch])
         few = {"restarts": 1, "steps": STEPS[1], "black_box_queries": FEW_PASSES}
