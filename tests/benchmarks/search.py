@@ -156,7 +156,7 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     gains = t_interval([_mean(r["tpe+asha"]) - _mean(r["random"]) for r in results])
     shares = [r["share_of_images_to_reach_random"] for r in results]
     return {
-        "confirmed_gain": {"n": gains.n, "mean": gains.mean, "low": gains.low, "high": gains.high},
+        "confirmed_gain": gains.to_dict(),
         "shares": shares,
         "reached": sum(share is not None and share <= 1 for share in shares),
     }

@@ -99,6 +99,7 @@ def test_a_resumed_study_keeps_its_resources_and_one_driver(
         taken.append(resources)
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr("flowerray.cluster.tune.run_study", stop)
     said = ["--cpus-per-trial", "4", "--max-concurrent", "8", "--time-limit", "90"]
     words = tune_words(small_set, out=tmp_path / "study")
