@@ -72,9 +72,10 @@ def explore_dataset(
     if model is not None:
         emb_ND = _embed(model.embedder, survey, frozen=False, quiet=quiet)
         title = f"{model.run.method_name} model {model.name}"
-    with tqdm(desc="comparing", unit="", disable=quiet or None) as bar:
+    with tqdm(desc="drawing maps", unit="", disable=quiet or None) as bar:
 
         def progress(done: int, total: int) -> None:
+            bar.set_description("comparing", refresh=False)
             bar.total = total
             bar.update(done - bar.n)
 
