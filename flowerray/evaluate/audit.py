@@ -177,7 +177,7 @@ class Auditor:
         broken = left_Q & ~self._bank("square", np.flatnonzero(left_Q))
         extra = float(broken.mean())
         text = f"square alone breaks {extra:.3f} of the queries, {left_Q.mean():.3f} were left"
-        return [Check("black box not stronger", extra <= EXTRA, extra, text)]
+        return [Check("black box not stronger", extra <= self._at_most(EXTRA), extra, text)]
 
     def transfer(self) -> list[Check]:
         """Images made on the standard model do not break what an attack on this one leaves."""
@@ -197,7 +197,7 @@ class Auditor:
             right_Q[batch] = self._judge(batch, found.images_BCHW)
         broken = float((left_Q & ~right_Q).mean())
         text = f"images made on the standard model break {broken:.3f} more queries"
-        return [Check("transfer not stronger", broken <= EXTRA, broken, text)]
+        return [Check("transfer not stronger", broken <= self._at_most(EXTRA), broken, text)]
 
     def restarts(self) -> list[Check]:
         """More random starts change little: else the budget is too small."""
@@ -207,7 +207,7 @@ class Auditor:
             union_Q &= self._margin(self.eps, self.config.steps, rows, restart, stop=True)[0]
         drop = float(once_Q.mean() - union_Q.mean())
         text = f"R@1 drops by {drop:.3f} from 1 to {MANY_RESTARTS} restarts"
-        return [Check("restarts add little", drop < EXTRA, drop, text)]
+        return [Check("restarts add little", drop <= self._at_most(EXTRA), drop, text)]
 
     # ---- what the model itself says
 
@@ -235,7 +235,7 @@ class Auditor:
         right_Q = np.concatenate(right)
         drop = float(self.clean_Q.mean() - right_Q.mean())
         text = f"R@1 changes by {-drop:+.3f} under random noise of the same eps"
-        return [Check("noise is harmless", abs(drop) <= 0.05, drop, text)]
+        return [Check("noise is harmless", abs(drop) <= self._at_most(0.05), drop, text)]
 
     def undefended(self) -> list[Check]:
         """The model that was not hardened falls."""
@@ -288,6 +288,10 @@ class Auditor:
         return [Check("logits are the search", share == 1, share, text)]
 
     # ---- tools
+
+    def _at_most(self, share: float) -> float:
+        """That share of the queries, or one of them where it is less than one."""
+        return max(share, 1 / len(self.clean_Q))
 
     def _batches(self, rows: NDArray | None = None) -> Iterator[NDArray]:
         rows = np.arange(len(self.clean_Q)) if rows is None else rows

@@ -46,7 +46,7 @@ def auditor(measured: Robustness, fell: Robustness) -> Auditor:
 def faulty(model: Any) -> Auditor:
     """The auditor of a model with a fault in it."""
     arena = arena_of(model)
-    config = CONFIG.model_copy(update={"attacks": ("margin",)})
+    config = CONFIG.model_copy(update={"attacks": ("margin",), "black_box_queries": 1000})
     return Auditor(arena, attack(arena, config))
 
 
@@ -100,6 +100,11 @@ def test_an_attack_that_leaves_the_budget(
 
     monkeypatch.setitem(bank._ATTACKS, "margin", too_far)
     assert failed(auditor.inside())
+
+
+def test_a_single_query_decides_nothing(auditor: Auditor) -> None:
+    """Of 24 one is 4 %, and `--audit-queries` may be as few as 8."""
+    assert auditor._at_most(module.EXTRA) == 1 / 24 and auditor._at_most(0.05) == 0.05
 
 
 def test_masked_gradients() -> None:
