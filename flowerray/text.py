@@ -19,3 +19,8 @@ def typed(command: str) -> str:
     us.
     """
     return f"uv run {command}" if "UV_RUN_RECURSION_DEPTH" in os.environ else command
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from flowerray.text import labelled, typed
+from flowerray.text import counted, labelled, typed
 
 
 def test_a_label_and_a_folded_text() -> None:
@@ -36,3 +36,7 @@ def test_uv_run_is_recognised() -> None:
         capture_output=True, text=True, env=environment, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == "uv run x"
+
+
+def test_counted() -> None:
+    assert [counted(n, "run") for n in (0, 1, 1234)] == ["0 runs", "1 run", "1,234 runs"]

@@ -21,6 +21,7 @@ from flowerray.report import attacked, evidence, sections
 from flowerray.report.gather import Entry, Setting, find_runs, group, read_entry
 from flowerray.report.page import Note, Page
 from flowerray.run import PRESETS, Run
+from flowerray.text import counted
 
 PAGE = "report.html"
 OWN = (PAGE, "metrics.jsonl", "mlflow.json", ".mlflow.json.lock", ".mlflow.lock")
@@ -87,7 +88,7 @@ def build(settings: Sequence[Setting], title: str) -> Page:
     num_runs = sum(len(setting.entries) for setting in settings)
     one = len(settings) == 1
     on = settings[0].title if one else f"{len(settings)} data sets or splits"
-    page = Page(title, f"{num_runs} runs on {on}. Written {date.today():%d %B %Y}.")
+    page = Page(title, f"{counted(num_runs, 'run')} on {on}. Written {date.today():%d %B %Y}.")
     for setting in settings:
         about = [Note(note) for note in setting.notes]
         if not one:

@@ -10,6 +10,7 @@ from flowerray.report import charts
 from flowerray.report.gather import Entry, Setting, Variant
 from flowerray.report.numbers import FROZEN, Comparison, Measured, comparisons, measured, summary
 from flowerray.report.page import Block, Bold, Commands, Details, Note, Picture, Table, Text
+from flowerray.text import counted
 
 METRICS = {
     "recall_at_1": "R@1",
@@ -41,7 +42,8 @@ def summary_of(setting: Setting) -> list[Block]:
     seeds = sorted({len(variant.entries) for variant in setting.variants})
     times = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     said = [
-        f"{len(setting.entries)} runs: {len(setting.variants)} variants with {times} "
+        f"{counted(len(setting.entries), 'run')}: "
+        f"{counted(len(setting.variants), 'variant')} with {times} "
         f"seed{'' if seeds[-1] == 1 else 's'} each."
     ]
     for table in measured(setting):
@@ -194,7 +196,7 @@ def cost(setting: Setting, parameters: Mapping[Entry, int]) -> list[Block]:
                 "warn",
             )
         )
-    return [*blocks, Details(f"The {len(setting.entries)} runs", runs)]
+    return [*blocks, Details("The runs", runs)]
 
 
 def data_card(setting: Setting) -> list[Block]:
@@ -247,7 +249,9 @@ def reproduce(setting: Setting, commands: Mapping[Entry, str]) -> list[Block]:
             name,
             next(iter(found))
             if len(found) == 1
-            else "; ".join(f"{value} ({len(names)} runs)" for value, names in found.items()),
+            else "; ".join(
+                f"{value} ({counted(len(names), 'run')})" for value, names in found.items()
+            ),
         ]
         for name, found in versions.items()
     ]
