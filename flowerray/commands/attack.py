@@ -2,35 +2,33 @@
 
 import json
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from flowerray import checkpoint, tracking
 from flowerray.attacks import bank
 from flowerray.commands.attack_record import metrics, record
+from flowerray.commands.attack_subject import Subject, attacked_queries, prepare
 from flowerray.commands.measuring import new_pairs, not_kept, refuse_trained, stored_pairs
 from flowerray.commands.models import Model, open_model
 from flowerray.data.dataset import Dataset
 from flowerray.data.images import resize_side
-from flowerray.data.store import Store, build_store
+from flowerray.data.store import build_store
 from flowerray.errors import UserError
-from flowerray.evaluate.arena import Arena, frozen_copy, narrow
+from flowerray.evaluate.arena import Arena, narrow
 from flowerray.evaluate.attack_config import AttackConfig
 from flowerray.evaluate.audit import CHECKS, Auditor
 from flowerray.evaluate.ers import ers as ers_terms
 from flowerray.evaluate.gallery_attack import attack_gallery
-from flowerray.evaluate.measure import EvaluateConfig, Measurement, default_gallery, measure
 from flowerray.evaluate.pair_attack import attack_pairs, pairs_of_queries, query_pair_accuracy
 from flowerray.evaluate.pairs import Pairs
-from flowerray.evaluate.robustness import Robustness, attack, choose_queries, key
+from flowerray.evaluate.robustness import Robustness, attack, key
 from flowerray.files import write_json
 from flowerray.report.robustness import Fallen, plot_robustness, worst_sheet
 from flowerray.run import Run
@@ -38,18 +36,6 @@ from flowerray.rundir import FolderReporter, RunDir
 
 FILE = "robustness.json"
 """In a RUN folder: {"results": [a `record` for each split, gallery, norm and attacked side]}."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One model with the queries and the gallery that it is attacked on."""
-
-    model: Model
-    arena: Arena
-    measurement: Measurement
-    """Of the clean queries."""
-    gallery: str
-    """As `evaluate` names it."""
 
 
 def attack_model(
@@ -200,37 +186,6 @@ def _score(subject: Subject, result: Robustness, queries: int, quiet: bool) -> d
     return {"clean_recall_at_1": clean, "collapsed": result.collapse["collapsed"], **found}
 
 
-def prepare(
-    model: Model, dataset: Dataset, chosen_Q: NDArray[np.int64], config: AttackConfig, quiet: bool
-) -> Subject:
-    """Embeds the gallery, once, and the queries."""
-    size = resize_side(model.embedder.image_size)
-    paths = [dataset.paths[i] for i in dataset.splits[config.split]]
-    store = build_store(paths, size, progress=not quiet)
-    narrowed, queries, gallery = _narrowed(dataset, chosen_Q, config)
-    query_paths = [paths[i] for i in chosen_Q]
-
-    def build(files: Sequence[Path]) -> Any:
-        if list(files) == query_paths:
-            return _Chosen(store, chosen_Q)
-        return build_store(files, size, progress=not quiet)
-
-    embedder = frozen_copy(model.embedder)
-    evaluate = EvaluateConfig(split=queries, gallery=gallery, batch_size=config.batch_size)
-    with tqdm(unit="img", desc="embed", disable=quiet or None, dynamic_ncols=True) as bar:
-        clean = measure(embedder, narrowed, build, evaluate, progress=bar.update)
-    if clean.metrics["num_queries_without_match"]:
-        raise UserError(
-            f"{clean.metrics['num_queries_without_match']} queries have no image of their class in "
-            f"the gallery {gallery_name(dataset, config)}: choose another gallery."
-        )
-    arena = Arena(
-        embedder, store, chosen_Q, clean.query_labels, clean.query_emb, clean.gallery_emb,
-        clean.gallery_labels,
-    )  # fmt: skip
-    return Subject(model, arena, clean, gallery_name(dataset, config))
-
-
 def split_pairs(
     model: Model, dataset: Dataset, chosen_Q: NDArray[np.int64], config: AttackConfig
 ) -> Pairs | None:
@@ -246,61 +201,6 @@ def split_pairs(
     chosen = pairs_of_queries(pairs, chosen_Q, config.max_pairs, config.seed)
     both = chosen.same.any() and not chosen.same.all()
     return chosen if both else None
-
-
-def attacked_queries(dataset: Dataset, config: AttackConfig) -> NDArray[np.int64]:
-    """Places in the split of the queries that are attacked."""
-    if config.split not in dataset.splits or not len(dataset.splits[config.split]):
-        raise UserError(
-            f"Protocol {dataset.protocol} of {dataset.root} has no {config.split} split: "
-            f"choose one of {', '.join(dataset.splits)}."
-        )
-    # A query cannot be searched for among attacked queries: half of each class stays the gallery.
-    share = 0.5 if gallery_name(dataset, config) == "self" else 1.0
-    labels_N = dataset.split_labels(config.split)
-    chosen_Q = choose_queries(labels_N, config.max_queries, config.seed, share)
-    if not len(chosen_Q):
-        raise UserError(
-            f"No class of {dataset.root} has two {config.split} images, of which one could be "
-            "attacked and the other found: use another gallery."
-        )
-    return chosen_Q
-
-
-def gallery_name(dataset: Dataset, config: AttackConfig) -> str:
-    """The gallery that is asked for, `self` also where its own split is named."""
-    name = config.gallery or default_gallery(dataset, config.split)
-    return "self" if name == "train" == config.split else name
-
-
-def _narrowed(
-    dataset: Dataset, chosen_Q: NDArray[np.int64], config: AttackConfig
-) -> tuple[Dataset, Literal["train", "val", "test"], str]:
-    """A dataset with the attacked queries alone in one split, the name of that split, and the
-    gallery to search; the gallery `self` becomes a train split of all other images.
-    """
-    all_N = dataset.splits[config.split]
-    gallery = gallery_name(dataset, config)
-    if gallery == "self":
-        rest = np.setdiff1d(np.arange(len(all_N)), chosen_Q)
-        splits = {"train": all_N[rest], "test": all_N[chosen_Q]}
-        return replace(dataset, splits=splits), "test", "train"
-    splits = {**dataset.splits, config.split: all_N[chosen_Q]}
-    return replace(dataset, splits=splits), config.split, gallery
-
-
-class _Chosen:
-    """Some images of a store."""
-
-    def __init__(self, store: Store, chosen_Q: NDArray[np.int64]) -> None:
-        self.store, self.chosen_Q = store, chosen_Q
-
-    def __len__(self) -> int:
-        return len(self.chosen_Q)
-
-    def centre(self, indices: NDArray[np.int64], size: int) -> Tensor:
-        """See `Store.centre`."""
-        return self.store.centre(self.chosen_Q[indices], size)
 
 
 def _measure(

@@ -25,7 +25,7 @@ import torchattacks
 from torch import Tensor
 
 from flowerray.attacks.logits import MaxSimLogits
-from flowerray.commands.attack import attacked_queries, prepare
+from flowerray.commands.attack_subject import attacked_queries, prepare
 from flowerray.commands.models import open_model
 from flowerray.data.source import open_dataset
 from flowerray.evaluate.arena import Arena

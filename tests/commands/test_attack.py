@@ -14,8 +14,9 @@ from PIL import Image
 
 from flowerray.cli import dispatch
 from flowerray.commands import attack as command
-from flowerray.commands.attack import attack_model, prepare, standard_of
+from flowerray.commands.attack import attack_model, standard_of
 from flowerray.commands.attack_record import metrics
+from flowerray.commands.attack_subject import prepare
 from flowerray.commands.models import Model, open_model
 from flowerray.data.source import open_dataset
 from flowerray.errors import UserError
