@@ -3,30 +3,27 @@
 `flowerray.load(RUN_or_file)` gives a trained `Embedder`: float32 pixels in [0,1] (BCHW) in,
 unit-norm embeddings (BD) out."""
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from flowerray import description
+    from flowerray.opening import load
 
-    from flowerray.model import Embedder
+    __version__ = description.VERSION
 
-__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+_FROM = {"__version__": ("description", "VERSION"), "load": ("opening", "load")}
+"""Where each name comes from: loaded when it is asked for."""
 
 
-def load(run_or_file: "str | Path") -> "Embedder":
-    """A trained embedder, on the CPU, in eval mode.
+def __getattr__(name: str) -> Any:
+    if name not in _FROM:
+        raise AttributeError(f"module 'flowerray' has no attribute {name!r}")
+    module, own = _FROM[name]
+    return getattr(import_module(f"flowerray.{module}"), own)
 
-    Args:
-        run_or_file: a RUN folder, an exported `best_model_*.pth` / `robust_model_*.pth` file, or an
-            MLflow address `models:/...` or `runs:/...`.
 
-    Raises:
-        flowerray.errors.UserError: nothing there, or not a flowerray model.
-    """
-    from flowerray.checkpoint import load_embedder
-
-    if str(run_or_file).startswith(("models:/", "runs:/")):
-        from flowerray.tracking import resolve
-
-        run_or_file = resolve(str(run_or_file))
-    return load_embedder(run_or_file)
+def __dir__() -> list[str]:
+    return __all__

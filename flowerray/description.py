@@ -5,6 +5,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+VERSION = "0.1.0"
+"""flowerray's own."""
+
 PACKAGES = ("flowerray", "torch", "timm", "ray", "optuna", "mlflow")
 
 
@@ -23,7 +26,7 @@ def describe(
     run_dir: Path, name: str, params: dict[str, Any], tags: dict[str, str]
 ) -> dict[str, Any]:
     """Name, flat parameters and tags of a run; tags given go before our own."""
-    own = {"flowerray.run": str(run_dir), "mlflow.source.name": "flowerray"}
+    own = {"flowerray.training.run": str(run_dir), "mlflow.source.name": "flowerray"}
     own |= {f"version.{p}": found for p in PACKAGES if (found := installed(p))}
     if checkout := commit():
         own |= {"git_commit": checkout, "mlflow.source.git.commit": checkout}

@@ -1,6 +1,7 @@
 """Where flowerray keeps its own files, and writes that a kill cannot leave half done."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -135,3 +136,9 @@ def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def as_json(content: dict[str, Any]) -> str:
+    """One object; NaN, which JSON does not know, as null."""
+    clean = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in content.items()}
+    return json.dumps(clean, indent=2)

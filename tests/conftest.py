@@ -37,7 +37,7 @@ def flowerray_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A rendered set in the Oxford layout: 6 classes of 10 + 10 + 4 photographs, 48 px."""
-    from flowerray.data.synthetic import SyntheticConfig, synthesize
+    from flowerray.rendered.synthetic import SyntheticConfig, synthesize
 
     out = tmp_path_factory.mktemp("data") / "small"
     config = SyntheticConfig(classes=6, scale=0.01, size=48)
@@ -83,10 +83,10 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database that `prepare` made once; its migrations take seconds."""
-    from flowerray import tracking
+    from flowerray.tracking import sync
 
     folder = tmp_path_factory.mktemp("prepared")
-    assert tracking.prepare(folder / "run")
+    assert sync.prepare(folder / "run")
     return folder / "mlflow.db"
 
 

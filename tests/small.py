@@ -5,10 +5,10 @@ from typing import Any
 
 from flowerray import methods
 from flowerray.data.source import DataConfig
-from flowerray.harden import HardenConfig
-from flowerray.model import EmbedderConfig
-from flowerray.run import ResourcesConfig, Run
-from flowerray.train import TrainConfig
+from flowerray.model.embedder import EmbedderConfig
+from flowerray.training.harden import HardenConfig
+from flowerray.training.loop import TrainConfig
+from flowerray.training.run import ResourcesConfig, Run
 
 OPTIONS = {
     "embedder.backbone": "test_efficientnet",

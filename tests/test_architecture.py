@@ -14,32 +14,62 @@ import flowerray
 PACKAGE = Path(flowerray.__file__).parent
 ROOT = PACKAGE.parent
 
-# The data flow: a part imports only parts that stand before it.
-ORDER = [
-    "errors", "config", "files", "text", "memory", "description",
-    "data/pool", "data/images", "data/dataset", "data/splits", "data/download", "data/oxford",
-    "data/folder",
-    "data/species", "data/sprites", "data/scenery", "data/painter", "data/synthetic",
-    "data/source", "data/store", "data/batches", "data/augment",
-    "fold", "model", "attacks/pgd", "attacks/logits", "attacks/objectives", "attacks",
-    "methods", "harden", "averages", "progress", "precision", "checkpoint", "rundir",
-    "evaluate/embed", "evaluate/retrieval", "evaluate/pairs", "evaluate/statistics",
-    "evaluate/pareto", "evaluate/measure", "evaluate/sheet", "evaluate/backbones", "evaluate/arena",
-    "evaluate/attack_config", "evaluate/robustness",
-    "evaluate/pair_attack", "evaluate/gallery_attack", "evaluate/ers",
-    "evaluate/checks", "evaluate/audit",
-    "evaluate/guard",
-    "system", "train", "explain", "tracking_server", "tracking", "pyfunc", "explore", "report",
-    "run", "cluster", "commands/models", "commands", "tables",
-    "cli/options", "cli",
-]  # fmt: skip
+# The house, from below: a part imports only parts that stand before it, on its floor and in its
+# folder too. "folder: files" is a folder with its files in their order.
+FLOORS = [
+    "errors text system memory description",
+    "config files pool statistics",
+    "model: fold embedder averages precision",
+    "rendered: species sprites scenery painter synthetic",
+    "attacks: pgd logits objectives library bank",
+    "data: dataset splits download images store folder oxford source batches augment",
+    "methods: _base center siamese triplet",
+    "show: style charts contact page",
+    "training: rundir harden progress checkpoint loop run curves table",
+    "tracking: server state sync",
+    "opening",
+    "retrieval: search pairs embed measure pictures table command",
+    "robustness: config subject checks attack verification gallery score audit guard record table"
+    " pictures command",
+    "explain: layers baselines decompose cam faithfulness localise sanity judge concepts tcav"
+    " draw table examples pictures pair named command",
+    "explore: scan counts align duplicates likeness leaks maps exploration pictures results"
+    " chapters command",
+    "report: gather numbers sections attacked evidence command",
+    "cluster: session worker trainer fit tasks",
+    "tuning: space pictures trial study live searcher confirm command",
+    "comparison: plan pictures command",
+    "backbones: bench remote pictures command",
+    "serve: pyfunc",
+    "cli: options attack backbones compare data explain explore report retrieval review training"
+    " tune",
+]
+
+
+def placed(floors: list[str]) -> list[str]:
+    """Every file in the order of the data flow; a folder's own file comes last of it."""
+    order: list[str] = []
+    for floor in floors:
+        folder, colon, files = floor.partition(": ")
+        order += (
+            [f"{folder}/{file}" for file in files.split()] + [folder] if colon else floor.split()
+        )
+    return order
+
+
+ORDER = placed(FLOORS)
 
 ONLY_IN = {
-    "ray": ("cluster/",),
-    "mlflow": ("tracking", "pyfunc"),
+    "ray": ("cluster/", "tuning/", "backbones/remote"),
+    "mlflow": ("tracking/", "serve/pyfunc"),
     "tyro": ("cli/",),
 }
-SEES_A_RUN = ("run", "cluster/", "commands/", "cli/")
+SEES_A_RUN = (
+    "training/run", "opening", "retrieval/command", "robustness/command", "robustness/record",
+    "explain/command", "report/command", "comparison/", "tuning/", "cluster/", "cli/",
+)  # fmt: skip
+ROLES = ("__init__", "config", "command", "table", "pictures")
+"""Names of files that may stand in every topic."""
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -70,38 +100,41 @@ def imported(path: Path, top_level_only: bool = False) -> set[str]:
     return found
 
 
-def position(name: str) -> int | None:
-    """A part's place in the data flow: a file's own, else its folder's."""
-    for candidate in (name, name.split("/")[0]):
-        if candidate in ORDER:
-            return ORDER.index(candidate)
+def inside(target: str) -> str | None:
+    """The file that a dotted name of ours is, or is in."""
+    part = target.removeprefix("flowerray").lstrip(".").replace(".", "/")
+    for name in (part, part.rpartition("/")[0]):
+        if name and (
+            (PACKAGE / f"{name}.py").exists() or (PACKAGE / name / "__init__.py").exists()
+        ):
+            return name
     return None
 
 
+def arrows(path: Path) -> set[str]:
+    """Files of ours that a file imports."""
+    found = {inside(t) for t in imported(path) if t.split(".")[0] == "flowerray"}
+    folders = {f.rpartition("/")[0] for f in found if f}  # `from folder import file` names both
+    return {f for f in found if f and f not in folders}
+
+
 def test_every_file_has_a_place() -> None:
-    files = [(name, path) for name, path in modules() if path.name != "__init__.py"]
-    assert [name for name, _ in files if position(name) is None] == []
+    names = [name for name, _ in modules() if name != "__init__"]
+    assert sorted(names) == sorted(ORDER)
 
 
 @pytest.mark.parametrize(("name", "path"), list(modules()))
 def test_a_part_imports_only_parts_before_it(name: str, path: Path) -> None:
-    own = position(name)
-    for target in imported(path):
-        if not target.startswith("flowerray."):
-            continue
-        part = target.removeprefix("flowerray.").replace(".", "/")
-        parts = [
-            p
-            for p in (part, part.rpartition("/")[0])
-            if p and (PACKAGE / f"{p}.py").exists() or (PACKAGE / p / "__init__.py").exists()
-        ]
-        if not parts or own is None:
-            continue
-        other = position(parts[0])
-        same_folder = "/" in name and parts[0].split("/")[0] == name.split("/")[0]
-        if other is None or (same_folder and ORDER[own] == name.split("/")[0]):
-            continue
-        assert other <= own, f"{name} imports {parts[0]}, which comes after it"
+    own = len(ORDER) if name == "__init__" else ORDER.index(name)
+    above = [other for other in arrows(path) if other != name and ORDER.index(other) > own]
+    assert not above, f"{name} imports {above}, which come after it"
+
+
+def test_a_file_name_stands_once() -> None:
+    """Roles stand in many topics, and the command line has a file a command."""
+    names = [n.rpartition("/")[2] for n, p in modules() if "/" in n and p.name != "__init__.py"
+             and not n.startswith("cli/")]  # fmt: skip
+    assert [n for n in set(names) if names.count(n) > 1 and n not in ROLES] == []
 
 
 @pytest.mark.parametrize(("library", "places"), list(ONLY_IN.items()))
@@ -116,7 +149,7 @@ def test_a_library_stays_in_its_place(library: str, places: tuple[str, ...]) -> 
 
 def test_only_the_outermost_parts_see_a_run() -> None:
     for name, path in modules():
-        if "flowerray.run" in imported(path) or "flowerray.run.Run" in imported(path):
+        if "training/run" in arrows(path):
             assert f"{name}/".startswith(SEES_A_RUN), name
 
 

@@ -1,13 +1,14 @@
 """Writes that a kill cannot leave half done."""
 
 import json
+import math
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from flowerray.files import atomic_file, atomic_folder, home, write_json
+from flowerray.files import as_json, atomic_file, atomic_folder, home, write_json
 
 
 def test_home_follows_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -65,3 +66,8 @@ def test_json_is_indented_and_ends_with_a_newline(tmp_path: Path) -> None:
     write_json(tmp_path / "value.json", value)
     text = (tmp_path / "value.json").read_text()
     assert json.loads(text) == value and text.endswith("\n") and "\n  " in text
+
+
+def test_json_has_no_nan() -> None:
+    text = as_json({"a": math.nan, "b": 0.5, "c": "x", "d": [1]})
+    assert json.loads(text) == {"a": None, "b": 0.5, "c": "x", "d": [1]}

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from flowerray import methods
 from flowerray.data.augment import AugmentConfig
 from flowerray.data.store import Store
-from flowerray.evaluate.measure import validation
-from flowerray.harden import HardenConfig
 from flowerray.methods._base import Method
-from flowerray.model import Embedder, EmbedderConfig
-from flowerray.rundir import FolderReporter, RunDir
-from flowerray.train import Data, TrainConfig, train
+from flowerray.model.embedder import Embedder, EmbedderConfig
+from flowerray.retrieval.measure import validation
+from flowerray.training.harden import HardenConfig
+from flowerray.training.loop import Data, TrainConfig, train
+from flowerray.training.rundir import FolderReporter, RunDir
 
 
 class DyingReporter(FolderReporter):
@@ -38,7 +38,7 @@ class DyingReporter(FolderReporter):
 
 
 def train_small(job: dict[str, Any]) -> Method:
-    """Trains from plain options; see tests/test_train.py for their keys."""
+    """Trains from plain options; see tests/training/test_loop.py for their keys."""
     torch.manual_seed(0)
     config = TrainConfig(**{"precision": "fp32", "log_every_steps": 1, **job["train"]})
     file = methods.get(job["method"])

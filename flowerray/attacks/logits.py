@@ -25,7 +25,7 @@ _BLOCK = 2**24
 class MaxSimLogits(nn.Module):
     """The logit of a class is the largest cosine to its gallery items, times a temperature.
 
-    The arg max is the decision of 1-nearest-neighbour search as `evaluate.retrieval` makes it
+    The arg max is the decision of 1-nearest-neighbour search as `retrieval.search` makes it
     (Euclidean distance of the embeddings as given, equal distances by gallery index), so that an
     attack's success rate on these logits is 1 - adversarial Recall@1. The gallery must not hold the
     attacked images themselves (`refuse_own_images`).

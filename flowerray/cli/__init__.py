@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
-from flowerray.data.pool import leave_unguarded
 from flowerray.errors import UserError
 from flowerray.memory import keep_freed_memory
+from flowerray.pool import leave_unguarded
 
 INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -48,11 +48,11 @@ COMMANDS: dict[str, Command] = {
     "compare": Command(
         "compare", "compare", "train all methods under one budget, test what differs"
     ),
-    "evaluate": Command("measuring", "evaluate", "measure a trained model, or a frozen backbone"),
+    "evaluate": Command("retrieval", "evaluate", "measure a trained model, or a frozen backbone"),
     "attack": Command("attack", "attack", "adversarial R@1 of a model, and whether to believe it"),
-    "similar": Command("measuring", "similar", "do two photographs show the same class?"),
+    "similar": Command("retrieval", "similar", "do two photographs show the same class?"),
     "search": Command(
-        "measuring", "search", "the images of a folder that are most like a photograph"
+        "retrieval", "search", "the images of a folder that are most like a photograph"
     ),
     "explain": Command("explain", "explain", "why two photographs are alike, by maps and concepts"),
     "report": Command("report", "report", "one HTML page on a set of runs"),
@@ -87,9 +87,9 @@ def dispatch(words: list[str]) -> int:
         print(usage())
         return 0 if words else 2
     if words[0] == "--version":
-        from flowerray import __version__
+        from flowerray.description import VERSION
 
-        print(f"flowerray {__version__}")
+        print(f"flowerray {VERSION}")
         return 0
     command = COMMANDS.get(words[0])
     if command is None:

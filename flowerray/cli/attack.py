@@ -12,7 +12,7 @@ def attack(words: list[str]) -> int:
     import tyro
     from pydantic import Field
 
-    from flowerray.evaluate.attack_config import L2_GRID, PRESETS, AttackConfig
+    from flowerray.robustness.config import L2_GRID, PRESETS, AttackConfig
 
     def comma(kind: type, metavar: str) -> Any:
         """One word, its parts separated by commas."""
@@ -59,10 +59,10 @@ def attack(words: list[str]) -> int:
     if not (options.audit or options.ers):
         refuse(words, ("audit_queries",), "no use without --audit or --ers.")
 
-    from flowerray.commands import attack as command
-    from flowerray.commands.models import open_model
-    from flowerray.report.attack_table import attack_table
-    from flowerray.tables import as_json
+    from flowerray.files import as_json
+    from flowerray.opening import open_model
+    from flowerray.robustness import command as command
+    from flowerray.robustness.table import attack_table
 
     model = open_model(options.run, pick_device("auto"))
     config = AttackConfig(**{field: getattr(options, field) for field in AttackConfig.model_fields})

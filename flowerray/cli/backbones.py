@@ -12,8 +12,8 @@ def backbones(words: list[str]) -> int:
     import tyro
     from pydantic import Field
 
+    from flowerray.backbones.bench import DEFAULT_MODELS, BackbonesConfig
     from flowerray.data.source import DataConfig
-    from flowerray.evaluate.backbones import DEFAULT_MODELS, BackbonesConfig
 
     class Options(BackbonesConfig):
         models: tuple[str, ...] = DEFAULT_MODELS
@@ -44,10 +44,10 @@ def backbones(words: list[str]) -> int:
         if not fields["files"].is_dir():
             raise UserError(f"--files {options.files} is no folder: name one of weight files.")
 
-    from flowerray import tables
+    from flowerray.backbones.command import survey_backbones
+    from flowerray.backbones.pictures import backbones_table
     from flowerray.cluster.session import own_gpus
-    from flowerray.commands.backbones import survey_backbones
-    from flowerray.report.backbones import backbones_table
+    from flowerray.files import as_json
 
     out = (options.out or default_out("backbones")).expanduser().absolute()
     gpus = own_gpus() if options.gpus is None else options.gpus
@@ -57,7 +57,7 @@ def backbones(words: list[str]) -> int:
         max_params=options.max_params, cpus=options.cpus, gpus=gpus, quiet=options.as_json,
     )  # fmt: skip
     if options.as_json:
-        print(tables.as_json(content))
+        print(as_json(content))
     else:
         print(f"{backbones_table(content)}\npicture     {out / 'pareto.png'}")
     end_of_logging(out)

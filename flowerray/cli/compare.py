@@ -23,10 +23,10 @@ def compare(words: list[str]) -> int:
     import tyro
 
     from flowerray.cluster.session import own_gpus
-    from flowerray.commands.compare import compare, read_options
-    from flowerray.commands.compare_plan import CompareConfig
-    from flowerray.report.comparison import comparison_table
-    from flowerray.tables import as_json
+    from flowerray.comparison.command import compare, read_options
+    from flowerray.comparison.pictures import comparison_table
+    from flowerray.comparison.plan import CompareConfig
+    from flowerray.files import as_json
 
     resume = peek(words, resume={"type": Path})["resume"]
     if resume is not None:

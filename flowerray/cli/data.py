@@ -26,7 +26,7 @@ def data(words: list[str]) -> int:
 
 def synthesize(words: list[str]) -> int:
     """`flowerray data synthesize --out DIR`."""
-    from flowerray.data.synthetic import SyntheticConfig, synthesize
+    from flowerray.rendered.synthetic import SyntheticConfig, synthesize
 
     class Options(SyntheticConfig):
         out: Path

@@ -19,14 +19,14 @@ def explain(words: list[str]) -> int:
     import tyro
     from pydantic import Field
 
-    from flowerray import tables
-    from flowerray.commands import explain as splits
-    from flowerray.commands import explain_concepts as named
-    from flowerray.commands import explain_pair as pairs
-    from flowerray.commands.models import open_model
+    from flowerray.explain import command as splits
+    from flowerray.explain import named as named
+    from flowerray.explain import pair as pairs
     from flowerray.explain import table
     from flowerray.explain.cam import HEAD_METHODS
     from flowerray.explain.concepts import ConceptsConfig
+    from flowerray.files import as_json
+    from flowerray.opening import open_model
 
     class Options(splits.ExplainConfig):
         run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -76,21 +76,21 @@ def explain(words: list[str]) -> int:
             model, *options.photographs, method=options.method, layer=options.layer,
             concepts=concepts, out=options.out, quiet=quiet,
         )  # fmt: skip
-        print(tables.as_json(result) if quiet else table.pair(result))
+        print(as_json(result) if quiet else table.pair(result))
     elif options.concept_folders is not None:
         result = named.explain_concepts(
             model, options.concept_folders, class_name=options.concept_class, layer=options.layer,
             split=options.split, max_images=options.max_images, seed=options.seed, out=options.out,
             quiet=quiet,
         )  # fmt: skip
-        print(tables.as_json(result) if quiet else table.concepts(result))
+        print(as_json(result) if quiet else table.concepts(result))
     else:
         config = splits.ExplainConfig(
             **{field: getattr(options, field) for field in splits.ExplainConfig.model_fields}
         )
         beside = None if options.beside is None else open_model(options.beside, device)
         result = splits.explain_split(model, config, options.out, beside, quiet)
-        print(tables.as_json(result) if quiet else table.split(result))
+        print(as_json(result) if quiet else table.split(result))
         if not quiet:
             folder = pairs.explanations(model, options.out)
             print(f"\npictures  {folder}")

@@ -14,7 +14,7 @@ def explore(words: list[str]) -> int:
     from flowerray.data.source import DataConfig
     from flowerray.data.splits import Protocol
     from flowerray.explore.maps import MapConfig
-    from flowerray.model import EmbedderConfig
+    from flowerray.model.embedder import EmbedderConfig
 
     start, maps = DataConfig(), MapConfig()
 
@@ -52,15 +52,15 @@ def explore(words: list[str]) -> int:
     )
     maps = MapConfig(max_images=options.max_images, seed=options.seed)
 
-    from flowerray import tables
-    from flowerray.commands.explore import explore_dataset
+    from flowerray.explore.command import explore_dataset
+    from flowerray.files import as_json
 
     out = options.out or default_out("explore")
     facts = explore_dataset(
         data, out, run=options.run, embedder=options.embedder, maps=maps,
         device=pick_device("auto"), quiet=options.as_json,
     )  # fmt: skip
-    print(tables.as_json(facts) if options.as_json else summary(facts, out))
+    print(as_json(facts) if options.as_json else summary(facts, out))
     end_of_logging(out)
     return 0
 

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,9 +13,10 @@ from flowerray.text import typed
 
 if TYPE_CHECKING:
     from flowerray.data.source import DataConfig
-    from flowerray.model import EmbedderConfig
-    from flowerray.run import Run
-    from flowerray.rundir import RunDir
+    from flowerray.methods import MethodFile
+    from flowerray.model.embedder import EmbedderConfig
+    from flowerray.training.run import Run
+    from flowerray.training.rundir import RunDir
 
 
 NOT_RESUMED = ("out", "preset")
@@ -40,9 +42,7 @@ def take_method(command: str, words: list[str]) -> tuple[str, list[str]]:
     from flowerray import methods
 
     if words[:1] in (["-h"], ["--help"]):
-        from flowerray import tables
-
-        listing = tables.summaries([methods.get(name) for name in methods.names()])
+        listing = summaries([methods.get(name) for name in methods.names()])
         print(f"usage: flowerray {command} METHOD [options]\n\nmethods:\n{listing}")
         sys.exit(0)
     if not words or words[0].startswith("-"):
@@ -83,8 +83,8 @@ def parse_run(
     from pydantic import Field, create_model
 
     from flowerray import methods
-    from flowerray.run import PRESETS, Run, differences
-    from flowerray.rundir import RunDir
+    from flowerray.training.run import PRESETS, Run, differences
+    from flowerray.training.rundir import RunDir
 
     presets = {"choices": list(PRESETS), "default": default_preset}
     chosen = peek(words, preset=presets, resume={"type": Path}, **{"from": {"type": Path}})
@@ -140,7 +140,7 @@ def follow(source: "RunDir", method: str) -> "Run":
     """
     import json
 
-    from flowerray.run import Run
+    from flowerray.training.run import Run
 
     run = Run.from_dict(source.read())
     if run.method_name != method or run.data.protocol != "official":
@@ -166,9 +166,9 @@ def absolute(run: "Run") -> "Run":
     """The run with absolute paths: a worker's own working directory is somewhere else."""
     init = run.init
     if init is not None and str(init).startswith(("models:/", "runs:/")):
-        from flowerray import tracking
+        from flowerray.tracking.server import resolve
 
-        init = tracking.resolve(str(init))
+        init = resolve(str(init))
     init = init.expanduser().absolute() if init else None
     changes = {"data": absolute_data(run.data), "embedder": absolute_embedder(run.embedder)}
     return run.model_copy(update={**changes, "init": init})
@@ -250,6 +250,16 @@ def resumable(command: str, folder: Path, description: str) -> Iterator[None]:
 
 def end_of_logging(run_dir: Path) -> None:
     """How to look at what was logged; on standard error, so that --json stays pure."""
-    from flowerray import tracking
+    from flowerray.tracking.state import ui_line
 
-    print(f"review    {tracking.ui_line(run_dir)}", file=sys.stderr)
+    print(f"review    {ui_line(run_dir)}", file=sys.stderr)
+
+
+def summaries(files: "Sequence[MethodFile]") -> str:
+    """One paragraph a method."""
+    return "\n".join(
+        textwrap.fill(
+            file.summary, 80, initial_indent=f"  {file.name:<10}", subsequent_indent=" " * 12
+        )
+        for file in files
+    )

@@ -1,7 +1,7 @@
 """`flowerray report`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from flowerray.cli.options import default_out, end_of_logging, parse, pick_device
 from flowerray.errors import UserError
@@ -30,18 +30,28 @@ def report(words: list[str]) -> int:
     about = "One HTML page on runs: results with intervals, curves, pictures, commands."
     options = parse(Options, words, "report", about)
 
-    from flowerray import tables, tracking
-    from flowerray.commands.report import write_report
+    from flowerray.files import as_json
+    from flowerray.report.command import write_report
+    from flowerray.tracking.server import experiment_runs
 
     names = [*options.runs]
     if options.experiment is not None:
-        names += tracking.experiment_runs(options.experiment)
+        names += experiment_runs(options.experiment)
     if not names:
         raise UserError("name RUN folders, a folder of runs, or an --experiment.")
     out = options.out or default_out("report")
     facts = write_report(
         names, out, options.title, options.frozen, pick_device("auto"), quiet=options.as_json
     )
-    print(tables.as_json(facts) if options.as_json else tables.report(facts))
+    print(as_json(facts) if options.as_json else summary(facts))
     end_of_logging(out)
     return 0
+
+
+def summary(facts: dict[str, Any]) -> str:
+    """Where the page is and what is on it."""
+    return (
+        f"page      {facts['page']} ({facts['bytes'] / 1e6:.1f} MB)\n"
+        f"holds     runs {facts['runs']}, variants {facts['variants']}, data sets or splits "
+        f"{facts['settings']}"
+    )

@@ -15,7 +15,7 @@ def train(words: list[str]) -> int:
     method, words = take_method("train", words)
     options, run = parse_run(f"train {method}", method, words)
     from flowerray.cluster.fit import fit
-    from flowerray.tables import training
+    from flowerray.training.table import training
 
     out = options.resume or options.out or default_out(method)
     with resumable(f"train {method}", out, "run.json"):
@@ -30,10 +30,11 @@ def demo(words: list[str]) -> int:
     about = "Renders 40 species, trains triplet, and measures it beside the untrained backbone."
     options, run = parse_run("demo", "triplet", words, default_preset="demo", about=about)
     from flowerray.cluster.fit import fit
-    from flowerray.commands.measuring import evaluate_frozen, evaluate_model
-    from flowerray.commands.models import open_model
-    from flowerray.evaluate.measure import EvaluateConfig
-    from flowerray.tables import compare, training
+    from flowerray.opening import open_model
+    from flowerray.retrieval.command import evaluate_frozen, evaluate_model
+    from flowerray.retrieval.measure import EvaluateConfig
+    from flowerray.retrieval.table import compare
+    from flowerray.training.table import training
 
     out = options.resume or options.out or default_out("demo")
     with resumable("demo", out, "run.json"):

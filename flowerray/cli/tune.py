@@ -25,15 +25,17 @@ def tune(words: list[str]) -> int:
     import tyro
     from pydantic import Field, create_model
 
-    from flowerray import harden, methods, tables
+    from flowerray import methods
     from flowerray.cluster.session import own_gpus
-    from flowerray.cluster.space import COMMON, DIM
-    from flowerray.cluster.study import Study, StudyConfig
-    from flowerray.cluster.tune import Choices, TrialResources, new_study
-    from flowerray.cluster.tune import tune as search
     from flowerray.config import Config
-    from flowerray.report.study import study_table
-    from flowerray.run import PRESETS, Run
+    from flowerray.files import as_json
+    from flowerray.training import harden
+    from flowerray.training.run import PRESETS, Run
+    from flowerray.tuning.command import Choices, TrialResources, new_study
+    from flowerray.tuning.command import tune as search
+    from flowerray.tuning.pictures import study_table
+    from flowerray.tuning.space import COMMON, DIM
+    from flowerray.tuning.study import Study, StudyConfig
 
     presets = {"choices": list(PRESETS), "default": "laptop"}
     chosen = peek(words, preset=presets, resume={"type": Path})
@@ -109,6 +111,6 @@ def tune(words: list[str]) -> int:
         study.resume_with(run, config)
     with resumable(f"tune {method}", study.folder, "study.json"):
         result = search(study, resources, quiet=options.as_json)
-    print(tables.as_json(result) if options.as_json else study_table(result))
+    print(as_json(result) if options.as_json else study_table(result))
     end_of_logging(study.folder)
     return 0

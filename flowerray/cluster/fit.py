@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from flowerray import tracking
-from flowerray.checkpoint import trained_on
 from flowerray.cluster.session import own_signals, ray_session, slots
 from flowerray.cluster.trainer import make_trainer
 from flowerray.cluster.worker import (
@@ -30,12 +28,14 @@ from flowerray.cluster.worker import (
 from flowerray.data.batches import PKSampler
 from flowerray.data.source import open_dataset
 from flowerray.errors import UserError
-from flowerray.evaluate.guard import alarms
 from flowerray.files import only_driver, refuse_unwritable
-from flowerray.progress import DivergedError
-from flowerray.report.curves import plot_training
-from flowerray.run import Run
-from flowerray.rundir import FolderReporter, NewRecords, RunDir
+from flowerray.robustness.guard import alarms
+from flowerray.tracking import sync
+from flowerray.training.checkpoint import trained_on
+from flowerray.training.curves import plot_training
+from flowerray.training.progress import DivergedError
+from flowerray.training.run import Run
+from flowerray.training.rundir import FolderReporter, NewRecords, RunDir
 
 USER_ERROR = "user_error"
 """Key under which a worker hands an error back that a retry would only repeat."""
@@ -81,9 +81,9 @@ def drive(
 ) -> dict[str, Any]:
     """Trains a prepared run and notes in MLflow how it ended; see `fit`."""
     params = run.to_dict()
-    tracking.start(folder.path, folder.path.name, params, tags, parent=parent)
-    with tracking.noted_end(folder.path):
-        with tracking.LiveTracking(folder.path), Progress(folder, total_steps, quiet):
+    sync.start(folder.path, folder.path.name, params, tags, parent=parent)
+    with sync.noted_end(folder.path):
+        with sync.LiveTracking(folder.path), Progress(folder, total_steps, quiet):
             if run.resources.workers == 0:
                 device = pick_device(run.resources.device)
                 summary = work(run, FolderReporter(folder.path), device)

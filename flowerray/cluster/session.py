@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from flowerray import memory
-from flowerray.data.pool import cores
 from flowerray.errors import UserError
 from flowerray.files import home
+from flowerray.pool import cores
 
 ENVIRONMENT = {
     # `uv run flowerray` is an ancestor of the workers, and Ray's hook would build each of them a

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from flowerray.rundir import RunDir
+from flowerray.training.rundir import RunDir
 
 UNUSED = ("DatasetsCallback",)
 """Callbacks of Ray Train's own that serve no training here: it hands out shards of Ray Data."""

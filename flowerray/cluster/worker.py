@@ -11,26 +11,24 @@ import torch
 from numpy.typing import NDArray
 from timm.layers import convert_sync_batchnorm
 
-from flowerray import checkpoint, methods
+from flowerray import methods
 from flowerray.data.dataset import Dataset
 from flowerray.data.images import resize_side
 from flowerray.data.source import open_dataset
 from flowerray.data.store import Store, build_store
 from flowerray.errors import UserError
-from flowerray.evaluate.embed import embed, embed_together
-from flowerray.evaluate.guard import guard
-from flowerray.evaluate.measure import frozen_pairs, split_names, validation_metrics
-from flowerray.evaluate.pairs import fit_threshold, pair_cosines, save_pairs
 from flowerray.files import write_json
 from flowerray.memory import keep_freed_memory
 from flowerray.methods._base import Method
-from flowerray.model import Embedder
-from flowerray.run import Run
-from flowerray.rundir import FolderReporter, RunDir
-from flowerray.train import Data, Result, train
-
-PAIR_SEED = 0
-"""Of the verification pairs: the same for every run, so that runs can be compared."""
+from flowerray.model.embedder import Embedder
+from flowerray.retrieval.embed import embed, embed_together
+from flowerray.retrieval.measure import frozen_pairs, split_names, validation_metrics
+from flowerray.retrieval.pairs import PAIR_SEED, fit_threshold, pair_cosines, save_pairs
+from flowerray.robustness.guard import guard
+from flowerray.training import checkpoint
+from flowerray.training.loop import Data, Result, train
+from flowerray.training.run import Run
+from flowerray.training.rundir import FolderReporter, RunDir
 
 
 def split_store(dataset: Dataset, split: str, image_size: int, progress: bool = False) -> Store:

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
-from flowerray.data.pool import cores, spawned
 from flowerray.errors import UserError
+from flowerray.pool import cores, spawned
 
 LONGEST = 2
 """The longer side is cut to this many shorter sides: one panorama must not blow up a batch."""

@@ -14,10 +14,10 @@ from flowerray.config import Config
 from flowerray.data import folder, oxford
 from flowerray.data.dataset import Dataset
 from flowerray.data.images import decoding_map, examine
-from flowerray.data.pool import leave_unguarded
 from flowerray.data.splits import Protocol
-from flowerray.data.synthetic import VERSION, SyntheticConfig, is_complete, synthesize
 from flowerray.errors import UserError
+from flowerray.pool import leave_unguarded
+from flowerray.rendered.synthetic import VERSION, SyntheticConfig, is_complete, synthesize
 
 
 class DataConfig(Config):

@@ -33,9 +33,9 @@ from flowerray.data.images import (
     load_or_fault,
     resize_side,
 )
-from flowerray.data.pool import leave_unguarded
 from flowerray.errors import UserError
 from flowerray.files import atomic_file, atomic_folder, home, write_json
+from flowerray.pool import leave_unguarded
 
 __all__ = ["Store", "build_store", "eval_image", "load_image", "resize_side"]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowerray.model import Embedder
+from flowerray.model.embedder import Embedder
 
 Saliency = Callable[[Embedder, Tensor, Tensor], NDArray[np.float32]]
 """(embedder, images_BCHW, reference_BD) -> raw maps (B, H, W) of any resolution."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flowerray.errors import UserError
 from flowerray.explain import decompose
 from flowerray.explain.layers import Captured, Norm, capture, protected, similarity
-from flowerray.model import Embedder
+from flowerray.model.embedder import Embedder
 
 Cam = Literal[
     "gradcam", "gradcam++", "hirescam", "xgradcam", "layercam", "eigencam", "eigengradcam"

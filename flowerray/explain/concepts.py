@@ -20,9 +20,9 @@ from torch import Tensor
 
 from flowerray.config import Config
 from flowerray.errors import UserError
-from flowerray.evaluate.embed import Images
 from flowerray.explain.layers import from_map, protected, to_map
-from flowerray.model import Embedder
+from flowerray.model.embedder import Embedder
+from flowerray.retrieval.embed import Images
 
 _NEGATIVE = 0.1
 """Largest share of a map's absolute sum that may be negative; it is then cut off."""

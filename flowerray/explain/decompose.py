@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowerray.errors import UserError
 from flowerray.explain.layers import protected, to_map
-from flowerray.model import Embedder
+from flowerray.model.embedder import Embedder
 
 _TOLERANCE = 1e-4
 """How far the pooled map may be from the features, as a share of their length; rounding is 1e-6."""

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowerray.evaluate.statistics import Interval
 from flowerray.explain.cam import upsample
 from flowerray.files import atomic_file
+from flowerray.statistics import Interval
 
 INK, GREY = "#222222", "#777777"
 DIVERGING = "PuOr_r"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowerray.config import Config
 from flowerray.explain.layers import protected
-from flowerray.model import Embedder
+from flowerray.model.embedder import Embedder
 
 METRICS = ("deletion", "insertion", "road_morf", "road_lerf")
 

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowerray.errors import UserError
-from flowerray.evaluate.statistics import Interval, bootstrap_interval, paired_bootstrap
 from flowerray.explain import baselines
 from flowerray.explain.baselines import Saliency
 from flowerray.explain.cam import CAMS, HEAD_METHODS, Explainer, cam_maps, upsample
 from flowerray.explain.faithfulness import METRICS, FaithfulnessConfig, Scores, faithfulness
 from flowerray.explain.layers import Layer, Norm, capture, similarity
 from flowerray.explain.localise import energy, iou, pointing
-from flowerray.model import Embedder
+from flowerray.model.embedder import Embedder
+from flowerray.statistics import Interval, bootstrap_interval, paired_bootstrap
 
 LOCALISATION = ("energy", "pointing", "iou")
 LOWER_IS_BETTER = ("deletion", "road_lerf")

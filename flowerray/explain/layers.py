@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowerray.errors import UserError
-from flowerray.model import Embedder
+from flowerray.model.embedder import Embedder
 
 Target = Callable[[Tensor], Tensor]
 """emb_BD (unit norm) -> value_B: what is explained."""

@@ -16,7 +16,7 @@ from flowerray.explain.baselines import Saliency
 from flowerray.explain.cam import Explainer, upsample
 from flowerray.explain.faithfulness import FaithfulnessConfig, faithfulness
 from flowerray.explain.layers import protected
-from flowerray.model import Embedder
+from flowerray.model.embedder import Embedder
 
 LEVELS = 4
 """Steps from the head downwards in which the weights are made random."""

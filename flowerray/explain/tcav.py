@@ -21,9 +21,9 @@ from torch import Tensor
 
 from flowerray.config import Config
 from flowerray.errors import UserError
-from flowerray.evaluate.statistics import holm
 from flowerray.explain.layers import Layer, capture, similarity
-from flowerray.model import Embedder
+from flowerray.model.embedder import Embedder
+from flowerray.statistics import holm
 
 _BATCH = 32
 

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowerray.evaluate.statistics import Interval
-from flowerray.explore import statistics
+from flowerray.explore import counts
 from flowerray.explore.duplicates import DuplicatePair, find_duplicates
 from flowerray.explore.leaks import Effect, recall_effect
 from flowerray.explore.likeness import (
@@ -22,7 +21,8 @@ from flowerray.explore.likeness import (
     variations,
 )
 from flowerray.explore.maps import Map, MapConfig, draw_images, make_map
-from flowerray.explore.survey import Survey
+from flowerray.explore.scan import Survey
+from flowerray.statistics import Interval
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,14 @@ class Exploration:
                 for path, reason in survey.unreadable
             ],
             "problems": list(self.problems),
-            "imbalance": asdict(statistics.imbalance(np.bincount(labels_N))),
-            "splits": [asdict(row) for row in statistics.split_table(survey)],
-            "overlaps": [asdict(row) for row in statistics.overlaps(survey)],
-            "sizes": statistics.sizes(survey),
+            "imbalance": asdict(counts.imbalance(np.bincount(labels_N))),
+            "splits": [asdict(row) for row in counts.split_table(survey)],
+            "overlaps": [asdict(row) for row in counts.overlaps(survey)],
+            "sizes": counts.sizes(survey),
             "light": {
                 name: {
                     "mean": float(values_N.mean()),
-                    "between_classes": known(statistics.between_classes(values_N, labels_N)),
+                    "between_classes": known(counts.between_classes(values_N, labels_N)),
                 }
                 for name, values_N in light.items()
             },

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowerray.data.dataset import Dataset
-from flowerray.evaluate.measure import default_gallery
-from flowerray.evaluate.retrieval import retrieval_per_query
-from flowerray.evaluate.statistics import Interval, bootstrap_interval
 from flowerray.explore.duplicates import DuplicatePair
+from flowerray.retrieval.measure import default_gallery
+from flowerray.retrieval.search import retrieval_per_query
+from flowerray.statistics import Interval, bootstrap_interval
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flowerray.evaluate.retrieval import nearest
+from flowerray.retrieval.search import nearest
 
 SHOWN = 4
 """Images of each class that stand for it."""

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flowerray.explore.counts import ClassRow
 from flowerray.explore.maps import Map
-from flowerray.explore.statistics import ClassRow
-from flowerray.explore.survey import COLOUR_SIDE, Survey
+from flowerray.explore.scan import COLOUR_SIDE, Survey
 
 _BLUE, _GRID, _GREY = "#0072b2", "#dddddd", "#b8b8b8"
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b0528f", "#a07800", "#56b4e9", "#222222", "#e69f00")

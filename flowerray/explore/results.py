@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowerray.explore import pictures, statistics
+from flowerray.explore import counts, pictures
 from flowerray.explore.exploration import Exploration
-from flowerray.explore.sheets import Group, Tile, contact_sheet
 from flowerray.files import atomic_file
+from flowerray.show.contact import Group, Tile, contact_sheet
 
 SHEET_PAIRS = 24
 """Near-duplicates on the contact sheet, the surest first, leaks before others."""
@@ -39,7 +39,7 @@ def write_tables(found: Exploration, out: Path) -> None:
         (
             [r.name, r.images, *(round(v, 4) for v in (r.brightness, r.contrast, r.saturation,
                                                        r.hue))]
-            for r in statistics.class_table(survey)
+            for r in counts.class_table(survey)
         ),
     )  # fmt: skip
     _csv(
@@ -67,11 +67,9 @@ def write_pictures(found: Exploration, out: Path) -> dict[str, Any]:
     """
     survey, dataset = found.survey, found.survey.dataset
     charts = {
-        "classes": pictures.class_bars(
-            statistics.counts_by_class(dataset.labels_N, dataset.classes)
-        ),
+        "classes": pictures.class_bars(counts.counts_by_class(dataset.labels_N, dataset.classes)),
         "sizes": pictures.size_panels(survey),
-        "colours": pictures.colour_panels(statistics.class_table(survey)),
+        "colours": pictures.colour_panels(counts.class_table(survey)),
     }
     for name, figure in charts.items():
         _save(figure, out / f"{name}.png")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flowerray.config import Config
 
 if TYPE_CHECKING:  # the methods can be listed and configured without loading timm
-    from flowerray.model import Embedder
+    from flowerray.model.embedder import Embedder
 
 
 class MethodConfig(Config):

@@ -31,7 +31,7 @@ from flowerray.methods._base import (
 )
 
 if TYPE_CHECKING:
-    from flowerray.model import Embedder
+    from flowerray.model.embedder import Embedder
 
 EXPORT_NAME = "center_loss"
 

@@ -40,7 +40,7 @@ from flowerray.methods._base import (
 )
 
 if TYPE_CHECKING:
-    from flowerray.model import Embedder
+    from flowerray.model.embedder import Embedder
 
 EXPORT_NAME = "siamese_network"
 

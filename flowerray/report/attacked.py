@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from flowerray.evaluate.statistics import Interval, t_interval
-from flowerray.report import charts
 from flowerray.report.gather import Entry, Setting
 from flowerray.report.numbers import Comparison, corrected, hit_difference
-from flowerray.report.page import Block, Details, Note, Picture, Table, Text
 from flowerray.report.sections import cell, highest, missing, p_text, signed
+from flowerray.show import charts
+from flowerray.show.page import Block, Details, Note, Picture, Table, Text
+from flowerray.statistics import Interval, t_interval
 
 Record = dict[str, Any]
 """An attack on one run, as `results` of RUN/robustness.json holds it."""

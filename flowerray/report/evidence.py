@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from flowerray.errors import UserError
-from flowerray.evaluate.statistics import Interval
 from flowerray.report.gather import Entry, Setting, read_json
 from flowerray.report.numbers import FROZEN, Measured, measured
-from flowerray.report.page import Block, Note, Picture, Pictures, Table, Text
 from flowerray.report.sections import cell, missing
+from flowerray.show.page import Block, Note, Picture, Pictures, Table, Text
+from flowerray.statistics import Interval
 
 WORST = 8
 """Failures, and classes, that are shown."""

@@ -12,9 +12,9 @@ from typing import Any
 
 from flowerray.description import flatten
 from flowerray.errors import UserError
-from flowerray.rundir import RunDir
-from flowerray.tracking import State
-from flowerray.tracking_server import ARTIFACTS
+from flowerray.tracking.server import ARTIFACTS
+from flowerray.tracking.sync import State
+from flowerray.training.rundir import RunDir
 
 IGNORED = (
     "flowerray", "data.", "threshold", "train.seed", "resources.", "train.log_every",

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowerray.evaluate.statistics import (
+from flowerray.report.gather import Setting, Variant
+from flowerray.statistics import (
     Interval,
     PairedTest,
     bootstrap_interval,
@@ -19,7 +20,6 @@ from flowerray.evaluate.statistics import (
     paired_bootstrap,
     t_interval,
 )
-from flowerray.report.gather import Setting, Variant
 
 RESAMPLES = 2000
 """Of intervals that go without a p-value: their bounds are then good to the third decimal."""

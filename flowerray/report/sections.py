@@ -5,11 +5,11 @@ and how to make it all again. Each returns blocks; one that lacks its data says 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from flowerray.evaluate.statistics import Interval
-from flowerray.report import charts
 from flowerray.report.gather import Entry, Setting, Variant
 from flowerray.report.numbers import FROZEN, Comparison, Measured, comparisons, measured, summary
-from flowerray.report.page import Block, Bold, Commands, Details, Note, Picture, Table, Text
+from flowerray.show import charts
+from flowerray.show.page import Block, Bold, Commands, Details, Note, Picture, Table, Text
+from flowerray.statistics import Interval
 from flowerray.text import counted
 
 METRICS = {

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowerray.evaluate.retrieval import nearest
-from flowerray.model import Embedder, EmbedderConfig
+from flowerray.model.embedder import Embedder, EmbedderConfig
+from flowerray.retrieval.search import nearest
 
 CLASSES = 6
 

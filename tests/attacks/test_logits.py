@@ -11,7 +11,7 @@ from flowerray.attacks.logits import TEMPERATURE, MaxSimLogits, refuse_own_image
 from flowerray.attacks.objectives import cross_entropy
 from flowerray.attacks.pgd import PGDConfig, pgd, quiet
 from flowerray.errors import UserError
-from flowerray.evaluate.retrieval import nearest
+from flowerray.retrieval.search import nearest
 from tests.attacks.scene import Linear, scene, tiny
 
 

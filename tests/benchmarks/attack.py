@@ -25,13 +25,12 @@ import torchattacks
 from torch import Tensor
 
 from flowerray.attacks.logits import MaxSimLogits
-from flowerray.commands.attack_subject import attacked_queries, prepare
-from flowerray.commands.models import open_model
 from flowerray.data.source import open_dataset
-from flowerray.evaluate.arena import Arena
-from flowerray.evaluate.attack_config import AttackConfig
-from flowerray.evaluate.retrieval import retrieval_metrics
-from flowerray.evaluate.robustness import attack
+from flowerray.opening import open_model
+from flowerray.retrieval.search import retrieval_metrics
+from flowerray.robustness.attack import attack
+from flowerray.robustness.config import AttackConfig
+from flowerray.robustness.subject import Arena, attacked_queries, prepare
 
 
 def ours(arena: Arena, config: AttackConfig, eps: float) -> float:

@@ -23,10 +23,10 @@ from torchvision import transforms as tv
 
 from flowerray.cluster.worker import split_store
 from flowerray.data.dataset import Dataset
-from flowerray.evaluate.measure import validation
-from flowerray.model import Embedder
-from flowerray.run import Run
-from flowerray.train import Schedule
+from flowerray.model.embedder import Embedder
+from flowerray.retrieval.measure import validation
+from flowerray.training.loop import Schedule
+from flowerray.training.run import Run
 
 LOADERS = 2
 """Processes of the DataLoader."""

@@ -47,13 +47,13 @@ from flowerray.config import Config
 from flowerray.data.batches import PKSampler
 from flowerray.data.dataset import Dataset
 from flowerray.data.source import DataConfig, open_dataset
-from flowerray.data.synthetic import SyntheticConfig
 from flowerray.memory import keep_freed_memory
 from flowerray.methods import triplet
-from flowerray.model import EmbedderConfig
-from flowerray.run import ResourcesConfig, Run
-from flowerray.rundir import RunDir
-from flowerray.train import Schedule, TrainConfig, make_optimizer
+from flowerray.model.embedder import EmbedderConfig
+from flowerray.rendered.synthetic import SyntheticConfig
+from flowerray.training.loop import Schedule, TrainConfig, make_optimizer
+from flowerray.training.run import ResourcesConfig, Run
+from flowerray.training.rundir import RunDir
 from tests.benchmarks.peer import Clock, Epoch, Mark, targets, train_peer
 
 SPEED_SIDES = ("flowerray", "compute", "peer", "peer-folded")

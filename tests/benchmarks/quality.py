@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowerray.commands.measuring import evaluate_frozen, evaluate_model
-from flowerray.commands.models import open_model
 from flowerray.data.source import DataConfig
-from flowerray.evaluate.measure import EvaluateConfig, Measurement
-from flowerray.evaluate.statistics import bootstrap_interval, paired_bootstrap, t_interval
-from flowerray.run import Run
-from flowerray.rundir import RunDir
+from flowerray.opening import open_model
+from flowerray.retrieval.command import evaluate_frozen, evaluate_model
+from flowerray.retrieval.measure import EvaluateConfig, Measurement
+from flowerray.statistics import bootstrap_interval, paired_bootstrap, t_interval
+from flowerray.training.run import Run
+from flowerray.training.rundir import RunDir
 from tests.benchmarks.command import about, flowerray
 
 DEFAULT = ["triplet", "siamese", "center", "center:method.center-weight=0"]

@@ -25,12 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowerray.attacks.logits import MaxSimLogits
-from flowerray.commands.attack_subject import attacked_queries, prepare
-from flowerray.commands.models import open_model
 from flowerray.data.source import open_dataset
-from flowerray.evaluate.arena import Arena, embed_images, rank
-from flowerray.evaluate.attack_config import AttackConfig
-from flowerray.evaluate.robustness import attack
+from flowerray.opening import open_model
+from flowerray.robustness.attack import attack
+from flowerray.robustness.config import AttackConfig
+from flowerray.robustness.subject import Arena, attacked_queries, embed_images, prepare, rank
 from tests.benchmarks.command import about
 
 STEPS, TARGETS = 100, 9

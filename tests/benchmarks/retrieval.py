@@ -47,7 +47,7 @@ def once(side: str, num_classes: int, threads: int, batch: int) -> dict[str, flo
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
     from pytorch_metric_learning.utils.inference import CustomKNN
 
-    from flowerray.evaluate.retrieval import retrieval_metrics
+    from flowerray.retrieval.search import retrieval_metrics
 
     names = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
     calculator = AccuracyCalculator(

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from flowerray.evaluate.statistics import paired_bootstrap, t_interval
+from flowerray.statistics import paired_bootstrap, t_interval
 from tests.benchmarks.command import about, flowerray
 
 METHODS = ("center", "siamese", "triplet")

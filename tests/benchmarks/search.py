@@ -16,11 +16,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from flowerray.cluster.confirm import measured, pick, retrain
-from flowerray.cluster.study import Study, outcome
-from flowerray.evaluate.statistics import Interval, t_interval
-from flowerray.run import Run
-from flowerray.rundir import RunDir
+from flowerray.statistics import Interval, t_interval
+from flowerray.training.run import Run
+from flowerray.training.rundir import RunDir
+from flowerray.tuning.confirm import measured, pick, retrain
+from flowerray.tuning.study import Study, outcome
 from tests.benchmarks.command import about, flowerray
 
 SETTING = ["--embedder.image-size", "96", "--train.epochs", "12"]

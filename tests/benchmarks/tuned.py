@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from flowerray.cluster.study import Study
-from flowerray.evaluate.statistics import paired_bootstrap, t_interval
+from flowerray.statistics import paired_bootstrap, t_interval
+from flowerray.tuning.study import Study
 from tests.benchmarks.command import about, flowerray
 from tests.benchmarks.quality import measured
 from tests.benchmarks.search import SETTING

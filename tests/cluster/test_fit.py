@@ -17,15 +17,15 @@ import torch
 from ray._private import state
 from torch import Tensor
 
-from flowerray.checkpoint import load_export
 from flowerray.cluster.fit import Progress, cpus_of_a_worker, fit, innermost
 from flowerray.cluster.session import ray_session
 from flowerray.errors import UserError
-from flowerray.run import ResourcesConfig, Run
-from flowerray.rundir import FolderReporter, RunDir
 from flowerray.text import typed
-from tests.cluster.heads import wait_for
+from flowerray.training.checkpoint import load_export
+from flowerray.training.run import ResourcesConfig, Run
+from flowerray.training.rundir import FolderReporter, RunDir
 from tests.small import small, words
+from tests.tuning.heads import wait_for
 
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[2]
@@ -107,7 +107,7 @@ def test_one_worker_equals_a_training_without_ray(
 @pytest.mark.ray
 def test_two_workers_train_as_one_does(ray_up: None, small_set: Path, small_run: Path) -> None:
     """float32 sums in another order, over 12 steps of AdamW whose rate is 1e-3; the exact test in
-    float64 is tests/test_train.py.
+    float64 is tests/training/test_loop.py.
     """
     out = small_run.parent / "two"
     fit(with_workers(small(small_set), 2), out, quiet=True)

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from flowerray.cli import dispatch
-from flowerray.cluster.study import Study
-from tests.cluster.heads import start_head, submit
-from tests.cluster.studies import tune_words
+from flowerray.tuning.study import Study
 from tests.cluster.test_fit import assert_whole_log
-from tests.cluster.test_tune import children, history_is_whole
 from tests.small import words
+from tests.tuning.heads import start_head, submit
+from tests.tuning.studies import tune_words
+from tests.tuning.test_command import children, history_is_whole
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 Job = Callable[..., Path]

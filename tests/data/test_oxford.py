@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from scipy.io import loadmat, savemat
 
 from flowerray.data.oxford import CLASSES, is_oxford, read_oxford
-from flowerray.data.synthetic import SyntheticConfig, class_sizes
 from flowerray.errors import UserError
+from flowerray.rendered.synthetic import SyntheticConfig, class_sizes
 from tests.data.pictures import numbered, write_tables
 
 SIZES = {"train": 1020, "val": 1020, "test": 6149}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from flowerray.data.source import DataConfig, check_dataset, open_all, open_dataset
-from flowerray.data.synthetic import SyntheticConfig, synthesize
 from flowerray.errors import UserError
 from flowerray.files import home
+from flowerray.rendered.synthetic import SyntheticConfig, synthesize
 from tests.data.pictures import class_folders, save_picture
 
 TINY = SyntheticConfig(classes=2, scale=0.01, size=32)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from flowerray.model import Embedder, EmbedderConfig
+from flowerray.model.embedder import Embedder, EmbedderConfig
 
 
 def embedder(backbone: str = "test_efficientnet", size: int = 64, seed: int = 0) -> Embedder:

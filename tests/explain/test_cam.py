@@ -7,7 +7,7 @@ import torch
 from flowerray.errors import UserError
 from flowerray.explain.cam import CAMS, Explainer, cam_maps, prototypes, upsample
 from flowerray.explain.layers import Captured, capture, find_layers, similarity
-from flowerray.model import Embedder, EmbedderConfig
+from flowerray.model.embedder import Embedder, EmbedderConfig
 from tests.explain.cases import embed, embedder, images
 
 

@@ -18,7 +18,7 @@ from flowerray.explain.concepts import (
     shared,
     without_each,
 )
-from flowerray.model import Embedder
+from flowerray.model.embedder import Embedder
 from tests.explain.cases import embed, embedder, images
 
 CONFIG = ConceptsConfig(count=4, images=20, crops=2)

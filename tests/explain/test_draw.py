@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowerray.evaluate.statistics import Interval
 from flowerray.explain import table
 from flowerray.explain.draw import (
     ConceptStrip,
@@ -17,6 +16,7 @@ from flowerray.explain.draw import (
     draw_scores,
     draw_sheet,
 )
+from flowerray.statistics import Interval
 
 RNG = np.random.default_rng(0)
 PHOTOGRAPHS = RNG.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)

@@ -10,7 +10,7 @@ from flowerray.explain import baselines
 from flowerray.explain.cam import Explainer
 from flowerray.explain.faithfulness import FaithfulnessConfig
 from flowerray.explain.sanity import LEVELS, cascade, randomised, sanity, spearman
-from flowerray.model import Embedder
+from flowerray.model.embedder import Embedder
 from tests.explain.cases import embed
 
 FAST = FaithfulnessConfig(steps=2)
@@ -19,7 +19,7 @@ FAST = FaithfulnessConfig(steps=2)
 @pytest.fixture(scope="module")
 def model() -> Embedder:
     """Trained weights: of a model of random ones nothing is lost by other random ones."""
-    from flowerray.model import EmbedderConfig
+    from flowerray.model.embedder import EmbedderConfig
 
     return Embedder(EmbedderConfig(image_size=96, dim=16)).eval()
 

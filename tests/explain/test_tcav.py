@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flowerray.errors import UserError
 from flowerray.explain.layers import Layer
 from flowerray.explain.tcav import ConceptScore, TcavConfig, measure, measure_random, p_value, tcav
-from flowerray.model import Embedder
+from flowerray.model.embedder import Embedder
 
 
 class RedIsAll(nn.Module):

@@ -9,11 +9,11 @@ from scipy.fft import dctn
 from flowerray.data.images import resize_side
 from flowerray.data.oxford import read_oxford
 from flowerray.data.store import build_store
-from flowerray.data.synthetic import SyntheticConfig, synthesize
-from flowerray.evaluate.embed import frozen_features
 from flowerray.explore.duplicates import candidates, find_duplicates, hashes, mirror
-from flowerray.explore.survey import Survey, take_survey
-from flowerray.model import Embedder, EmbedderConfig
+from flowerray.explore.scan import Survey, take_survey
+from flowerray.model.embedder import Embedder, EmbedderConfig
+from flowerray.rendered.synthetic import SyntheticConfig, synthesize
+from flowerray.retrieval.embed import frozen_features
 from tests.explore.planted import KINDS, plant
 
 PLANTED = 20

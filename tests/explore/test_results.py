@@ -13,7 +13,7 @@ from flowerray.explore.exploration import Exploration, explore
 from flowerray.explore.maps import Map, MapConfig
 from flowerray.explore.pictures import class_bars, map_panels
 from flowerray.explore.results import highlighted, write_pictures, write_tables
-from flowerray.explore.survey import take_survey
+from flowerray.explore.scan import take_survey
 from tests.data.pictures import class_folders
 
 

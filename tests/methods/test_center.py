@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowerray.methods._base import Loss, Output
 from flowerray.methods.center import Center
-from tests.method_cases import CLASSES, DIM, build, images_of, labels_of, units
+from tests.methods.cases import CLASSES, DIM, build, images_of, labels_of, units
 
 
 def center(**fields: object) -> Center:

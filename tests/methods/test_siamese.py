@@ -9,7 +9,7 @@ from pytorch_metric_learning.losses import ContrastiveLoss
 from torch import Tensor
 
 from flowerray.methods.siamese import Siamese
-from tests.method_cases import build, labels_of, units
+from tests.methods.cases import build, labels_of, units
 
 
 def siamese(**fields: object) -> Siamese:
@@ -132,7 +132,7 @@ def test_the_bce_head_judges_by_a_metric() -> None:
 
 def test_the_bce_head_starts_undecided_at_distance_0_7() -> None:
     from flowerray.methods.siamese import Config
-    from tests.method_cases import StandIn
+    from tests.methods.cases import StandIn
 
     embedder: object = StandIn(128)
     method = Siamese(Config(head="bce"), embedder, 5)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowerray.methods._base import Loss
 from flowerray.methods.triplet import Triplet, distance_weights, draw_columns
-from tests.method_cases import build, labels_of, units
+from tests.methods.cases import build, labels_of, units
 
 MINERS = ["random", "all", "semi-hard", "batch-hard", "distance-weighted"]
 

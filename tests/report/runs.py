@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flowerray import methods, tracking
+from flowerray import methods
 from flowerray.data.source import DataConfig
 from flowerray.files import write_json
-from flowerray.harden import HardenConfig
-from flowerray.run import Run
-from flowerray.rundir import FolderReporter, RunDir
-from flowerray.train import TrainConfig
+from flowerray.tracking import sync
+from flowerray.training.harden import HardenConfig
+from flowerray.training.loop import TrainConfig
+from flowerray.training.run import Run
+from flowerray.training.rundir import FolderReporter, RunDir
 
 CLASSES = ("rose", "tulip")
 QUERIES = 20
@@ -52,7 +53,7 @@ def make_run(
         "dataset/fingerprint": fingerprint, "dataset/kind": "folder", "dataset/classes": "2",
         "dataset/images": "1234", "dataset/test": str(QUERIES),
     }  # fmt: skip
-    tracking.start(path, path.name, run.to_dict(), tags)
+    sync.start(path, path.name, run.to_dict(), tags)
     reporter = FolderReporter(path)
     for epoch in (1, 2):
         reporter.report(epoch * 10, epoch, {"train/images_per_second": 40.0})

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flowerray.commands.report import PAGE, build
+from flowerray.report.command import PAGE, build
 from flowerray.report.gather import group, read_entry
 from tests.report.runs import make_run, photographs
 

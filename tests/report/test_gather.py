@@ -8,7 +8,7 @@ import pytest
 
 from flowerray.errors import UserError
 from flowerray.report.gather import find_runs, group, read_entry
-from flowerray.rundir import FolderReporter
+from flowerray.training.rundir import FolderReporter
 from tests.report.runs import make_run
 
 

@@ -9,9 +9,9 @@ import pytest
 from flowerray.files import write_json
 from flowerray.report import attacked, evidence, sections
 from flowerray.report.gather import Setting, group, read_entry
-from flowerray.report.page import Block, Commands, Details, Note, Page, Picture, Pictures, Table
+from flowerray.show.page import Block, Commands, Details, Note, Page, Picture, Pictures, Table
 from tests.report.runs import evaluation, make_run, photographs, read
-from tests.report.test_page import check_page
+from tests.show.test_page import check_page
 
 ALL = (
     sections.summary_of, sections.clean, attacked.attacked, sections.training,

@@ -1,0 +1,1 @@
+"""Backbones before any training."""

@@ -1,0 +1,166 @@
+"""Many backbones: accuracy as tasks of a Ray in parallel, then speeds, one model after another with
+nothing beside them.
+"""
+
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from flowerray.backbones.bench import BackbonesConfig, assess, time_models
+from flowerray.cluster.fit import innermost
+from flowerray.cluster.session import ray_session, require_gpus
+from flowerray.cluster.worker import pick_device
+from flowerray.data.images import resize_side
+from flowerray.data.source import DataConfig, open_dataset
+from flowerray.data.store import build_store
+from flowerray.errors import UserError
+from flowerray.pool import cores
+
+Keep = Callable[[dict[str, Any]], None]
+"""Gets each model's row as soon as it is there; see `assess_one`."""
+
+
+def assess_all(
+    names: Sequence[str],
+    config: BackbonesConfig,
+    data: DataConfig,
+    keep: Keep,
+    *,
+    cpus: float,
+    gpus: float = 0,
+    quiet: bool = False,
+    in_process: bool = False,
+) -> None:
+    """Assesses every model, as many at a time as there is room for.
+
+    Without a cluster in `RAY_ADDRESS`, a single model, or models that need all cores each, are
+    assessed in this process one after the other.
+
+    Args:
+        keep: called here, in the order in which models are done.
+        cpus: cores (and threads) of each; less than 1 shares a core.
+        gpus: GPUs of each, also a fraction; 0 = on the CPU.
+        in_process: never start Ray.
+
+    Raises:
+        UserError: fewer GPUs here than asked for; Ray does not start.
+    """
+    require_gpus(gpus)
+    if not names:
+        return
+    local = "RAY_ADDRESS" not in os.environ
+    threads, device = max(1, int(cpus)), "cuda" if gpus else "cpu"
+    work = (config.model_dump(), data.model_dump(), threads, device)
+    bar = tqdm(total=len(names), unit="model", desc="accuracy", disable=quiet or None)
+    with bar:
+        if in_process or (local and (len(names) == 1 or cpus >= cores())):
+            before = torch.get_num_threads()
+            try:
+                for name in names:
+                    bar.set_postfix_str(name)
+                    keep(assess_one(name, *work))
+                    bar.update()
+            finally:
+                torch.set_num_threads(before)
+            return
+        if not quiet:
+            print(f"starting Ray for {len(names)} models of {cpus:g} CPUs each", file=sys.stderr)
+        with ray_session(min_cpus=math.ceil(cpus)) as ray:
+            task = ray.remote(assess_one).options(num_cpus=cpus, num_gpus=gpus, max_retries=2)
+            running = {task.remote(name, *work): name for name in names}
+            try:
+                while running:
+                    (done,), _ = ray.wait(list(running), num_returns=1)
+                    name = running.pop(done)
+                    try:
+                        keep(ray.get(done))
+                    except Exception as error:  # a node that died: the other models go on
+                        keep({"model": name, "skipped": f"Its task failed: {innermost(error)}"})
+                    bar.set_postfix_str(name)
+                    bar.update()
+            finally:
+                for reference in running:
+                    ray.cancel(reference, force=True)
+
+
+def assess_one(
+    name: str, config: dict[str, Any], data: dict[str, Any], threads: int, device: str
+) -> dict[str, Any]:
+    """The task: the row of `assess`, or `model` and `skipped`, the reason why there is none."""
+    torch.set_num_threads(threads)
+    chosen = BackbonesConfig(**config)
+    try:
+        dataset = open_dataset(DataConfig(**data), progress=False)
+        return assess(
+            name, dataset,
+            lambda paths: build_store(paths, resize_side(chosen.image_size), progress=False),
+            chosen, pick_device(device),
+        )  # fmt: skip
+    except UserError as error:
+        return {"model": name, "skipped": str(error)}
+    except Exception as error:  # timm's models fail in many ways; the others are measured
+        return {"model": name, "skipped": f"It failed with {type(error).__name__}: {error}"}
+
+
+def time_alone(
+    names: Sequence[str],
+    config: BackbonesConfig,
+    *,
+    gpus: float = 0,
+    quiet: bool = False,
+    in_process: bool = False,
+) -> dict[str, Any]:
+    """Times every model, with nothing of ours running beside it: in this process, or, with a
+    cluster in `RAY_ADDRESS`, in one task that takes a whole node.
+
+    Returns:
+        `device`, `threads` and `models`, the result of `time_models`.
+    """
+    device = "cuda" if gpus else "cpu"
+    if in_process or "RAY_ADDRESS" not in os.environ:
+        return time_here(list(names), config.model_dump(), device, None, quiet)
+    with ray_session(min_cpus=1) as ray:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        fit = [node.get("CPU", 0) for node in nodes if not gpus or node.get("GPU")]
+        cpus = max(fit, default=0)
+        if not cpus:
+            raise UserError(
+                f"the cluster has no node with {'a GPU' if gpus else 'CPUs'} now: start one first, "
+                "since a model is timed alone on a whole node."
+            )
+        if not quiet:
+            print(f"timing {len(names)} models on a node of {cpus:g} CPUs", file=sys.stderr)
+        task = ray.remote(time_here).options(num_cpus=cpus, num_gpus=1 if gpus else 0)
+        reference = task.remote(list(names), config.model_dump(), device, max(1, int(cpus)), True)
+        try:
+            found: dict[str, Any] = ray.get(reference)
+        except Exception as error:
+            if isinstance(cause := getattr(error, "cause", None), UserError):
+                raise cause from error
+            raise
+        return found
+
+
+def time_here(
+    names: list[str], config: dict[str, Any], device: str, threads: int | None, quiet: bool
+) -> dict[str, Any]:
+    """See `time_alone`; `OMP_NUM_THREADS` decides the threads where it is set."""
+    if threads is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
+    chosen, place = BackbonesConfig(**config), pick_device(device)
+    total = chosen.rounds * len(names)
+    with tqdm(total=total, unit="visit", desc="timing", disable=quiet or None) as bar:
+        models = time_models(names, chosen, place, bar.update)
+    gpu = torch.cuda.get_device_name(place) if place.type == "cuda" else None
+    return {
+        "device": gpu or f"CPU ({platform.machine()}, {os.cpu_count()} cores)",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "models": models,
+    }

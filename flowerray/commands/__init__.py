@@ -1,1 +1,0 @@
-"""What the commands on data and on finished models do, without the command line: plain data out."""

@@ -1,0 +1,182 @@
+"""What a comparison trains: every row over the protocols and seeds, under one budget."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from flowerray import methods
+from flowerray.config import Config
+from flowerray.data.augment import AugmentConfig
+from flowerray.data.batches import PKSampler
+from flowerray.data.source import DataConfig, open_dataset
+from flowerray.errors import UserError
+from flowerray.model.embedder import EmbedderConfig
+from flowerray.training.loop import TrainConfig
+from flowerray.training.run import Run, differences
+from flowerray.training.rundir import RunDir
+
+ENOUGH_SEEDS = 5
+FRESH_SEED = 2000
+"""First seed of tuned configurations: neither their searches nor the confirmations used it."""
+SET_HERE = ("epochs", "seed", "patience")
+"""Of TrainConfig: what the budget and the seeds decide."""
+
+
+class CompareConfig(Config):
+    """One budget for every method."""
+
+    data: DataConfig = DataConfig()
+    """The photographs; `--protocols` says how they are split."""
+    embedder: EmbedderConfig = EmbedderConfig(image_size=96)
+    """The network, the same for all."""
+    augment: AugmentConfig = AugmentConfig()
+    """Random changes to training images, the same for all."""
+    train: TrainConfig = TrainConfig()
+    """The optimisation of untuned methods; --images and --seeds set epochs, patience and seed."""
+    images: int = Field(12_000, ge=1)
+    """Training images that each training sees at least: whole epochs, rounded up."""
+    seeds: int = Field(5, ge=1, le=1000)
+    """Trainings of each row and protocol, with seeds 0, 1, ...; tuned ones with 2000, 2001, ..."""
+    protocols: tuple[Literal["official", "disjoint"], ...] = ("official", "disjoint")
+    """official = known classes, new photographs; disjoint = classes that were never trained."""
+    center: Path | None = None
+    """Study of `flowerray tune center`, whose best configuration is compared (also without its
+    center term, as cross-entropy); give one for each method, of equally many trials, or none."""
+    siamese: Path | None = None
+    """Study of `flowerray tune siamese`."""
+    triplet: Path | None = None
+    """Study of `flowerray tune triplet`."""
+    cpus: float = Field(1, gt=0)
+    """CPU cores of each training; as many train at a time as there is room for."""
+    gpus: float = Field(0, ge=0)
+    """GPUs of each training, also a fraction; 0 trains on the CPU. The command gives one where this
+    machine has one."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One training of the comparison."""
+
+    protocol: str
+    row: str
+    run: Run
+
+    @property
+    def name(self) -> str:
+        """Of its RUN folder."""
+        return f"{self.protocol}-{self.row}-seed{self.run.train.seed}"
+
+
+def plan(config: CompareConfig, quiet: bool) -> tuple[list[Entry], int, list[str]]:
+    """Every training, the trials behind each method (0: defaults), and what a reader must know.
+
+    Raises:
+        UserError: options or studies that do not make one budget.
+    """
+    if not config.protocols or len(set(config.protocols)) < len(config.protocols):
+        raise UserError("--protocols: name each protocol once.")
+    if config.data.protocol != DataConfig().protocol:
+        raise UserError("compare splits the data by --protocols: leave --data.protocol out.")
+    plain = TrainConfig()
+    said = [name for name in SET_HERE if getattr(config.train, name) != getattr(plain, name)]
+    if said:
+        raise UserError(
+            f"compare sets --train.{said[0]} itself: give the budget with --images and the number "
+            "of seeds with --seeds."
+        )
+    notes: list[str] = []
+    bases, trials = base_runs(config, notes)
+    first_seed = FRESH_SEED if trials else 0  # the search chose what its own seed favoured
+    if config.seeds < ENOUGH_SEEDS:
+        notes.append(
+            f"{config.seeds} seeds are few: intervals and tests are rough below {ENOUGH_SEEDS}."
+        )
+    entries = []
+    for protocol in config.protocols:
+        data = config.data.model_copy(update={"protocol": protocol})
+        labels_N = open_dataset(data, progress=not quiet).split_labels("train")
+        for row, base in bases.items():
+            epochs = epochs_for(config.images, labels_N, base.train)
+            for seed in range(first_seed, first_seed + config.seeds):
+                changes = {"epochs": epochs, "patience": 0, "seed": seed}
+                train = base.train.model_copy(update=changes)
+                run = base.model_copy(update={"data": data, "train": train})
+                entries.append(Entry(protocol, row, run))
+    return entries, trials, notes
+
+
+def base_runs(config: CompareConfig, notes: list[str]) -> tuple[dict[str, Run], int]:
+    """The run of each trained row, and the trials that its method was tuned with."""
+    names = ("center", "siamese", "triplet")
+    shared = {"embedder": config.embedder, "augment": config.augment}
+    runs = {
+        name: Run(method=methods.get(name).config(), train=config.train).model_copy(update=shared)
+        for name in names
+    }
+    trials = 0
+    studies = {name: path for name in names if (path := getattr(config, name)) is not None}
+    if studies:
+        if len(studies) < len(names):
+            missing = ", ".join(f"--{name}" for name in names if name not in studies)
+            raise UserError(f"one budget for all: give a study for each method ({missing} too).")
+        if config.train != TrainConfig():
+            raise UserError("with studies the optimisation is theirs: leave --train options out.")
+        found = {name: read_study(path, name) for name, path in studies.items()}
+        trials = found["center"][1]
+        if any(count != trials for _, count in found.values()):
+            text = ", ".join(f"{name} {count}" for name, (_, count) in found.items())
+            raise UserError(f"one budget for all: the studies have unequal trials ({text}).")
+        for name, (best, _) in found.items():
+            if best.harden.on or best.init is not None:
+                raise UserError(
+                    f"one budget for all: the study of --{name} hardens or goes on from another "
+                    "run (--init), which cross-entropy and the others do not; give plain studies."
+                )
+            seen = [p for p in config.protocols if p != best.data.protocol]
+            if "disjoint" in seen:
+                notes.append(
+                    f"disjoint: {name} was tuned on {best.data.protocol}, whose train and val hold "
+                    "the classes and some of the images that disjoint tests."
+                )
+            runs[name] = best.model_copy(update={**shared, "threshold": None})
+            if given_up := differences(best.model_copy(update={"threshold": None}), runs[name]):
+                notes.append(
+                    f"{name}: its study's {', '.join(given_up)} gave way to what all share."
+                )
+    center = runs["center"]
+    plain = center.method.model_copy(update={"center_weight": 0.0})
+    return {"cross-entropy": center.model_copy(update={"method": plain}), **runs}, trials
+
+
+def read_study(folder: Path, method: str) -> tuple[Run, int]:
+    """The run of a study's champion, and how many trials it was chosen from.
+
+    Raises:
+        UserError: no finished study of this method.
+    """
+    try:
+        result = json.loads((folder / "result.json").read_text())
+        trials = sum(result["trials"].values())
+        champion = Path(*Path(result["champion"]).parts[-2:])  # the study may have been moved
+        content = RunDir(folder / champion).read()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"--{method} {folder} is no finished study: flowerray tune {method} --out makes one."
+        ) from error
+    best = Run.from_dict(content)
+    if best.method_name != method:
+        raise UserError(f"--{method} {folder} is a study of {best.method_name}.")
+    return best, trials
+
+
+def epochs_for(images: int, labels_N: NDArray[np.int64], train: TrainConfig) -> int:
+    """The whole epochs that show at least so many images."""
+    _, targets_N = np.unique(labels_N, return_inverse=True)
+    sampler = PKSampler(targets_N, train.classes_per_batch, train.images_per_class, train.seed)
+    return math.ceil(images / (sampler.steps * sampler.p * sampler.k))

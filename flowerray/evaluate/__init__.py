@@ -1,1 +1,0 @@
-"""Measurements: embedding, retrieval, verification pairs, statistics."""

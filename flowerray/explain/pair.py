@@ -1,0 +1,216 @@
+"""`flowerray explain RUN A.jpg B.jpg`: one picture of why two photographs are alike or not."""
+
+import json
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from flowerray.data.images import eval_image, resize_side
+from flowerray.data.store import build_store
+from flowerray.errors import UserError
+from flowerray.explain import decompose
+from flowerray.explain.cam import HEAD_METHODS, METHODS, Explainer
+from flowerray.explain.concepts import Concepts, ConceptsConfig, fit_concepts, shared
+from flowerray.explain.draw import ConceptStrip, Pair, best_matches, draw_pair
+from flowerray.explain.layers import find_layers
+from flowerray.files import atomic_file, refuse_unwritable
+from flowerray.model.precision import full_precision
+from flowerray.opening import Model
+from flowerray.tracking import sync
+
+SHOWN = 2
+"""Concepts of each kind in the picture: what both images have most of, then, of the others, those
+whose removal changes the similarity most."""
+
+
+@full_precision()
+def explain_pair(
+    model: Model,
+    first: Path,
+    second: Path,
+    *,
+    method: str | None,
+    layer: str | None,
+    concepts: ConceptsConfig | None,
+    out: Path | None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Draws the pair and returns what the picture says.
+
+    Args:
+        method: see `pick_explainer`.
+        layer: see `pick_explainer`.
+        concepts: None leaves them out.
+        out: folder of the picture; by default the RUN's explanations/.
+
+    Raises:
+        UserError: a file that is no image, a method that the model does not allow, no place for
+            the picture.
+    """
+    folder = explanations(model, out)
+    embedder = model.embedder
+    pixels = [eval_image(path, embedder.image_size) for path in (first, second)]
+    images_2CHW = torch.from_numpy(np.stack(pixels)).to(embedder.projection.weight.device)
+    images_2CHW = images_2CHW.float() / 255
+    with torch.no_grad():
+        emb_2D = embedder(images_2CHW)
+    similarity = float(emb_2D[0].double() @ emb_2D[1].double())
+    explainer = pick_explainer(model, folder, images_2CHW, method, layer)
+    maps = explainer(embedder, images_2CHW, emb_2D.flip(0))
+    notes: list[str] = []
+    try:
+        parts = decompose.parts(embedder, images_2CHW)
+        grid = parts.grid
+        matches = best_matches(decompose.pairwise(*parts.parts_BPD), grid)
+    except UserError as error:
+        grid, matches = maps.shape[1:], ()
+        notes.append(f"regions are not matched: {error}")
+    strips: tuple[ConceptStrip, ...] = ()
+    if concepts is not None:
+        try:
+            dictionary = run_concepts(model, folder, concepts, quiet)
+            strips = _strips(model, dictionary, images_2CHW)
+        except UserError as error:
+            notes.append(f"concepts are left out: {error}")
+    pair = Pair(
+        np.stack(pixels).transpose(0, 2, 3, 1), (_name(first), _name(second)), maps,
+        str(explainer), similarity, model.threshold, matches, (grid[0], grid[1]), strips,
+    )  # fmt: skip
+    picture = draw_pair(pair, folder / f"pair-{_stem(first)}-{_stem(second)}.png")
+    if model.folder is not None and out is None:
+        sync.send(model.folder.path)
+    return {
+        "first": str(first),
+        "second": str(second),
+        "similarity": similarity,
+        "threshold": model.threshold,
+        "same": similarity >= model.threshold,
+        "method": str(explainer),
+        "matches": [
+            {"first": list(m.first), "second": list(m.second), "share": m.share} for m in matches
+        ],
+        "concepts": [{"name": s.name, "drop": s.drop, "shares": list(s.shares)} for s in strips],
+        "notes": notes,
+        "picture": str(picture),
+    }
+
+
+def explanations(model: Model, out: Path | None) -> Path:
+    """Where explanations of a model go.
+
+    Raises:
+        UserError: a model without a RUN folder, and no --out; a place that cannot be written.
+    """
+    if out is None and model.folder is None:
+        raise UserError(f"{model.name} is no RUN folder: say with --out where the pictures go.")
+    if out is None:
+        assert model.folder is not None
+        out = model.folder.path / "explanations"
+    refuse_unwritable(out)
+    return out
+
+
+def pick_explainer(
+    model: Model, folder: Path, images_BCHW: Tensor, method: str | None, layer: str | None
+) -> Explainer:
+    """The method that is asked for; else the one that was chosen on val images, if it was; else the
+    decomposition, which is exact, or HiResCAM for a model that does not allow it.
+
+    A method without a layer is used at the first that `find_layers` gives.
+
+    Raises:
+        UserError: no such method or layer.
+    """
+    file = folder / "faithfulness.json"
+    if method is None and layer is None and file.exists():
+        content = json.loads(file.read_text())
+        # A folder that --out names may hold the choice for another model.
+        own = model.folder is not None and folder == model.folder.path / "explanations"
+        chosen = content["chosen"]
+        free = chosen.get("free", True)  # a map that --method forced was not chosen
+        if free and (own or content["run"] == model.name):
+            return Explainer(chosen["method"], chosen["layer"], chosen["norm"])
+    if method is None:
+        try:
+            if layer is None:
+                decompose.parts(model.embedder, images_BCHW)
+                return Explainer("decomposition")
+        except UserError:
+            pass
+        method = "hirescam"
+    explainer = Explainer(next(name for name in METHODS if name == method))
+    if method in HEAD_METHODS:
+        return explainer
+    return Explainer(explainer.method, pick_layer(model, layer), "held")
+
+
+def pick_layer(model: Model, name: str | None) -> str:
+    """A layer's name, checked; the default where none is given.
+
+    Raises:
+        UserError: no heat map can be taken there.
+    """
+    layers = [layer.name for layer in find_layers(model.embedder)]
+    if name is not None and name not in layers:
+        raise UserError(
+            f"--layer {name}: {model.run.embedder.backbone} has {', '.join(layers)} to choose from."
+        )
+    return name or layers[0]
+
+
+def run_concepts(model: Model, folder: Path, config: ConceptsConfig, quiet: bool) -> Concepts:
+    """The concepts of a model's training images; kept in the folder, since every pair asks again.
+
+    Raises:
+        UserError: the data set cannot be read; see `fit_concepts`.
+    """
+    dataset = model.own_dataset(quiet)
+    split = "train" if "train" in dataset.splits else "test"
+    paths = [dataset.paths[i] for i in dataset.splits[split]]
+    store = build_store(paths, resize_side(model.embedder.image_size), progress=not quiet)
+    digest = blake2b(f"{store.fingerprint} {config.model_dump_json()}".encode(), digest_size=8)
+    for name, value in model.embedder.state_dict().items():
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    file = folder / f"concepts-{digest.hexdigest()}.npz"
+    if file.exists():
+        with np.load(file) as kept:
+            return Concepts(kept["basis"], kept["crops"], float(kept["explained"]))
+    total = min(config.images, len(store))
+    with tqdm(total=total, unit="img", desc="concepts", disable=quiet or None) as bar:
+        found = fit_concepts(model.embedder, store, config, bar.update)
+    with atomic_file(file) as temporary, temporary.open("wb") as opened:
+        np.savez_compressed(
+            opened, basis=found.basis_KF, crops=found.crops_KMPP3, explained=found.explained
+        )
+    return found
+
+
+def _strips(model: Model, dictionary: Concepts, images_2CHW: Tensor) -> tuple[ConceptStrip, ...]:
+    found = shared(model.embedder, dictionary, images_2CHW)
+    both: list[int] = np.argsort(-found.shares.min(0), kind="stable")[:SHOWN].tolist()
+    by_drop: list[int] = np.argsort(-np.abs(found.drop_K), kind="stable").tolist()
+    others = [k for k in by_drop if k not in both][:SHOWN]
+    return tuple(
+        ConceptStrip(
+            f"concept {k + 1}",
+            float(found.drop_K[k]),
+            (float(found.shares[0, k]), float(found.shares[1, k])),
+            found.coef_2KHW[:, k],
+            dictionary.crops_KMPP3[k],
+        )
+        for k in (*both, *others)
+    )
+
+
+def _name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+def _stem(path: Path) -> str:
+    """Folder and name: photographs of different classes often have the same number."""
+    return "_".join(filter(None, (path.absolute().parent.name, path.stem)))

@@ -1,0 +1,1 @@
+"""The embedder, and how its arithmetic is done."""

@@ -1,0 +1,77 @@
+"""Which precision trains faster with a backbone on this device: measured once, then remembered; and
+full precision, for what is reported."""
+
+import copy
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Literal
+
+import torch
+from torch import nn
+
+from flowerray.files import home, write_json
+from flowerray.model.embedder import Embedder
+
+MARGIN = 1.15
+"""bf16 has to be faster by this factor, so that a noisy machine does not flip the choice."""
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Convolutions and matrix products in true fp32 on a GPU too, where cuDNN rounds inputs of
+    convolutions to TF32's 10 bits unless told otherwise. What is reported is computed inside.
+    """
+    kept = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = kept
+
+
+def faster_precision(embedder: Embedder, device: torch.device) -> Literal["fp32", "bf16"]:
+    """Times training steps in fp32 and in bf16 autocast, interleaved, and keeps the answer in
+    FLOWERRAY_HOME.
+
+    The key is backbone, image size, device, torch version and thread count. On CPUs bf16 slows
+    depthwise models down and nearly doubles ResNets' speed, so no rule of thumb replaces the
+    measurement."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    config = embedder.config
+    where = f"{name} torch{torch.__version__} {torch.get_num_threads()}t"
+    key = f"{config.backbone} {config.image_size} {where}"
+    memory = home() / "precision.json"
+    try:
+        known = json.loads(memory.read_text())
+    except (OSError, ValueError):  # none yet, or damaged: it only saves a measurement
+        known = {}
+    if key not in known:
+        # One rank measures alone: in train mode a synchronised BatchNorm would wait for the others.
+        known[key] = _measure(copy.deepcopy(embedder).eval(), device)
+        with suppress(OSError):  # it only saves the next measurement
+            write_json(memory, known)
+    fp32, bf16 = known[key]["fp32"], known[key]["bf16"]
+    return "bf16" if fp32 / bf16 >= MARGIN else "fp32"
+
+
+def _measure(embedder: Embedder, device: torch.device, batch: int = 16) -> dict[str, float]:
+    """Seconds of a step in each precision: the fastest, since noise only ever slows."""
+    size = embedder.image_size
+    images = torch.rand(batch, 3, size, size, device=device)
+    optimizer = torch.optim.SGD(embedder.parameters(), lr=0.0)
+    seconds: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    for repeat in range(4):
+        for precision, taken in seconds.items():
+            start = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                loss = embedder(images).square().sum()
+            loss.backward()
+            optimizer.step()
+            nn.Module.zero_grad(embedder)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if repeat:  # the first one warms up
+                taken.append(time.perf_counter() - start)
+    return {precision: min(taken) for precision, taken in seconds.items()}

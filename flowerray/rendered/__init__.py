@@ -1,0 +1,1 @@
+"""Flowers that are painted: the data set that needs no network."""

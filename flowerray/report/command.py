@@ -1,0 +1,202 @@
+"""`report`: RUN folders in, one HTML page out."""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowerray import files
+from flowerray.data.source import open_dataset
+from flowerray.description import flatten
+from flowerray.errors import UserError
+from flowerray.report import attacked, evidence, sections
+from flowerray.report.gather import Entry, Setting, find_runs, group, read_entry
+from flowerray.retrieval.command import as_record, evaluate_frozen
+from flowerray.retrieval.measure import EvaluateConfig
+from flowerray.show.page import Note, Page
+from flowerray.text import counted
+from flowerray.tracking import server, sync
+from flowerray.training import checkpoint
+from flowerray.training.run import PRESETS, Run
+
+PAGE = "report.html"
+OWN = (PAGE, "metrics.jsonl", "mlflow.json", ".mlflow.json.lock", ".mlflow.lock")
+"""Files of a report's folder."""
+
+
+def write_report(
+    names: Sequence[str],
+    out: Path,
+    title: str,
+    frozen: bool,
+    device: torch.device,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Writes the page of some runs into a folder and logs it to MLflow.
+
+    Args:
+        names: RUN folders, folders of them, `runs:/...`, `models:/...`.
+        out: a new folder, or an older report's.
+        title: the page's heading.
+        frozen: measure the backbones' features as they came, too.
+        device: where those are measured.
+        quiet: no progress bars.
+
+    Returns:
+        The page's path and how much is on it.
+
+    Raises:
+        UserError: no such run, `out` holds other things, a file that cannot be read or written.
+    """  # fmt: skip
+    if out.exists() and (not out.is_dir() or any(f.name not in OWN for f in out.iterdir())):
+        raise UserError(f"{out} exists and is no report's folder: choose another --out.")
+    files.refuse_unwritable(out)
+    settings = group([read_entry(path) for path in resolve(names)])
+    if frozen:
+        settings = [with_frozen(setting, device, quiet) for setting in settings]
+    page = build(settings, title).write(out / PAGE)
+    counts = {
+        "runs": sum(len(setting.entries) for setting in settings),
+        "variants": sum(len(setting.variants) for setting in settings),
+        "settings": len(settings),
+    }
+    params = {"runs": [str(e.folder.path) for setting in settings for e in setting.entries]}
+    metrics = {f"report/{name}": float(count) for name, count in counts.items()}
+    sync.log_folder(out, params, metrics, {"flowerray.kind": "report"})
+    return {"page": str(page), "bytes": page.stat().st_size, **counts}
+
+
+def resolve(names: Sequence[str]) -> list[Path]:
+    """RUN folders of what the user named.
+
+    Raises:
+        UserError: nothing there, or a model without its RUN folder.
+    """
+    paths = [server.resolve(name) for name in names]
+    for name, path in zip(names, paths, strict=True):
+        if not path.is_dir():
+            raise UserError(f"{name} is an exported model alone: the report needs its RUN folder.")
+    return find_runs(paths)
+
+
+def build(settings: Sequence[Setting], title: str) -> Page:
+    """The page: a chapter a setting where there are several."""
+    num_runs = sum(len(setting.entries) for setting in settings)
+    one = len(settings) == 1
+    on = settings[0].title if one else f"{len(settings)} data sets or splits"
+    page = Page(title, f"{counted(num_runs, 'run')} on {on}. Written {date.today():%d %B %Y}.")
+    for setting in settings:
+        about = [Note(note) for note in setting.notes]
+        if not one:
+            page.chapter(setting.title)
+        page.section("Summary", *about, *sections.summary_of(setting))
+        page.section("Clean retrieval and verification", *sections.clean(setting))
+        page.section("Under attack", *attacked.attacked(setting))
+        page.section("Training curves", *sections.training(setting))
+        page.section("Cost", *sections.cost(setting, parameters(setting.entries)))
+        page.section("Retrieval galleries", *evidence.galleries(setting))
+        page.section("Worst failures", *evidence.failures(setting))
+        page.section("Explanations", *evidence.explanations(setting))
+        page.section("Data", *sections.data_card(setting))
+        page.section("How to reproduce", *sections.reproduce(setting, commands(setting.entries)))
+    return page
+
+
+def with_frozen(setting: Setting, device: torch.device, quiet: bool) -> Setting:
+    """The setting with its backbones' features measured as they came, once for each backbone and
+    image size; kept in `$FLOWERRAY_HOME/frozen` for the next report.
+    """
+    wanted = {
+        entry: record
+        for entry in setting.entries
+        for record in entry.evaluations.values()
+        if record["split"] == "test"
+    }
+    found: dict[str, dict[str, Any]] = {}
+    notes: list[str] = []
+    for entry, record in wanted.items():
+        try:
+            run = Run.from_dict(entry.folder.read())
+            if entry.floor not in found:
+                found[entry.floor] = _frozen_record(run, record.get("gallery"), device, quiet)
+        except UserError as error:
+            notes.append(f"Frozen features of {entry.name} could not be measured: {error}")
+    return replace(setting, frozen=found, notes=(*setting.notes, *dict.fromkeys(notes)))
+
+
+def _frozen_record(
+    run: Run, gallery: str | None, device: torch.device, quiet: bool
+) -> dict[str, Any]:
+    dataset = open_dataset(run.data, progress=not quiet)
+    embedder = run.embedder
+    stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in dataset.paths]
+    facts = [
+        dataset.tags, str(dataset.root), gallery, embedder.backbone, embedder.image_size,
+        embedder.weights, stamps,
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
+    kept = files.home() / "frozen" / f"{digest}.json"
+    if kept.exists():
+        record: dict[str, Any] = json.loads(kept.read_text())
+        return record
+    config = EvaluateConfig(gallery=gallery)
+    measurement = evaluate_frozen(embedder, run.data, config, device, quiet)
+    record = as_record(measurement, dataset.root, 0.0)
+    files.write_json(kept, record)
+    return record
+
+
+def parameters(entries: Sequence[Entry]) -> dict[Entry, int]:
+    """Parameters of each run's exported embedder, of those that have one."""
+    found = {}
+    for entry in entries:
+        if not entry.finished:
+            continue
+        weights = checkpoint.load_export(entry.folder.path)["embedder"]
+        found[entry] = sum(
+            value.numel()
+            for name, value in weights.items()
+            if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        )
+    return found
+
+
+def commands(entries: Sequence[Entry]) -> dict[Entry, str]:
+    """The command that trains each run again; none for a run that this version cannot read."""
+    found = {}
+    for entry in entries:
+        try:
+            run = Run.from_dict(entry.folder.read())
+        except UserError:
+            continue
+        found[entry] = f"flowerray train {run.method_name} {' '.join(words(run))}".rstrip()
+    return found
+
+
+def words(run: Run) -> list[str]:
+    """The options that make the run, from the preset that leaves the fewest to name."""
+    own = flatten(run.to_dict())
+    kinds = []
+    for name, preset in PRESETS.items():
+        start = flatten(preset(type(run.method)()).to_dict())
+        changed = [] if name == "laptop" else ["--preset", name]
+        for option, value in own.items():
+            if value != start[option]:
+                changed += _option(option.replace("_", "-"), value)
+        kinds.append(changed)
+    return [shlex.quote(word) for word in min(kinds, key=len)]
+
+
+def _option(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        part, _, last = name.rpartition(".")
+        last = last if value else f"no-{last}"
+        return [f"--{part}.{last}" if part else f"--{last}"]
+    values = value if isinstance(value, list) else [value]
+    return [f"--{name}", *map(str, values)]

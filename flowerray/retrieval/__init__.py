@@ -1,0 +1,1 @@
+"""Embedding, exact search, verification pairs, and what is measured with them."""

@@ -1,0 +1,318 @@
+"""`evaluate`, `similar` and `search`; each returns plain data to print."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from flowerray.data.dataset import Dataset
+from flowerray.data.folder import images
+from flowerray.data.images import resize_side
+from flowerray.data.source import DataConfig, open_all, open_dataset
+from flowerray.data.store import build_store
+from flowerray.errors import UserError
+from flowerray.files import atomic_file
+from flowerray.model.embedder import Embedder, EmbedderConfig
+from flowerray.opening import Model, embed_files, store_builder
+from flowerray.retrieval.embed import kept_embeddings
+from flowerray.retrieval.measure import (
+    EvaluateConfig,
+    Measurement,
+    default_gallery,
+    frozen_pairs,
+    measure,
+    split_names,
+)
+from flowerray.retrieval.pairs import PAIR_SEED, Pairs, load_pairs, save_pairs
+from flowerray.retrieval.pictures import Neighbour, SheetRow, measurement_rows, retrieval_sheet
+from flowerray.tracking import sync
+from flowerray.tracking.state import State
+from flowerray.training.rundir import FolderReporter
+
+MOST_DRAWN = 50
+"""Neighbours in a picture."""
+
+
+def evaluate_model(
+    model: Model, data: DataConfig, whole: bool, config: EvaluateConfig, quiet: bool = False
+) -> Measurement:
+    """Measures a trained model.
+
+    Args:
+        data: the run's own data, or another set.
+        whole: take every image of the set as query and gallery.
+        quiet: no progress bars.
+    """
+    if data == model.run.data:
+        dataset, same = model.own_dataset(quiet), True
+    else:
+        dataset = open_whole_or_split(data, whole, config.gallery, quiet)
+        own_root = model.run.data.root
+        moved = data == model.run.data.model_copy(update={"root": data.root})
+        moved = moved and not whole and own_root is not None and not own_root.is_dir()
+        same = moved and model.dataset == dataset.tags["dataset/fingerprint"]
+        if not (whole or same):
+            refuse_trained(model, data.root, dataset, config.split)
+    own = same and model.folder is not None
+    pairs = (
+        stored_pairs(model, dataset, config.split)
+        if own
+        else new_pairs(model, dataset, config.split)
+    )
+    started = time.perf_counter()
+    measurement = run_measure(
+        model.embedder, dataset, config, pairs=pairs, threshold=model.threshold, quiet=quiet
+    )
+    if own and config.gallery in (None, default_gallery(dataset, config.split)):
+        try:
+            keep(model, measurement, dataset.root, time.perf_counter() - started)
+        except (OSError, UserError) as error:  # a full disk, somebody else's RUN
+            not_kept(model.name, error)
+    return measurement
+
+
+def not_kept(name: str, error: Exception) -> None:
+    """Says that a result could not be written into the RUN; it is printed all the same."""
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    print(f"measured, but not kept in {name}: {cause}", file=sys.stderr)
+
+
+def refuse_trained(
+    model: Model,
+    root: Path | None,
+    dataset: Dataset,
+    split: str,
+    advice: str = "leave out the --data options, which are the run's own then",
+) -> None:
+    """Refuses queries that the model was trained or chosen on, as other split options make them of
+    its own set.
+
+    Raises:
+        UserError: how many there are.
+    """
+    if split not in dataset.splits or is_another_set(model, root):
+        return
+    if root is None or (model.run.data.root and root.resolve() == model.run.data.root.resolve()):
+        model.own_dataset(quiet=True)  # its splits of today need not be those of its training
+    own = open_dataset(model.run.data.model_copy(update={"root": dataset.root}))
+    seen = {own.paths[i] for name in ("train", "val") for i in own.splits.get(name, ())}
+    queries = dataset.splits[split]
+    known = sum(dataset.paths[i] in seen for i in queries)
+    if known:
+        raise UserError(
+            f"{known} of the {len(queries)} {split} queries are images that {model.name} was "
+            f"trained or chosen on: {advice}."
+        )
+
+
+def evaluate_frozen(
+    embedder_config: EmbedderConfig,
+    data: DataConfig,
+    config: EvaluateConfig,
+    device: torch.device,
+    quiet: bool = False,
+    whole: bool = False,
+) -> Measurement:
+    """Measures the pooled features of a backbone as it came: the floor that each method has to
+    beat; `whole` as for `evaluate_model`.
+    """
+    embedder = Embedder(embedder_config).to(device)
+    dataset = open_whole_or_split(data, whole, config.gallery, quiet)
+    return run_measure(embedder, dataset, config, frozen=True, quiet=quiet)
+
+
+def open_whole_or_split(data: DataConfig, whole: bool, gallery: str | None, quiet: bool) -> Dataset:
+    """Every image of the set as one split, or the splits of its protocol.
+
+    Raises:
+        UserError: a whole set of one class that is searched in itself; see also the readers.
+    """
+    if not whole:
+        return open_dataset(data, progress=not quiet)
+    assert data.root is not None
+    dataset = open_all(data.root)
+    if dataset.kind == "folder" and (left := len(set(images(data.root)) - set(dataset.paths))):
+        print(
+            f"{left} images beside the class folders of {data.root} are left out", file=sys.stderr
+        )
+    if len(dataset.classes) == 1 and gallery in (None, "self"):
+        raise UserError(
+            f"{data.root} holds images of one class, so that any neighbour would be right: give "
+            "the folder that holds one folder a class, or another --gallery."
+        )
+    return dataset
+
+
+def run_measure(
+    embedder: Embedder, dataset: Dataset, config: EvaluateConfig, quiet: bool, **more: Any
+) -> Measurement:
+    """`measure` with a progress bar where somebody looks at it."""
+    with tqdm(unit="img", desc="embed", disable=quiet or None, dynamic_ncols=True) as bar:
+        return measure(
+            embedder, dataset, store_builder(embedder.image_size, quiet), config,
+            progress=bar.update, **more,
+        )  # fmt: skip
+
+
+def new_pairs(model: Model, dataset: Dataset, split: str) -> Pairs | None:
+    """Fresh pairs of a split, from the fixed seed and the untrained backbone; None where none can
+    be formed, or, with a warning, where that backbone's weights cannot be had.
+    """
+    if split not in dataset.splits:
+        return None  # `measure` says so
+    labels_N = dataset.split_labels(split)
+    if len(np.unique(labels_N)) < 2 or len(labels_N) == len(np.unique(labels_N)):
+        return None
+    run = model.run
+    try:
+        untrained = Embedder(run.embedder, seed=run.train.seed)
+    except UserError as error:
+        print(f"no pair metrics: the untrained backbone picks the pairs. {error}", file=sys.stderr)
+        return None
+    paths = [dataset.paths[i] for i in dataset.splits[split]]
+    store = build_store(paths, resize_side(run.embedder.image_size), progress=False)
+    device = next(model.embedder.parameters()).device
+    return frozen_pairs(untrained.to(device), store, labels_N, seed=PAIR_SEED)
+
+
+def stored_pairs(model: Model, dataset: Dataset, split: str) -> Pairs | None:
+    """The run's pairs of a split; made and kept in RUN/pairs.json at the first evaluation of that
+    split.
+    """
+    assert model.folder is not None
+    path = model.folder.pairs
+    kept = (
+        {s: load_pairs(path, s, split_names(dataset, s)) for s in dataset.splits}
+        if path.exists()
+        else {}
+    )
+    if kept.get(split) is None:
+        kept[split] = new_pairs(model, dataset, split)
+        known: dict[str, tuple[Pairs, Sequence[str]]] = {
+            s: (pairs, split_names(dataset, s)) for s, pairs in kept.items() if pairs is not None
+        }
+        with suppress(OSError, UserError):  # `keep` says that the RUN cannot be written
+            save_pairs(path, known, seed=PAIR_SEED)
+    return kept[split]
+
+
+def keep(model: Model, measurement: Measurement, root: Path, seconds: float) -> None:
+    """Notes an evaluation of the run's own data in the RUN folder and in MLflow.
+
+    Args:
+        root: the data's folder.
+        seconds: what the evaluation took.
+    """
+    assert model.folder is not None
+    split, folder = measurement.metrics["split"], model.folder
+    numbers = {
+        f"{split}/{k}": float(v) for k, v in measurement.metrics.items() if not isinstance(v, str)
+    }
+    last = folder.records()[-1] if folder.metrics.exists() else {"step": 0, "epoch": 0}
+    FolderReporter(folder.path).report(last["step"], last["epoch"], numbers)
+    retrieval_sheet(measurement_rows(measurement), folder.plots / f"retrieval_{split}.png")
+    with atomic_file(folder.path / "evaluation" / f"{split}.json") as temporary:
+        temporary.write_text(json.dumps(as_record(measurement, root, seconds)))
+    sync.send(folder.path)
+
+
+def as_record(measurement: Measurement, root: Path, seconds: float) -> dict[str, Any]:
+    """RUN/evaluation/<split>.json: the metrics, and what they were for each query, in one order, so
+    that runs can be compared query by query.
+
+    Args:
+        root: image files below it are named relative to it.
+        seconds: what the evaluation took.
+    """
+    per_query, m = measurement.per_query, measurement
+    nearest = per_query["nearest"][:, 0]
+    emb = [
+        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+        for x in (m.query_emb.astype(np.float64), m.gallery_emb[nearest].astype(np.float64))
+    ]
+
+    def name(path: Path) -> str:
+        return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+    return {
+        "metrics": m.metrics,
+        **{key: m.metrics[key] for key in ("protocol", "split", "gallery")},
+        "root": str(root),
+        "per_query": {
+            "hit": per_query["hit"].astype(int).tolist(),
+            "average_precision": per_query["average_precision"].tolist(),
+            "num_relevant": per_query["num_relevant"].tolist(),
+            "class": [m.classes[label] for label in m.query_labels],
+            "nearest": [name(m.gallery_paths[g]) for g in nearest],
+            "nearest_class": [m.classes[m.gallery_labels[g]] for g in nearest],
+            "similarity": (emb[0] * emb[1]).sum(1).tolist(),
+        },
+        "queries": [name(path) for path in m.query_paths],
+        "seconds": seconds,
+    }
+
+
+def similar(model: Model, first: Path, second: Path) -> dict[str, Any]:
+    """Cosine of two photographs, and whether that is above the frozen threshold."""
+    a_D, b_D = embed_files(model.embedder, [first, second])
+    cosine = float(a_D @ b_D)
+    return {"similarity": cosine, "threshold": model.threshold, "same": cosine >= model.threshold}
+
+
+def is_another_set(model: Model, root: Path | None) -> bool:
+    """Whether a folder holds other photographs than the model was trained on: of those every image
+    may be a query. The set of the training, given by another path or moved, is told by its files,
+    labels and splits; where nothing says what those were, it is taken for that set.
+    """
+    own = model.run.data
+    if root is None or (own.root is not None and root.resolve() == own.root.resolve()):
+        return False
+    known = model.dataset
+    if known is None and model.folder is not None:
+        known = State.read(model.folder.path).tags.get("dataset/fingerprint")
+    try:
+        if known is None and own.root is not None and own.root.is_dir():
+            known = open_dataset(own).tags["dataset/fingerprint"]
+        found = open_dataset(own.model_copy(update={"root": root})).tags
+    except UserError:
+        return True
+    if known is None:
+        return own.root is None and "dataset/synthetic" not in found
+    return found["dataset/fingerprint"] != known
+
+
+def search(
+    model: Model, query: Path, gallery: Path, top: int, quiet: bool = False
+) -> list[Neighbour]:
+    """The `top` images of a folder (or of one folder a class) that are most like the query."""
+    dataset = gallery_of(gallery)
+    query_D = embed_files(model.embedder, [query])[0]  # first: a gallery takes its time
+    store = build_store(dataset.paths, resize_side(model.embedder.image_size), progress=not quiet)
+    with tqdm(total=len(store), unit="img", desc="embed", disable=quiet or None) as bar:
+        gallery_GD = kept_embeddings(model.embedder, store, progress=bar.update).astype(np.float64)
+    cosine_G = gallery_GD @ query_D
+    itself = np.array([path.samefile(query) for path in dataset.paths])
+    order = [g for g in np.argsort(-cosine_G, kind="stable") if not itself[g]][:top]
+    return [
+        Neighbour(dataset.paths[g], dataset.classes[dataset.labels_N[g]], float(cosine_G[g]))
+        for g in order
+    ]
+
+
+def draw_neighbours(query: Path, found: Sequence[Neighbour], sheet: Path) -> None:
+    """Draws a query and its nearest neighbours, `MOST_DRAWN` at most."""
+    retrieval_sheet([SheetRow(query, None, tuple(found[:MOST_DRAWN]))], sheet)
+
+
+def gallery_of(folder: Path) -> Dataset:
+    """Every image of a folder: Oxford's layout, one folder a class, or a flat folder of images."""
+    if not folder.is_dir():
+        raise UserError(f"--gallery {folder} is not a folder.")
+    return open_all(folder, beside=True)

@@ -1,0 +1,161 @@
+"""Embeddings of a whole store, without augmentation and without leaving a trace on the model.
+
+Letters: N images, B of a batch, C H W an image, D embedding dimensions, F backbone features.
+"""
+
+import hashlib
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowerray.data.store import Store
+from flowerray.files import atomic_file
+from flowerray.model.embedder import Embedder
+from flowerray.model.precision import full_precision
+
+
+class Images(Protocol):
+    """What is embedded: a `Store`, or a worker's part of one."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def centre(self, indices: NDArray[np.int64], size: int) -> Tensor:
+        """uint8 BCHW of some of them."""
+
+
+class Part:
+    """Images start .. stop-1 of a store."""
+
+    def __init__(self, store: Images, start: int, stop: int) -> None:
+        self.store, self.start, self.stop = store, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def centre(self, indices: NDArray[np.int64], size: int) -> Tensor:
+        """See `Store.centre`."""
+        return self.store.centre(indices + self.start, size)
+
+
+def embed_together(
+    embedder: Embedder, store: Images, *, batch_size: int = 64
+) -> NDArray[np.float32]:
+    """`embed` with the images shared out over the workers of a process group.
+
+    Every worker gets all N rows, the same ones to the bit, so that what each decides from them
+    (best so far, early stop) cannot differ.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return embed(embedder, store, batch_size=batch_size)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    bounds = np.linspace(0, len(store), world + 1).astype(int)
+    part = Part(store, bounds[rank], bounds[rank + 1])
+    own_MD = embed(embedder, part, batch_size=batch_size)
+    parts: list[NDArray[np.float32]] = [own_MD] * world
+    dist.all_gather_object(parts, own_MD)
+    return np.concatenate(parts)
+
+
+def embed(
+    embedder: Embedder,
+    store: Images,
+    *,
+    batch_size: int = 64,
+    device: str | torch.device | None = None,
+    frozen: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> NDArray[np.float32]:
+    """Embeds every image of a store with the evaluation transform.
+
+    Args:
+        embedder: in eval mode meanwhile; each of its submodules is as before afterwards.
+        store: images to embed; row n of the result is image n.
+        batch_size: images at a time; changes nothing beyond rounding.
+        device: where the images go; by default where the embedder is, and it must be there.
+        frozen: pooled backbone features, L2-normalised, instead: the floor that training must beat.
+        progress: called with the number of images done after each batch (a tqdm bar's `update`).
+
+    Returns:
+        float32 (N, D) unit vectors, or (N, F) with `frozen`.
+    """
+    device = next(embedder.parameters()).device if device is None else device
+    modes = [(module, module.training) for module in embedder.modules()]
+    embedder.eval()
+    rows: list[NDArray[np.float32]] = []
+    try:
+        with torch.inference_mode(), full_precision():
+            for start in range(0, len(store), batch_size):
+                indices = np.arange(start, min(start + batch_size, len(store)))
+                images_BCHW = store.centre(indices, embedder.image_size).to(device)
+                images_BCHW = images_BCHW.float().div_(255)
+                images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+                if frozen:
+                    emb_BD = F.normalize(embedder.features(images_BCHW).float(), dim=1)
+                else:
+                    emb_BD = embedder(images_BCHW)
+                rows.append(emb_BD.float().cpu().numpy())
+                if progress is not None:
+                    progress(len(indices))
+    finally:
+        for module, training in modes:
+            module.training = training
+    return np.concatenate(rows) if rows else np.empty((0, embedder.dim), np.float32)
+
+
+def frozen_features(
+    embedder: Embedder,
+    store: Store,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int], object] | None = None,
+) -> NDArray[np.float32]:
+    """`embed(..., frozen=True)`, kept beside the store, since floor and pairs ask for it often."""
+    return _kept(embedder, store, batch_size, True, progress)
+
+
+def kept_embeddings(
+    embedder: Embedder,
+    store: Store,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int], object] | None = None,
+) -> NDArray[np.float32]:
+    """`embed`, kept beside the store for the next search in it."""
+    return _kept(embedder, store, batch_size, False, progress)
+
+
+def _kept(
+    embedder: Embedder,
+    store: Store,
+    batch_size: int,
+    frozen: bool,
+    progress: Callable[[int], object] | None,
+) -> NDArray[np.float32]:
+    """The file's name holds a hash of what decides its content: the backbone's name, the weights,
+    how pixels are normalised, and the image size.
+    """
+    normalised = (embedder.mean.flatten().tolist(), embedder.std.flatten().tolist())
+    facts = repr((embedder.config.backbone, *normalised, embedder.image_size))
+    digest = hashlib.blake2b(facts.encode(), digest_size=8)
+    weights = embedder.backbone if frozen else embedder
+    for name, value in weights.state_dict().items():
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    file = store.folder / f"{'features' if frozen else 'embeddings'}-{digest.hexdigest()}.npy"
+    if file.exists():
+        emb_ND: NDArray[np.float32] = np.load(file)
+        if progress is not None:
+            progress(len(store))
+        return emb_ND
+    emb_ND = embed(embedder, store, batch_size=batch_size, frozen=frozen, progress=progress)
+    with suppress(OSError):  # it only saves time
+        with atomic_file(file) as temporary, temporary.open("wb") as opened:
+            np.save(opened, emb_ND)
+    return emb_ND

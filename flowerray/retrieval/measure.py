@@ -1,0 +1,267 @@
+"""One model, one split, one gallery: everything that `flowerray evaluate` prints.
+
+Letters: Q queries, G gallery images, D embedding dimensions, N images of a split.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
+
+from flowerray.config import Config
+from flowerray.data.dataset import Dataset
+from flowerray.data.source import open_all
+from flowerray.data.store import Store
+from flowerray.errors import UserError
+from flowerray.model.embedder import Embedder
+from flowerray.retrieval.embed import embed, embed_together, frozen_features
+from flowerray.retrieval.pairs import PAIRS_PER_KIND, Pairs, make_pairs, pair_metrics
+from flowerray.retrieval.search import retrieval_metrics, retrieval_per_query, summarise
+
+BuildStore = Callable[[Sequence[Path]], Store]
+"""Gives the decoded store of a list of files, for the embedder's image size."""
+
+
+class EvaluateConfig(Config):
+    """What is searched for in what."""
+
+    split: Literal["train", "val", "test"] = "test"
+    """Queries: the images of this split."""
+    gallery: str | None = None
+    """Where neighbours are searched: `train`, `trainval`, `self` (the queries, each without itself)
+    or a folder of images; by default `train`, for protocol `disjoint` and a whole folder `self`."""
+    batch_size: int = Field(64, ge=1)
+    """Images embedded at a time; changes speed and memory only."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The numbers of one evaluation, and what they were made from."""
+
+    metrics: dict[str, Any]
+    """Flat: the keys of `retrieval_metrics` and `pair_metrics`, `protocol`, `split`, `gallery`."""
+    per_query: dict[str, NDArray]
+    """As `retrieval_per_query` returns it: paired tests compare these."""
+    query_paths: tuple[Path, ...]
+    """Q files."""
+    query_labels: NDArray[np.int64]
+    """(Q,)"""
+    query_emb: NDArray[np.float32]
+    """(Q, D)"""
+    gallery_paths: tuple[Path, ...]
+    """G files; the queries' own for `self`."""
+    gallery_labels: NDArray[np.int64]
+    """(G,), in the numbering of the queries' labels."""
+    gallery_emb: NDArray[np.float32]
+    """(G, D)"""
+    classes: tuple[str, ...]
+    """Name of each label, the gallery's own classes at the end."""
+
+
+def measure(
+    embedder: Embedder,
+    dataset: Dataset,
+    build_store: BuildStore,
+    config: EvaluateConfig | None = None,
+    *,
+    pairs: Pairs | None = None,
+    threshold: float | None = None,
+    frozen: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> Measurement:
+    """Embeds queries and gallery, then ranks them and scores the verification pairs.
+
+    Args:
+        embedder: the model, on its device.
+        dataset: holds the queries' split; a folder read whole is its own gallery.
+        build_store: see `BuildStore`.
+        config: split and gallery.
+        pairs: fixed pairs of that split; None: no pair metrics.
+        threshold: the run's, fitted on val when it was trained; None: no pair accuracy.
+        frozen: measure the frozen backbone's features instead: the floor.
+        progress: called with the number of images done after each batch.
+
+    Raises:
+        UserError: no such split or gallery; a gallery with the queries or without their classes.
+    """
+    config = config or EvaluateConfig()
+    if config.split not in dataset.splits or not len(dataset.splits[config.split]):
+        raise UserError(
+            f"Protocol {dataset.protocol} of {dataset.root} has no {config.split} split: "
+            f"choose one of {', '.join(dataset.splits)}."
+        )
+
+    def emb(paths: Sequence[Path]) -> NDArray[np.float32]:
+        store = build_store(paths)
+        size = config.batch_size
+        if frozen:
+            return frozen_features(embedder, store, batch_size=size, progress=progress)
+        return embed(embedder, store, batch_size=size, progress=progress)
+
+    query_paths, query_labels = _images(dataset, config.split)
+    gallery_name = (
+        default_gallery(dataset, config.split) if config.gallery is None else config.gallery
+    )
+    # The gallery is checked before anything is embedded.
+    parts, classes = _gallery(dataset, config.split, gallery_name)
+    query_emb = emb(query_paths)
+    if parts:
+        gallery_paths = tuple(path for paths, _ in parts for path in paths)
+        gallery_labels = np.concatenate([labels for _, labels in parts])
+        gallery_emb = np.concatenate([emb(paths) for paths, _ in parts])
+        per_query = retrieval_per_query(query_emb, query_labels, gallery_emb, gallery_labels)
+    else:
+        gallery_paths, gallery_labels, gallery_emb = query_paths, query_labels, query_emb
+        per_query = retrieval_per_query(query_emb, query_labels)
+
+    metrics: dict[str, Any] = _with_queries(summarise(per_query, query_labels), gallery_name)
+    if pairs is not None:
+        metrics |= pair_metrics(query_emb, pairs, threshold)
+    metrics |= {"protocol": dataset.protocol, "split": config.split, "gallery": gallery_name}
+    return Measurement(
+        metrics,
+        per_query,
+        query_paths,
+        query_labels,
+        query_emb,
+        gallery_paths,
+        gallery_labels,
+        gallery_emb,
+        classes,
+    )
+
+
+def validation(
+    embedder: Embedder,
+    train_store: Store,
+    train_labels_N: ArrayLike,
+    val_store: Store,
+    val_labels_Q: ArrayLike,
+    self_gallery: bool = False,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """The retrieval metrics after an epoch, `val/map_at_r` and so on: val queries, train gallery.
+
+    Called by every worker: they share the images out, and each gets the same metrics.
+
+    Args:
+        embedder: on its device; in its modes again afterwards.
+        train_store: the gallery.
+        train_labels_N: its classes.
+        val_store: the queries.
+        val_labels_Q: their classes.
+        self_gallery: search val in itself (`disjoint`: its val classes are not in train).
+        batch_size: images at a time.
+
+    Raises:
+        UserError: embeddings that are not finite; no val image with another of its class to find.
+    """
+    query_emb = embed_together(embedder, val_store, batch_size=batch_size)
+    gallery = None
+    if not self_gallery:
+        gallery = embed_together(embedder, train_store, batch_size=batch_size), train_labels_N
+    return validation_metrics(query_emb, val_labels_Q, gallery)
+
+
+def validation_metrics(
+    query_emb: NDArray[np.float32],
+    val_labels_Q: ArrayLike,
+    gallery: tuple[NDArray[np.float32], ArrayLike] | None,
+) -> dict[str, float]:
+    """The metrics of `validation` from embeddings; `gallery` is None where val searches itself."""
+    metrics = _with_queries(
+        retrieval_metrics(query_emb, val_labels_Q, *(gallery or ())), "train" if gallery else "val"
+    )
+    return {f"val/{name}": float(value) for name, value in metrics.items()}
+
+
+def frozen_pairs(
+    embedder: Embedder,
+    store: Store,
+    labels_N: ArrayLike,
+    seed: int = 0,
+    num_per_kind: int = PAIRS_PER_KIND,
+    progress: Callable[[int], object] | None = None,
+) -> Pairs:
+    """`make_pairs` with hard negatives by the backbone's features.
+
+    Args:
+        embedder: untrained, as its backbone came, so that the pairs favour no method.
+    """
+    features_ND = frozen_features(embedder, store, progress=progress)
+    return make_pairs(labels_N, seed, num_per_kind, features_ND)
+
+
+def split_names(dataset: Dataset, split: str) -> list[str]:
+    """A split's files relative to the root, with forward slashes: the names in pairs.json."""
+    return [dataset.paths[i].relative_to(dataset.root).as_posix() for i in dataset.splits[split]]
+
+
+def default_gallery(dataset: Dataset, split: str) -> str:
+    """`train`; `self` where classes are disjoint, train is missing, or it is what is queried."""
+    if dataset.protocol == "disjoint" or "train" not in dataset.splits or split == "train":
+        return "self"
+    return "train"
+
+
+def _images(dataset: Dataset, split: str) -> tuple[tuple[Path, ...], NDArray[np.int64]]:
+    return tuple(dataset.paths[i] for i in dataset.splits[split]), dataset.split_labels(split)
+
+
+def _gallery(
+    dataset: Dataset, split: str, gallery: str
+) -> tuple[list[tuple[tuple[Path, ...], NDArray[np.int64]]], tuple[str, ...]]:
+    """The gallery as lists of files with labels (none for `self`), and the name of every label."""
+    if gallery == "self" or (gallery == "train" and split == "train"):
+        return [], dataset.classes
+    if gallery in ("train", "trainval"):
+        splits = [name for name in ("train", "val") if name in dataset.splits]
+        splits = splits[:1] if gallery == "train" else splits
+        if "train" not in splits:
+            raise UserError(
+                f"{dataset.root} is read without a train split, so there is no {gallery} gallery: "
+                "use --gallery self, a folder, or --data.train-per-class N."
+            )
+        if split in splits:
+            raise UserError(
+                f"The {gallery} gallery holds the {split} queries themselves: use --gallery self."
+            )
+        return [_images(dataset, name) for name in splits], dataset.classes
+    return _folder_gallery(dataset, split, Path(gallery))
+
+
+def _folder_gallery(
+    dataset: Dataset, split: str, folder: Path
+) -> tuple[list[tuple[tuple[Path, ...], NDArray[np.int64]]], tuple[str, ...]]:
+    """Every image of a folder, its classes matched with the queries' by name."""
+    if not folder.is_dir():
+        raise UserError(
+            f"The gallery {folder} is neither train, trainval or self nor a folder of images that "
+            "is there: give one of them."
+        )
+    other = open_all(folder)
+    queries = {dataset.paths[i].resolve() for i in dataset.splits[split]}
+    shared = sum(path.resolve() in queries for path in other.paths)
+    if shared:
+        raise UserError(
+            f"The gallery {folder} holds {shared} of the query images themselves: "
+            "use --gallery self or another folder."
+        )
+    added = [name for name in other.classes if name not in dataset.classes]
+    classes = (*dataset.classes, *added)
+    number = {name: i for i, name in enumerate(classes)}
+    translate = np.array([number[name] for name in other.classes], np.int64)
+    return [(other.paths, translate[other.labels_N])], classes
+
+
+def _with_queries(metrics: dict[str, float], gallery: str) -> dict[str, float]:
+    if not metrics["num_queries"]:
+        raise UserError(
+            f"None of the {metrics['num_queries_without_match']} queries has an image of its class "
+            f"in the gallery {gallery}: use another gallery, or check the class names."
+        )
+    return metrics

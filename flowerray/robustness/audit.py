@@ -1,0 +1,384 @@
+"""Can a measured robustness be believed? Checks that fail where gradients are masked, an attack is
+too weak or broken, or the embedding has collapsed.
+
+The checks are those of Carlini et al., "On Evaluating Adversarial Robustness", arXiv:1902.06705,
+section 4 and 5, and of AutoAttack's own warnings (Croce & Hein, ICML 2020), for retrieval.
+
+Letters: Q audited queries, M of one batch, B images, C H W an image, D embedding dimensions.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowerray.attacks import bank
+from flowerray.attacks.logits import MaxSimLogits
+from flowerray.attacks.objectives import cross_entropy, margin
+from flowerray.attacks.pgd import Aim, PGDConfig, noise, pgd, project
+from flowerray.model.precision import full_precision
+from flowerray.robustness.attack import Robustness, perturb
+from flowerray.robustness.checks import Audit, Check, beyond_chance
+from flowerray.robustness.config import AttackConfig
+from flowerray.robustness.subject import Arena, embed_images, narrow, rank
+
+CHECKS = (
+    "zero_radius", "inside", "monotone", "huge", "more_steps", "order", "black_box", "transfer",
+    "restarts", "gradients", "noise", "undefended", "batches", "collapse", "decision",
+)  # fmt: skip
+"""The methods of `Auditor` that are checks, in the order in which they run."""
+HUGE = 128.0
+"""A change of every pixel, in 1/255, at which any image can be made nearly any other."""
+MANY_RESTARTS = 5
+STEPS = (1, 5, 20)
+ZERO_GRADIENTS = 0.01
+"""Largest share of images whose gradient may be exactly 0."""
+EXTRA = 0.02
+"""Largest share of queries that only a weaker or repeated attack may break."""
+FEW_PASSES = 50
+"""Forward passes of Square where only its bounds are looked at."""
+ALONE = 8
+"""Images whose gradient is taken alone and in a batch."""
+
+
+def telling_eps(result: Robustness) -> float:
+    """The radius > 0 whose worst case is nearest to half the clean R@1: there, neither a floor nor
+    a ceiling hides a difference.
+    """
+    half = result.clean.recall_at_1 / 2
+    radii = [eps for eps in result.alone if eps > 0]
+    return min(radii, key=lambda eps: abs(result.alone[eps].recall_at_1 - half), default=2.0)
+
+
+class Auditor:
+    """Runs the checks on a few queries of one measurement; each method is one check."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        result: Robustness,
+        *,
+        queries: int = 128,
+        standard: Arena | None = None,
+        standard_result: Robustness | None = None,
+    ) -> None:
+        """Prepares the queries.
+
+        Args:
+            arena: of the measurement.
+            result: of `robustness.attack` there.
+            queries: how many are looked at.
+            standard: the same queries for the model that was not hardened; None = no transfer.
+            standard_result: its measurement.
+        """
+        self.config: AttackConfig = result.config
+        self.result = result
+        self.standard_result = standard_result
+        self.eps = telling_eps(result)
+        self.arena, rows = narrow(arena, queries, self.config.seed)
+        self.standard = None if standard is None else narrow(standard, queries, self.config.seed)[0]
+        self.clean_Q = result.clean.hit_Q[rows]
+
+    @full_precision()
+    def run(self, progress: Callable[[int], object] | None = None) -> Audit:
+        """All checks; `progress` is called with 1 after each."""
+        checks = []
+        for name in CHECKS:
+            checks += getattr(self, name)()
+            if progress is not None:
+                progress(1)
+        return Audit(self.eps, len(self.clean_Q), tuple(checks))
+
+    # ---- what the attacks of the bank say
+
+    def zero_radius(self) -> list[Check]:
+        """eps 0 returns the photograph, bit by bit."""
+        changed = 0.0
+        for batch in self._batches():
+            clean, other = self._perturb("pgd", batch, 0.0)
+            changed = max(changed, float((clean - other).abs().max()))
+        text = f"at eps 0 pixels change by {changed:g}"
+        return [Check("eps 0 is exact", changed == 0, changed, text)]
+
+    def inside(self) -> list[Check]:
+        """No attack leaves the budget, where `perturb` would put the photograph in its place; a few
+        steps of each show it. `standard` looks after its own parts.
+        """
+        left_out = (*bank.MINIMUM_NORM, "standard")
+        names = [name for name in self.config.attacks if name not in left_out]
+        if not names:
+            text = "these attacks count only where they end inside"
+            return [Check("attacks stay inside", None, None, text)]
+        batch = np.arange(min(ALONE, len(self.clean_Q)))
+        images = self.arena.images(self.arena.chosen_Q[batch])
+        few = {"restarts": 1, "steps": STEPS[1], "black_box_queries": FEW_PASSES}
+        budget = self.config.model_copy(update=few).budget()
+        outside = 0
+        for name in names:
+            attacked = bank.run(
+                name, self.arena.embedder, images, self._labels(batch), *self.arena.gallery(),
+                norm=self.config.norm, epsilon=self.eps, budget=budget, seed=self.config.seed,
+                raw=True, own_images_refused=False,
+            )  # fmt: skip
+            allowed = bank.admissible(images, attacked, self.config.norm, self.eps / 255)
+            outside += int((~allowed).sum())
+        share = outside / (len(names) * len(batch))
+        text = f"{outside} of {len(names) * len(batch)} attacked images lie beyond eps or [0,1]"
+        return [Check("attacks stay inside", outside == 0, share, text)]
+
+    def monotone(self) -> list[Check]:
+        """A larger radius is not weaker, each one measured by itself."""
+        radii = list(self.result.alone)
+        worst, bad = 0.0, False
+        for small, large in zip(radii, radii[1:], strict=False):
+            gap, too_much = beyond_chance(
+                self.result.alone[small].hit_Q, self.result.alone[large].hit_Q
+            )
+            worst, bad = max(worst, gap), bad or too_much
+        text = f"R@1 rises by at most {worst:.3f} from one eps to the next"
+        return [Check("monotone in eps", not bad, worst, text)]
+
+    def huge(self) -> list[Check]:
+        """A radius of half the range leaves chance."""
+        size = self.arena.embedder.image_size
+        eps = HUGE if self.config.norm == "linf" else HUGE * np.sqrt(3 * size * size)
+        right_Q, _ = self._margin(eps, STEPS[-1], stop=True)
+        value, chance = float(right_Q.mean()), self.arena.chance()
+        text = f"at {eps:.0f}/255 R@1 is {value:.3f}; chance is {chance:.3f}"
+        return [Check("huge eps kills", value <= chance + 0.05, value, text)]
+
+    def more_steps(self) -> list[Check]:
+        """More steps are not weaker, and reach higher values."""
+        found = [self._margin(self.eps, steps) for steps in STEPS]
+        gaps = [beyond_chance(few[0], many[0]) for few, many in zip(found, found[1:], strict=False)]
+        rates = ", ".join(f"{right.mean():.3f}" for right, _ in found)
+        values = [value for _, value in found]
+        rising = all(b >= a - 1e-4 for a, b in zip(values, values[1:], strict=False))
+        text = f"R@1 after {', '.join(map(str, STEPS))} steps: {rates}"
+        passed = rising and not any(too_much for _, too_much in gaps)
+        return [Check("more steps not weaker", passed, max(gap for gap, _ in gaps), text)]
+
+    def order(self) -> list[Check]:
+        """FGSM is not stronger than PGD, and PGD is not stronger than APGD."""
+        right = {name: self._bank(name) for name in ("fgsm", "pgd", "apgd-ce")}
+        checks = []
+        for weak, strong in (("fgsm", "pgd"), ("pgd", "apgd-ce")):
+            gap, too_much = beyond_chance(right[weak], right[strong])
+            text = f"R@1 {weak} {right[weak].mean():.3f}, {strong} {right[strong].mean():.3f}"
+            checks.append(Check(f"{weak} not stronger than {strong}", not too_much, gap, text))
+        return checks
+
+    def black_box(self) -> list[Check]:
+        """An attack without gradients does not break what attacks with gradients leave."""
+        left_Q = self._left_white
+        broken = left_Q & ~self._bank("square", np.flatnonzero(left_Q))
+        extra = float(broken.mean())
+        text = f"square alone breaks {extra:.3f} of the queries, {left_Q.mean():.3f} were left"
+        return [Check("black box not stronger", extra <= self._at_most(EXTRA), extra, text)]
+
+    def transfer(self) -> list[Check]:
+        """Images made on the standard model do not break what an attack on this one leaves."""
+        if self.standard is None:
+            return [Check("transfer not stronger", None, None, "no standard model was given")]
+        if self.standard.embedder.image_size != self.arena.embedder.image_size:
+            text = "the standard model takes images of another size"
+            return [Check("transfer not stronger", None, None, text)]
+        left_Q = self._left_white
+        right_Q = left_Q.copy()
+        for batch in self._batches(np.flatnonzero(left_Q)):
+            images = self.standard.images(self.standard.chosen_Q[batch])
+            found = pgd(
+                self._aim(self.standard, batch), images, self._pgd(self.eps, STEPS[-1]),
+                seed=(self.config.seed, 0), positions=batch.tolist(),
+            )  # fmt: skip
+            right_Q[batch] = self._judge(batch, found.images_BCHW)
+        broken = float((left_Q & ~right_Q).mean())
+        text = f"images made on the standard model break {broken:.3f} more queries"
+        return [Check("transfer not stronger", broken <= self._at_most(EXTRA), broken, text)]
+
+    def restarts(self) -> list[Check]:
+        """More random starts change little: else the budget is too small."""
+        once_Q, union_Q = self._left_once, self._left_once.copy()
+        for restart in range(1, MANY_RESTARTS):
+            rows = np.flatnonzero(union_Q)
+            union_Q &= self._margin(self.eps, self.config.steps, rows, restart, stop=True)[0]
+        drop = float(once_Q.mean() - union_Q.mean())
+        text = f"R@1 drops by {drop:.3f} from 1 to {MANY_RESTARTS} restarts"
+        return [Check("restarts add little", drop <= self._at_most(EXTRA), drop, text)]
+
+    # ---- what the model itself says
+
+    def gradients(self) -> list[Check]:
+        """Gradients that are exactly 0 hide the way that an attack would take."""
+        zero, count = 0, 0
+        for batch in self._batches():
+            images = self.arena.images(self.arena.chosen_Q[batch])
+            start = self._noisy(images, batch)
+            zero_B = torch.zeros(len(batch), dtype=torch.bool, device=images.device)
+            for aim in (self._aim(self.arena, batch), self._cross_entropy(batch)):
+                gradient_BN = _gradient(aim, start).flatten(1)
+                zero_B |= ~(gradient_BN.any(1) & gradient_BN.isfinite().all(1))
+            zero, count = zero + int(zero_B.sum()), count + len(batch)
+        share = zero / count
+        text = f"{share:.3f} of the images have a gradient of exactly 0, or none that is finite"
+        return [Check("gradients exist", share < ZERO_GRADIENTS, share, text)]
+
+    def noise(self) -> list[Check]:
+        """Noise as large as the perturbation hardly matters."""
+        right = []
+        for batch in self._batches():
+            images = self.arena.images(self.arena.chosen_Q[batch])
+            right.append(self._judge(batch, self._noisy(images, batch)))
+        right_Q = np.concatenate(right)
+        drop = float(self.clean_Q.mean() - right_Q.mean())
+        text = f"R@1 changes by {-drop:+.3f} under random noise of the same eps"
+        return [Check("noise is harmless", abs(drop) <= self._at_most(0.05), drop, text)]
+
+    def undefended(self) -> list[Check]:
+        """The model that was not hardened falls."""
+        name = "standard model falls"
+        result = self.standard_result
+        radii = [eps for eps in result.worst if eps >= 4] if result is not None else []
+        if result is None or not radii or self.config.norm != "linf":
+            return [Check(name, None, None, "no standard model at 4/255 or more")]
+        value = result.worst[radii[0]].recall_at_1
+        text = f"its R@1 at {radii[0]:g}/255 is {value:.3f}"
+        return [Check(name, value <= 0.05, value, text)]
+
+    def batches(self) -> list[Check]:
+        """An image's gradient does not depend on the images beside it."""
+        batch = np.arange(min(32, len(self.clean_Q)))
+        images = self.arena.images(self.arena.chosen_Q[batch])
+        together = _gradient(self._aim(self.arena, batch), images)
+        differences = []
+        for row in batch[:ALONE]:
+            alone = _gradient(self._aim(self.arena, batch[row : row + 1]), images[row : row + 1])
+            size = float(together[row].norm())
+            differences.append(float((alone[0] - together[row]).norm()) / max(size, 1e-30))
+        value = float(np.median(differences))
+        text = f"gradients alone and in a batch of {len(batch)} differ by {value:.1e}"
+        return [Check("batch does not matter", value < 1e-3, value, text)]
+
+    def collapse(self) -> list[Check]:
+        """A constant embedding resists any attack on it and is of no use."""
+        found = self.result.collapse
+        text = (
+            f"mean cosine {found['mean_cosine']:.3f}, effective rank {found['effective_rank']:.1f}"
+        )
+        if found["collapsed"]:
+            text = f"collapsed: {text}"
+        return [Check("not collapsed", not found["collapsed"], found["mean_cosine"], text)]
+
+    def decision(self) -> list[Check]:
+        """The logits that are attacked decide as the search does, on clean and attacked images."""
+        agree = []
+        logits_of = MaxSimLogits(self.arena.embedder, *self.arena.gallery())
+        for batch in self._batches():
+            for images in self._perturb("pgd", batch, self.eps):
+                with torch.inference_mode():
+                    column_B = logits_of(images).argmax(1)
+                said_B = logits_of.classes_C[column_B].cpu().numpy()
+                ranked = rank(self.arena, embed_images(self.arena, images), said_B)
+                agree.append(ranked["hit"])
+        share = float(np.concatenate(agree).mean())
+        text = f"arg max of the attacked logits = nearest neighbour for {share:.3f}"
+        return [Check("logits are the search", share == 1, share, text)]
+
+    # ---- tools
+
+    def _at_most(self, share: float) -> float:
+        """That share of the queries, or one of them where it is less than one."""
+        return max(share, 1 / len(self.clean_Q))
+
+    def _batches(self, rows: NDArray | None = None) -> Iterator[NDArray]:
+        rows = np.arange(len(self.clean_Q)) if rows is None else rows
+        size = self.config.batch_size
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
+
+    def _judge(self, batch: NDArray, images_MCHW: Tensor) -> NDArray[np.bool_]:
+        """(M,): right before and right on these images."""
+        ranked = rank(self.arena, embed_images(self.arena, images_MCHW), self.arena.labels_Q[batch])
+        return self.clean_Q[batch] & ranked["hit"]
+
+    def _perturb(self, name: str, batch: NDArray, eps: float) -> tuple[Tensor, Tensor]:
+        once = self.config.model_copy(update={"restarts": 1})
+        return perturb(self.arena, name, batch, eps, once)
+
+    def _bank(self, name: str, rows: NDArray | None = None) -> NDArray[np.bool_]:
+        """(Q,): right under one attack of the bank at the telling radius, one restart.
+
+        Args:
+            rows: the queries that are attacked; by default those that were right.
+        """
+        rows = np.flatnonzero(self.clean_Q) if rows is None else rows
+        right_Q = self.clean_Q.copy()
+        for batch in self._batches(rows):
+            right_Q[batch] = self._judge(batch, self._perturb(name, batch, self.eps)[1])
+        return right_Q
+
+    @cached_property
+    def _left_once(self) -> NDArray[np.bool_]:
+        """(Q,): right under one start of PGD on the margin."""
+        return self._margin(self.eps, self.config.steps, stop=True)[0]
+
+    @cached_property
+    def _left_white(self) -> NDArray[np.bool_]:
+        """(Q,): right under the two strongest attacks with gradients."""
+        return self._left_once & self._bank("apgd-ce", np.flatnonzero(self._left_once))
+
+    def _margin(
+        self,
+        eps: float,
+        steps: int,
+        rows: NDArray | None = None,
+        restart: int = 0,
+        stop: bool = False,
+    ) -> tuple[NDArray[np.bool_], float]:
+        """(Q,): right under PGD on the margin; and the mean margin that it reached.
+
+        Args:
+            rows: the queries that are attacked; by default those that were right.
+            restart: which random starts.
+            stop: leave an image alone once it is wrong; the margins then mean nothing.
+        """
+        rows = np.flatnonzero(self.clean_Q) if rows is None else rows
+        right_Q, reached = self.clean_Q.copy(), 0.0
+        for batch in self._batches(rows):
+            images = self.arena.images(self.arena.chosen_Q[batch])
+            found = pgd(
+                self._aim(self.arena, batch), images, self._pgd(eps, steps),
+                seed=(self.config.seed, restart), positions=batch.tolist(),
+                stop_above=0.0 if stop else None,
+            )  # fmt: skip
+            right_Q[batch] = self._judge(batch, found.images_BCHW)
+            reached += float(found.value_B.sum())
+        return right_Q, reached / max(1, len(rows))
+
+    def _pgd(self, eps: float, steps: int) -> PGDConfig:
+        ratio = self.config.alpha_ratio
+        return PGDConfig(norm=self.config.norm, epsilon=eps, steps=steps, alpha_ratio=ratio)
+
+    def _labels(self, batch: NDArray) -> Tensor:
+        return torch.from_numpy(self.arena.labels_Q[batch]).to(self.arena.device)
+
+    def _aim(self, arena: Arena, batch: NDArray) -> Aim:
+        return margin(arena.embedder, *arena.gallery(), self._labels(batch))
+
+    def _cross_entropy(self, batch: NDArray) -> Aim:
+        logits_of = MaxSimLogits(self.arena.embedder, *self.arena.gallery())
+        return cross_entropy(logits_of, logits_of.places(self._labels(batch)))
+
+    def _noisy(self, images: Tensor, batch: NDArray) -> Tensor:
+        channels, height, width = images.shape[1:]
+        shape = (channels, height, width)
+        noise_BCHW = noise((self.config.seed, 9), batch.tolist(), shape, self.config.norm)
+        radius = self.eps / 255
+        return project(images + radius * noise_BCHW.to(images), images, radius, self.config.norm)
+
+
+def _gradient(aim: Aim, images_BCHW: Tensor) -> Tensor:
+    images_BCHW = images_BCHW.detach().clone().requires_grad_()
+    return torch.autograd.grad(aim(images_BCHW).sum(), images_BCHW)[0]

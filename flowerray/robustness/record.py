@@ -1,0 +1,122 @@
+"""One attack on one model as plain data: what robustness.json and MLflow hold."""
+
+import time
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+
+from flowerray.description import VERSION
+from flowerray.retrieval.measure import Measurement
+from flowerray.robustness.attack import Robustness
+from flowerray.robustness.config import AttackConfig
+from flowerray.robustness.subject import Arena
+from flowerray.training.run import Run
+
+
+def record(
+    run_name: str,
+    run: Run,
+    threshold: float,
+    arena: Arena,
+    clean: Measurement,
+    gallery: str,
+    result: Robustness,
+) -> dict[str, Any]:
+    """One attack on one model as plain data.
+
+    Args:
+        run_name: what the user called the model.
+        run: its Run.
+        threshold: cosine from which a pair counts as the same.
+        arena: what was attacked.
+        clean: the measurement of the clean queries.
+        gallery: what they are searched for in, as `evaluate` names it.
+        result: what the attacks found.
+
+    Keys: `run`, `method`, `hardening`, `flowerray`, `torch`, `device`, `threads`, `time`; `split`,
+    `gallery`, `protocol`, `norm`, `perturb`, `num_queries`, `num_gallery`, `gallery_hash`,
+    `threshold`; `threat_model`: a sentence; `config`: the AttackConfig; `rows`: "cumulative" (an
+    attack got the queries that those before it left right) or "independent";
+    `clean`: {recall_at_1, ci [low, high], map_at_r, n, pair_accuracy, pair_auc, num_pairs};
+    `attacks`: name -> eps -> {recall_at_1, ci, map_at_r, n} (and pair_accuracy: independent);
+    `worst_case`: eps -> {recall_at_1, ci, map_at_r, n, recall_at_1_this_eps_alone, retention,
+    pair_accuracy, pair_auc, num_pairs, right: "0110..." one character a query};
+    `expected_robustness`: {recall_at_1, ci, eps}; `collapse`: {mean_cosine, effective_rank,
+    collapsed}; `seconds`, `images_attacked`: by attack; `queries`: files relative to the data's
+    root, in the order of `right`.
+    The caller adds `audit`: {passed, failed, eps, queries, checks [{name, passed, value, text}]} or
+    None, `beside`: another model's record or None, and `ers` where asked for.
+    An eps is a string in 1/255 such as "0.5"; pair keys are missing where there are no pairs.
+    """
+    config, root = result.config, run.data.root
+    content = {
+        "run": run_name,
+        "method": run.method_name,
+        "hardening": run.harden.kind,
+        "flowerray": VERSION,
+        "torch": torch.__version__,
+        "device": str(arena.device),
+        "threads": torch.get_num_threads(),
+        "time": time.time(),
+        "split": config.split,
+        "gallery": gallery,
+        "protocol": clean.metrics["protocol"],
+        "norm": config.norm,
+        "perturb": config.perturb,
+        "num_queries": len(arena.chosen_Q),
+        "num_gallery": len(arena.gallery_labels_G),
+        "gallery_hash": gallery_hash(arena),
+        "threshold": threshold,
+        "threat_model": threat_model(config, len(arena.chosen_Q), len(arena.gallery_labels_G)),
+        "config": config.model_dump(mode="json"),
+        **result.to_dict(),
+        "audit": None,
+        "beside": None,
+        "ers": None,
+    }
+    base = root if root is not None else clean.query_paths[0].parent
+    content["queries"] = [
+        path.relative_to(base).as_posix() if path.is_relative_to(base) else path.name
+        for path in clean.query_paths
+    ]
+    return content
+
+
+def gallery_hash(arena: Arena) -> str:
+    """Of the gallery's embeddings and labels."""
+    digest = blake2b(digest_size=8)
+    digest.update(np.ascontiguousarray(arena.gallery_GD).tobytes())
+    digest.update(arena.gallery_labels_G.tobytes())
+    return digest.hexdigest()
+
+
+def threat_model(config: AttackConfig, queries: int, gallery: int) -> str:
+    """Who may do what, in words."""
+    who = {
+        "query": f"the pixels of {queries} queries are changed; the gallery of {gallery} is clean",
+        "gallery": f"the pixels of the gallery of {gallery} are changed; {queries} queries are "
+        "clean",
+        "both": f"the pixels of {queries} queries and of the gallery of {gallery} are changed",
+    }[config.perturb]
+    return (
+        f"{who}; the attacker knows the model and the gallery (white box; square sees similarities "
+        f"only); {config.norm} within eps/255 and [0,1], fp32; steps {config.steps}, "
+        f"restarts {config.restarts}."
+    )
+
+
+def metrics(content: dict[str, Any]) -> dict[str, float]:
+    """What MLflow shows: a number for each radius, and the mean over them."""
+    prefix = f"{content['split']}/attacked_{content['norm']}"
+    if content["perturb"] != "query":
+        prefix += f"_{content['perturb']}"
+    found = {f"{prefix}/expected_recall_at_1": content["expected_robustness"]["recall_at_1"]}
+    for eps, score in content["worst_case"].items():
+        for name in ("recall_at_1", "map_at_r", "pair_accuracy", "pair_auc"):
+            if name in score:
+                found[f"{prefix}/{name}/eps_{eps}"] = score[name]
+    if content["audit"] is not None:
+        found[f"{prefix}/audit_failed"] = float(len(content["audit"]["failed"]))
+    return found

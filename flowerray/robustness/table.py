@@ -1,0 +1,124 @@
+"""What `flowerray attack` prints: one record of robustness.json as text of at most 80 columns."""
+
+import textwrap
+from typing import Any
+
+_WIDTH = 80
+_NAME = 12
+_RADII = 11
+"""Columns of numbers that fit beside each other."""
+
+
+def attack_table(content: dict[str, Any]) -> str:
+    """The curve of the worst case, each attack, the model beside it and the audit.
+
+    Args:
+        content: see `record.record`.
+    """
+    lines = [
+        f"{content['run']}"[-_WIDTH:],
+        *textwrap.wrap(f"threat     {content['threat_model']}", _WIDTH, subsequent_indent=" " * 11),
+        "",
+        *_table(content),
+    ]
+    other = content["beside"]
+    if other is not None:
+        lines += ["", f"beside it  {other['run']}"[:_WIDTH], *_table(other)]
+    elif content["hardening"] != "none":
+        lines += ["", "No standard model beside it: give one with --beside RUN."]
+    else:
+        lines.append("")
+    if content["audit"] is not None:
+        lines += ["", *_audit(content["audit"])]
+    else:
+        lines += ["Not audited: --audit checks whether these figures can be believed."]
+    return "\n".join(lines)
+
+
+def _table(content: dict[str, Any]) -> list[str]:
+    radii, clean = list(content["worst_case"]), content["clean"]
+    lines: list[str] = []
+    for start in range(0, len(radii), _RADII):
+        lines += [*[""] * bool(start), *_columns(content, radii[start : start + _RADII])]
+    expected, found = content["expected_robustness"], content["collapse"]
+    low, high = expected["ci"]
+    bounds = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+    lines += [
+        f"clean R@1 {clean['recall_at_1']:.3f}, expected robustness (mean of the curve) "
+        f"{expected['recall_at_1']:.3f}{bounds}",
+        f"mean cosine {found['mean_cosine']:.3f}, effective rank {found['effective_rank']:.1f}",
+    ]
+    if content.get("ers") is not None:
+        lines += ["", *_ers(content)]
+    return [*lines, *_shout(content)]
+
+
+def _columns(content: dict[str, Any], radii: list[str]) -> list[str]:
+    worst = content["worst_case"]
+    lines = [_row("eps (/255)", radii)]
+    if content["rows"] == "cumulative" and content["perturb"] != "gallery":
+        lines.append("R@1 left after each attack and those above it:")
+    elif content["perturb"] != "gallery":
+        lines.append("R@1 under each attack alone:")
+    for name, scores in content["attacks"].items():
+        if content["perturb"] != "gallery":
+            lines.append(_row(f"  {name}", [_cell(scores, eps, "recall_at_1") for eps in radii]))
+    if any("pair_accuracy" in s for scores in content["attacks"].values() for s in scores.values()):
+        lines.append("pair accuracy under each attack alone:")
+        for name, scores in content["attacks"].items():
+            lines.append(_row(f"  {name}", [_cell(scores, eps, "pair_accuracy") for eps in radii]))
+    lines.append("worst case of all attacks:")
+    lines.append(_row("  R@1", [_cell(worst, eps, "recall_at_1") for eps in radii]))
+    for side, label in ((0, "  95 % from"), (1, "  to")):
+        ends = [worst[eps]["ci"][side] for eps in radii]
+        lines.append(_row(label, ["-" if end is None else f"{end:.3f}" for end in ends]))
+    lines.append(_row("  MAP@R", [_cell(worst, eps, "map_at_r") for eps in radii]))
+    lines.append(_row("  retention", [_cell(worst, eps, "retention") for eps in radii]))
+    if any("pair_accuracy" in worst[eps] for eps in radii):
+        lines.append(_row("  pair acc.", [_cell(worst, eps, "pair_accuracy") for eps in radii]))
+        lines.append(_row("  pair AUC", [_cell(worst, eps, "pair_auc") for eps in radii]))
+    return lines
+
+
+def _ers(content: dict[str, Any]) -> list[str]:
+    ers = content["ers"]
+    terms = ", ".join(f"{name} {value:.1f}" for name, value in ers["terms"].items())
+    text = (
+        f"ERS {ers['ers']:.1f} beside a clean R@1 of {100 * content['clean']['recall_at_1']:.1f} % "
+        f"({ers['num_queries']} queries, {ers['eps']:g}/255, {ers['steps']} steps): {terms}"
+    )
+    return textwrap.wrap(text, _WIDTH, subsequent_indent="    ")
+
+
+def _shout(content: dict[str, Any]) -> list[str]:
+    """What must not be overlooked beside the figures."""
+    lines = []
+    if content["collapse"]["collapsed"]:
+        lines.append("COLLAPSED: this embedding tells images hardly apart; it is not robust.")
+    audit = content.get("audit")
+    if audit is not None and audit["failed"]:
+        text = f"AUDIT FAILED, do not believe these figures: {', '.join(audit['failed'])}."
+        lines += textwrap.wrap(text, _WIDTH)
+    return lines
+
+
+def _audit(audit: dict[str, Any]) -> list[str]:
+    verdict = "passed" if audit["passed"] else "FAILED"
+    lines = [f"audit {verdict} ({audit['queries']} queries, mostly at {audit['eps']:g}/255)"]
+    for check in audit["checks"]:
+        mark = {True: "pass", False: "FAIL", None: "-"}[check["passed"]]
+        wrapped = textwrap.wrap(
+            f"  {mark:<5}{check['name']}: {check['text']}", _WIDTH, subsequent_indent=" " * 9
+        )
+        lines += wrapped
+    return lines
+
+
+def _row(name: str, cells: list[str]) -> str:
+    width = min(8, (_WIDTH - _NAME) // max(len(cells), 1))
+    return f"{name:<{_NAME}}" + "".join(f"{cell:>{width}}" for cell in cells)
+
+
+def _cell(scores: dict[str, Any], eps: str, field: str) -> str:
+    value = scores.get(eps, {}).get(field)
+    return "-" if value is None else f"{value:.3f}"

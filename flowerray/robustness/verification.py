@@ -1,0 +1,139 @@
+"""Verification under attack: one photograph of each pair is changed so that the verdict turns.
+
+Letters: N images of a split, Q attacked queries, P pairs, M pairs of one batch, C H W an image,
+D embedding dimensions.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flowerray.attacks.objectives import pair_flip
+from flowerray.attacks.pgd import PGDConfig, pgd
+from flowerray.model.precision import full_precision
+from flowerray.retrieval.pairs import KINDS, Pairs, pair_metrics
+from flowerray.robustness.config import AttackConfig
+from flowerray.robustness.subject import Arena, embed_images
+
+
+def pairs_of_queries(pairs: Pairs, chosen_Q: NDArray, number: int, seed: int) -> Pairs:
+    """Up to `number` pairs with at least one attacked query, as many of each kind as there are.
+
+    Returns:
+        Pairs whose first column is the side that is attacked: the pair's first attacked query.
+    """
+    first_P, second_P = np.isin(pairs.index, chosen_Q).T
+    rng = np.random.default_rng((seed, 3))
+    kinds = [k for k in range(len(KINDS)) if (pairs.kind == k).any()]
+    rows = []
+    for kind in kinds:
+        own = np.flatnonzero((pairs.kind == kind) & (first_P | second_P))
+        rows.append(np.sort(rng.permutation(own)[: number // len(kinds)]))
+    row_P = np.concatenate(rows)
+    index_P2 = pairs.index[row_P]
+    swapped_P = ~first_P[row_P]
+    index_P2[swapped_P] = index_P2[swapped_P, ::-1]
+    return Pairs(index_P2, pairs.kind[row_P])
+
+
+def sides_metrics(
+    attacked_PD: NDArray, other_PD: NDArray, pairs: Pairs, threshold: float
+) -> dict[str, float]:
+    """`pair_accuracy` and `pair_auc` of pairs whose two sides are embedded apart."""
+    row_P = np.arange(len(attacked_PD))
+    apart = Pairs(np.stack([row_P, row_P + len(row_P)], axis=1), pairs.kind)
+    metrics = pair_metrics(np.concatenate([attacked_PD, other_PD]), apart, threshold)
+    return {name: metrics[name] for name in ("pair_accuracy", "pair_auc")}
+
+
+def query_pair_accuracy(
+    arena: Arena, pairs: Pairs, threshold: float, batch_size: int
+) -> Callable[[NDArray[np.float32]], float]:
+    """Pair accuracy as a function of the attacked queries' embeddings (Q, D); the other side of
+    each pair is clean. For attacks that aim at retrieval, not at the pair.
+    """
+    other_PD = embed_positions(arena, pairs.index[:, 1], batch_size)
+    row_P = np.searchsorted(arena.chosen_Q, pairs.index[:, 0])
+
+    def accuracy(emb_QD: NDArray[np.float32]) -> float:
+        return sides_metrics(emb_QD[row_P], other_PD, pairs, threshold)["pair_accuracy"]
+
+    return accuracy
+
+
+@full_precision()
+def embed_positions(arena: Arena, positions_P: NDArray, batch_size: int) -> NDArray[np.float32]:
+    """(P, D) embeddings of photographs of the split, each one embedded once."""
+    unique, back_P = np.unique(positions_P, return_inverse=True)
+    parts = [
+        embed_images(arena, arena.images(unique[start : start + batch_size]))
+        for start in range(0, len(unique), batch_size)
+    ]
+    return np.concatenate(parts)[back_P]
+
+
+@full_precision()
+def attack_pairs(
+    arena: Arena,
+    pairs: Pairs,
+    threshold: float,
+    config: AttackConfig,
+    progress: Callable[[int], object] | None = None,
+) -> dict[float, dict[str, float]]:
+    """Pair accuracy and AUC at each radius, the threshold as it was fitted on clean val pairs.
+
+    The attacked side is moved by PGD, with the steps and restarts of the configuration, away from
+    its partner where the pair is of one class, towards it where it is not. What was found at a
+    smaller radius also counts at a larger one. The other side is a clean photograph that the
+    attacker knows.
+
+    Args:
+        pairs: from `pairs_of_queries`, of both sorts.
+        progress: called with a number of pairs done; (radii > 0) x P in all.
+
+    Returns:
+        radius in 1/255 -> `pair_accuracy`, `pair_auc`, `num_pairs`.
+    """
+    other_PD = embed_positions(arena, pairs.index[:, 1], config.batch_size)
+    attacked_PD = embed_positions(arena, pairs.index[:, 0], config.batch_size)
+    sign_P = np.where(pairs.same, -1.0, 1.0)
+    result = {}
+    for eps in config.eps:
+        if eps > 0:
+            value_P = sign_P * (attacked_PD * other_PD).sum(1)
+            turned_PD = _turned(arena, pairs, other_PD, eps, config, progress)
+            better_P = sign_P * (turned_PD * other_PD).sum(1) > value_P
+            attacked_PD = np.where(better_P[:, None], turned_PD, attacked_PD)
+        metrics = sides_metrics(attacked_PD, other_PD, pairs, threshold)
+        result[eps] = metrics | {"num_pairs": len(pairs.index)}
+    return result
+
+
+def _turned(
+    arena: Arena,
+    pairs: Pairs,
+    other_PD: NDArray[np.float32],
+    eps: float,
+    config: AttackConfig,
+    progress: Callable[[int], object] | None,
+) -> NDArray[np.float32]:
+    """(P, D): the attacked sides at one radius."""
+    settings = PGDConfig(
+        norm=config.norm, epsilon=eps, steps=config.steps, alpha_ratio=config.alpha_ratio,
+        restarts=config.restarts,
+    )  # fmt: skip
+    parts = []
+    for start in range(0, len(other_PD), config.batch_size):
+        batch = slice(start, start + config.batch_size)
+        other_MD = torch.from_numpy(other_PD[batch]).to(arena.device)
+        same_M = torch.from_numpy(pairs.same[batch]).to(arena.device)
+        objective = pair_flip(arena.embedder, other_MD, same_M)
+        images_MCHW = arena.images(pairs.index[batch, 0])
+        positions = range(start, start + len(images_MCHW))
+        found = pgd(objective, images_MCHW, settings, seed=(config.seed,), positions=positions)
+        parts.append(embed_images(arena, found.images_BCHW))
+        if progress is not None:
+            progress(len(images_MCHW))
+    return np.concatenate(parts)

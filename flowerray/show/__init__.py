@@ -1,0 +1,1 @@
+"""Everything that draws: style, charts, contact sheets, pages."""

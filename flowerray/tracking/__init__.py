@@ -1,0 +1,1 @@
+"""All of MLflow: runs, curves, files, models."""

@@ -1,0 +1,97 @@
+"""RUN/mlflow.json: where a RUN is tracked, and how much of it MLflow has."""
+
+import json
+import os
+import shlex
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+
+from flowerray.files import write_json
+from flowerray.text import typed
+from flowerray.tracking import server
+
+EXPERIMENT = "flowerray"
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass
+class State:
+    """RUN/mlflow.json."""
+
+    experiment: str = EXPERIMENT
+    name: str = ""
+    params: dict[str, Any] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    parent: str | None = None
+    """RUN folder of the run that this one is shown under."""
+    tracking_uri: str | None = None
+    experiment_id: str | None = None
+    run_id: str | None = None
+    described: bool = False
+    """Parameters and tags are sent."""
+    nested: bool = False
+    lines_sent: int = 0
+    last_line: str = ""
+    """Hash of the last line sent: a resume rewrites metrics.jsonl."""
+    finished: Status | None = None
+    reason: str | None = None
+    artifacts_sent: dict[str, list[int]] = field(default_factory=dict)
+    """Size in bytes and time of change of the files sent, by path in the RUN folder."""
+    model_uri: str | None = None
+    closed: bool = False
+    """The final status is sent."""
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "State":
+        """The stored state, or a fresh one."""
+        try:
+            content = json.loads(note_file(run_dir).read_text())
+        except (FileNotFoundError, ValueError):  # a machine that lost power may leave it empty
+            return cls()
+        known = {f.name for f in fields(cls)}
+        return cls(**{key: value for key, value in content.items() if key in known})
+
+    def store(self, run_dir: Path, **changes: Any) -> None:
+        """Changes some fields, here and in the file. Others may have changed other fields there."""
+        with filelock.FileLock(run_dir / ".mlflow.json.lock"):
+            vars(self).update(vars(State.read(run_dir)) | changes)
+            write_json(note_file(run_dir), asdict(self))
+
+
+def tracking_uri(run_dir: Path) -> str:
+    """Where a RUN is tracked.
+
+    `MLFLOW_TRACKING_URI`; else where it already is; else where its parent is; else `mlflow.db`
+    beside the RUN folder. sqlite paths are absolute.
+    """
+    run_dir = run_dir.expanduser().absolute()
+    if given := os.environ.get("MLFLOW_TRACKING_URI"):
+        return server.absolute(given)
+    state = State.read(run_dir)
+    if state.run_id and state.tracking_uri:
+        database = server.database_file(state.tracking_uri)
+        if database is None or database.exists():  # a copied RUN may have left its database behind
+            return state.tracking_uri
+    if state.parent:
+        return tracking_uri(Path(state.parent))
+    return f"sqlite:///{run_dir.parent / 'mlflow.db'}"
+
+
+def ui_line(run_dir: Path) -> str:
+    """How to look at a RUN: a command, or the server's address."""
+    uri = tracking_uri(run_dir)
+    if server.database_file(uri) is None:
+        return server.without_password(uri)
+    return typed(f"mlflow ui --backend-store-uri {shlex.quote(uri)}")
+
+
+def run_id(run_dir: Path) -> str | None:
+    """MLflow's id of a RUN, once MLflow has it."""
+    return State.read(run_dir).run_id
+
+
+def note_file(run_dir: Path) -> Path:
+    return run_dir / "mlflow.json"

@@ -1,0 +1,1 @@
+"""One training, without Ray and without MLflow."""

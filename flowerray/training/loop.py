@@ -1,0 +1,368 @@
+"""The training loop: pure torch, read top to bottom. It knows neither Ray nor MLflow; its reporter
+is its only way out.
+
+Letters: N training images, B images of the global batch, b of this worker's slice.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from flowerray import system
+from flowerray.config import Config
+from flowerray.data.augment import AugmentConfig, augment, draw
+from flowerray.data.batches import Batches, PKSampler
+from flowerray.data.store import Store
+from flowerray.errors import UserError
+from flowerray.methods._base import Method, Output
+from flowerray.model.averages import MovingAverage
+from flowerray.model.embedder import Embedder
+from flowerray.model.precision import faster_precision
+from flowerray.training import checkpoint
+from flowerray.training.harden import HardenConfig, Hardening, perturbed_weights
+from flowerray.training.progress import Progress, Window, note_epoch
+
+
+class TrainConfig(Config):
+    """The optimisation of one run."""
+
+    epochs: int = Field(15, ge=1)
+    """Passes over the training images."""
+    classes_per_batch: int = Field(12, ge=2)
+    """P: distinct classes of a global batch."""
+    images_per_class: int = Field(4, ge=2)
+    """K: images of each class in a global batch; a batch holds P x K images over all workers."""
+    lr: float = Field(1e-4, gt=0, le=1)
+    """AdamW's peak learning rate for the backbone."""
+    head_lr_factor: float = Field(10.0, gt=0)
+    """The projection's and the loss parameters' learning rate, as a multiple of `lr`."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """AdamW's decoupled decay on matrices and kernels; never on biases, norms or centers."""
+    warmup_epochs: float = Field(1.0, ge=0)
+    """Linear warm-up, in epochs, before the cosine to zero."""
+    grad_clip: float = Field(5.0, ge=0)
+    """Largest global L2 norm of the gradient; 0 = no clipping."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 = autocast; auto = whichever trains faster with this backbone on this device, measured
+    once.
+    """
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay a step of the weights' moving average, which is then what is validated and exported; 0
+    = off.
+    """
+    compile: bool = False
+    """Compile the embedder with torch.compile."""
+    patience: int = Field(0, ge=0)
+    """Stop after so many epochs without a better val MAP@R (a hardened run: val adversarial R@1, at
+    full epsilon); 0 = never.
+    """
+    checkpoint_every_steps: int = Field(50, ge=1)
+    """State is saved after so many steps, and after each epoch."""
+    log_every_steps: int = Field(10, ge=1)
+    """Steps between two records of the loss (and between two host syncs)."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Of the weights that start at random, the batches, the augmentation and the mined tuples."""
+
+
+class Reporter(Protocol):
+    """Where metrics and checkpoints go; `rundir.FolderReporter` is the one that everything uses."""
+
+    rank: int
+    world: int
+
+    def restore(self) -> Path | None:
+        """A checkpoint folder to continue from."""
+
+    def rewind(self, step: int) -> None:
+        """Forgets what was reported after `step`."""
+
+    def report(
+        self,
+        step: int,
+        epoch: int,
+        metrics: dict[str, float],
+        save: Callable[[Path], None] | None = None,
+        best: bool = False,
+    ) -> None:
+        """Takes metrics and, where `save` is given, a checkpoint."""
+
+
+class Data(NamedTuple):
+    """What the loop trains on and how it validates."""
+
+    store: Store
+    """Decoded training images."""
+    targets_N: NDArray[np.int64]
+    """Their classes, 0..num_classes-1."""
+    validate: Callable[[Embedder], dict[str, float]] | None
+    """Metrics of an embedder under names `val/...`; every rank calls it. None where a protocol has
+    no val split.
+    """
+
+
+class Result(NamedTuple):
+    """How a training ended."""
+
+    epochs: int
+    steps: int
+    best: float
+    """Best value of `harden.selection`'s metric, -inf without a val split."""
+    best_epoch: int
+    """Epoch of the best checkpoint, counted from 1; 0 without a val split."""
+    seconds: float
+    """Training and validation time over all sittings."""
+
+
+def train(
+    config: TrainConfig,
+    augment_config: AugmentConfig,
+    harden: HardenConfig,
+    method: Method,
+    data: Data,
+    reporter: Reporter,
+    run: dict[str, Any],
+) -> Result:
+    """Trains `method` in place and reports as it goes.
+
+    Args:
+        harden: adversarial training; kind "none" for a clean one.
+        method: on the device that it trains on; not wrapped in DDP. With several workers a process
+            group is up.
+        run: stored with each checkpoint.
+
+    Raises:
+        DivergedError: the loss is not finite; names the step.
+        UserError: the batch does not fit the data or the workers; the checkpoint is of another
+            method.
+    """
+    config = config.model_copy(update={"epochs": harden.passes(config.epochs)})
+    device = next(method.parameters()).device
+    size = method.embedder.image_size
+    sampler = PKSampler(
+        data.targets_N, config.classes_per_batch, config.images_per_class, config.seed
+    )
+    batches = Batches(
+        data.store,
+        data.targets_N,
+        sampler,
+        rank=reporter.rank,
+        world=reporter.world,
+        device=device,
+        draw=lambda epoch, step, batch: draw(config.seed, epoch, step, batch),
+    )
+    schedule = Schedule(config, sampler.steps)
+    optimizer = make_optimizer(config, method)
+    average = MovingAverage(method.embedder, config.ema) if config.ema else None
+    restored = reporter.restore()
+    state = None if restored is None else checkpoint.load_state(restored, device)
+    # A resumed run goes on in the precision that it began with, whatever would be faster here.
+    begun_in = state.get("precision") if state else None
+    precision = begun_in or pick_precision(config, method, device, reporter)
+    autocast = make_autocast(precision, device)
+    steps = config.epochs * sampler.steps
+    hardening = Hardening(harden, method, autocast, config.seed, steps, reporter.rank)
+
+    progress = Progress()
+    if restored is not None and state is not None:
+        progress = load(restored, state, hardening, optimizer, average)
+    del state  # as large as the model and its optimizer
+    reporter.rewind(progress.step)  # also to 0: one that died before its first checkpoint
+
+    def save(folder: Path) -> None:
+        state = {
+            "method": method.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "average": average.state if average else None,
+            "last_loss": hardening.last_loss,
+            "precision": precision,
+            "progress": asdict(progress),
+        }
+        checkpoint.save_state(folder, state, run)
+
+    model: nn.Module = hardening
+    if config.compile:
+        method.embedder.compile()
+    if reporter.world > 1:
+        # Buffers never differ between ranks: norms are frozen, centers follow the global batch.
+        ids = [device.index] if device.type == "cuda" else None
+        model = DistributedDataParallel(hardening, device_ids=ids, broadcast_buffers=False)
+
+    def backward(*batch: Tensor | None) -> Output:
+        """One forward pass (clean images, adversarial ones, labels) and its gradients."""
+        with autocast():
+            output: Output = model(*batch)
+        optimizer.zero_grad(set_to_none=True)
+        output.loss.total.backward()
+        return output
+
+    while progress.epoch < config.epochs and not progress.stopped_early(config.patience):
+        epoch = progress.epoch
+        window = Window(progress)
+        method.train()
+        for batch in batches.epoch(epoch, start_step=progress.step_in_epoch):
+            method.seed = (config.seed, epoch, batch.step)
+            # Dropout's; reseeded each step, so that a resumed run draws what it would have drawn.
+            torch.manual_seed(hash((*method.seed, reporter.rank)) % 2**63)
+            schedule.apply(optimizer, progress.step)
+
+            images = augment(batch.images, batch.sizes, batch.uniforms, size, augment_config)
+            images = images.to(method_dtype(method))
+            # A clean run has one round, without adversarial images; see `harden.Hardening.rounds`.
+            for adversarial in hardening.rounds(images, batch.labels, progress.step):
+                output = backward(images, adversarial, batch.labels)
+                if harden.awp and adversarial is not None:
+                    last_loss = hardening.last_loss  # of the weights themselves
+                    with perturbed_weights(method, harden.awp):
+                        backward(images, adversarial, batch.labels)
+                    hardening.last_loss = last_loss
+                if config.grad_clip:
+                    nn.utils.clip_grad_norm_(method.parameters(), config.grad_clip)
+                optimizer.step()
+                method.after_step(output)
+                if average:
+                    average.update(method.embedder, progress.step + 1)
+
+            progress.step += 1
+            progress.step_in_epoch = batch.step + 1
+            window.add(output, len(output.labels_B))
+            ends_epoch = progress.step_in_epoch == sampler.steps
+            saves = progress.step % config.checkpoint_every_steps == 0 and not ends_epoch
+            if saves or ends_epoch or progress.step % config.log_every_steps == 0:
+                metrics = window.read()
+                metrics["train/lr"] = config.lr * schedule.factor(progress.step - 1)
+                if harden.on:
+                    metrics["train/epsilon"] = hardening.epsilon(progress.step - 1)
+                reporter.report(
+                    progress.step,
+                    epoch + 1,
+                    {**metrics, **system.sample()},
+                    save if saves else None,
+                )
+
+        metrics = {
+            f"epoch/{name}": total / sampler.steps for name, total in progress.epoch_curves.items()
+        }
+        if data.validate:
+            with average.swapped_into(method.embedder) if average else nullcontext():
+                metrics |= data.validate(method.embedder)
+        best = note_epoch(progress, metrics, harden.selection)
+        if harden.on and hardening.epsilon(progress.step - 1) < harden.epsilon:
+            progress.bad_epochs = 0  # while the attack still grows, falling back is no sign
+        metrics["epoch/seconds"] = window.elapsed()
+        reporter.report(progress.step, progress.epoch, metrics, save, best)
+
+    return Result(
+        progress.epoch, progress.step, progress.best, progress.best_epoch, progress.seconds
+    )
+
+
+class Schedule:
+    """Linear warm-up, then a cosine to zero; a function of the step alone, so there is no state to
+    save.
+    """
+
+    def __init__(self, config: TrainConfig, steps_per_epoch: int) -> None:
+        self.total = config.epochs * steps_per_epoch
+        self.warmup = min(round(config.warmup_epochs * steps_per_epoch), self.total - 1)
+
+    def factor(self, step: int) -> float:
+        """The share of the peak learning rate at `step`, counted from 0."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        return 0.5 * (
+            1 + math.cos(math.pi * (step - self.warmup) / max(1, self.total - self.warmup))
+        )
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Sets each group's learning rate."""
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * self.factor(step)
+
+
+def make_optimizer(config: TrainConfig, method: Method) -> torch.optim.Optimizer:
+    """AdamW in four groups: backbone and head (with the loss parameters), each with and without
+    weight decay.
+    """
+    backbone = {id(p) for p in method.embedder.backbone_parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in method.parameters():
+        if parameter.requires_grad:
+            key = (id(parameter) in backbone, parameter.ndim > 1)
+            groups.setdefault(key, []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "peak_lr": config.lr * (1.0 if is_backbone else config.head_lr_factor),
+                "weight_decay": config.weight_decay if decays else 0.0,
+            }
+            for (is_backbone, decays), parameters in sorted(groups.items())
+        ],
+        lr=config.lr,
+        fused=True,
+    )
+
+
+def method_dtype(method: Method) -> torch.dtype:
+    """float64 where the method was made double (tests of equality), else float32."""
+    return next(method.parameters()).dtype
+
+
+def pick_precision(
+    config: TrainConfig, method: Method, device: torch.device, reporter: Reporter
+) -> str:
+    """What `config` says; for auto rank 0's measurement, which decides for all workers."""
+    if config.precision != "auto":
+        return config.precision
+    choice = [faster_precision(method.embedder, device) if reporter.rank == 0 else "fp32"]
+    if reporter.world > 1:
+        dist.broadcast_object_list(choice, src=0, device=device)
+    return choice[0]
+
+
+def make_autocast(
+    precision: str, device: torch.device
+) -> Callable[[], AbstractContextManager[Any]]:
+    """A context for the forward pass."""
+    if precision == "bf16":
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    return nullcontext
+
+
+def load(
+    folder: Path,
+    state: dict[str, Any],
+    hardening: Hardening,
+    optimizer: torch.optim.Optimizer,
+    average: MovingAverage | None,
+) -> Progress:
+    """Restores everything from the state that a checkpoint folder holds.
+
+    Raises:
+        UserError: it belongs to another method, backbone or embedding size.
+    """
+    try:
+        hardening.method.load_state_dict(state["method"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder} does not fit this run (another method, backbone or embedding size): resume "
+            "with the options of its run.json."
+        ) from error
+    if average:
+        if state["average"] is None:
+            raise UserError(f"{folder} has no moving average: it was trained with --train.ema 0.")
+        average.state = state["average"]
+    hardening.last_loss = state.get("last_loss", hardening.last_loss)
+    return Progress(**state["progress"])

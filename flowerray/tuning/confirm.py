@@ -1,0 +1,193 @@
+"""The end of a study: the best trial against the default on fresh seeds, and the champion.
+
+The best of many trials is also the luckiest; trained again with seeds that the search never used,
+it has to be better than the default to win.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from flowerray.cluster.tasks import DivergedTrainingsError, train_many
+from flowerray.errors import UserError
+from flowerray.files import write_json
+from flowerray.statistics import Interval, front, t_interval
+from flowerray.tracking import sync
+from flowerray.tracking.state import State
+from flowerray.training.run import Run
+from flowerray.training.rundir import FolderReporter, RunDir
+from flowerray.tuning.space import value_of, with_params
+from flowerray.tuning.study import Study, outcome
+from flowerray.tuning.trial import WORST, history
+
+NEAR_FRONT = 0.9
+"""A pareto study's champion keeps this share of the front's best adversarial R@1."""
+FIRST_SEED = 1000
+"""The confirmation's seeds begin so far after the search's one."""
+
+
+def confirm(study: Study, cpus: float, gpus: float, quiet: bool = False) -> dict[str, Any]:
+    """Picks the best trial, trains it and the default again, registers the winner.
+
+    Returns:
+        The study's result, as result.json holds it.
+
+    Raises:
+        UserError: no trial came to its end; a training failed, other than by diverging, or all of
+            the winner's did. Nothing is lost by then.
+    """
+    optuna_study = study.open_optuna()
+    ended = study.ended(optuna_study)
+    best = champion(ended)
+    tag_best(study, ended, best)
+    objectives = study.config.objectives
+    result: dict[str, Any] = {
+        "method": study.base.method_name,
+        "study": str(study.folder),
+        "database": study.database,
+        "objectives": objectives,
+        "trials": count(ended),
+        "images": sum(t.user_attrs["images"] for t in ended),
+        "best_trial": study.trial_dir(best).path.name,
+        "best": {name: best.params[name] for name in study.knobs},
+        "default": {name: value_of(study.base, name) for name in study.knobs},
+        "searched": dict(zip(objectives, best.values, strict=True)),
+    }
+    is_default = result["best"] == result["default"]
+    winner = study.trial_dir(best)
+    result["winner"] = "default" if is_default else "tuned"
+    if study.config.confirm_seeds:
+        tuned = with_params(study.base, best.params)
+        sides = {"default": study.base} if is_default else {"tuned": tuned, "default": study.base}
+        folders, diverged = retrain(study, sides, winner.path.name, cpus, gpus, quiet)
+        found = measured(folders, objectives)
+        result["confirmed"] = {"seeds": seeds(study), "diverged": diverged, **found}
+        if not is_default:
+            gains = {n: gain(found["tuned"][n], found["default"][n]) for n in objectives}
+            result["confirmed"]["gain"] = {n: interval.to_dict() for n, interval in gains.items()}
+            means = [[mean(found[side][n]) for n in objectives] for side in ("default", "tuned")]
+            result["winner"] = ("default", "tuned")[pick(means)]
+        by_seed = zip(*(found[result["winner"]][n] for n in objectives), strict=True)
+        winner = folders[result["winner"]][pick(list(by_seed))]
+        if not winner.thresholds.exists():
+            raise UserError(
+                "every training with a fresh seed diverged, so there is no champion: search lower "
+                "learning rates in another study."
+            )
+        note(study, result)
+    name = f"flowerray-{study.base.method_name}"
+    version = sync.register(winner.path, name, "champion")
+    result["champion"] = str(winner.path)
+    result["registered"] = {"name": name, "alias": "champion", "version": version}
+    write_json(study.folder / "result.json", result)
+    return result
+
+
+def champion(ended: Sequence[Any]) -> Any:
+    """The best of Optuna's complete trials, by `pick`.
+
+    Raises:
+        UserError: no trial is complete.
+    """
+    complete = [trial for trial in ended if outcome(trial) == "complete"]
+    if not complete:
+        reasons = [t.user_attrs["reason"] for t in ended if outcome(t) == "failed"]
+        why = f" (the first failed: {reasons[0]})" if reasons else ""
+        raise UserError(
+            f"none of {len(ended)} trials came to its end{why}: give more trials or time, and "
+            "--resume the study."
+        )
+    return complete[pick([trial.values for trial in complete])]
+
+
+def pick(points: Sequence[Sequence[float]]) -> int:
+    """Which point wins: the highest value, or, with two objectives, the highest first value among
+    the front's points within 90 % of the front's best second. The earlier one where two are equal.
+    """
+    chosen = front(points)
+    if len(points[0]) > 1:
+        least = NEAR_FRONT * max(points[i][1] for i in chosen)
+        chosen = [i for i in chosen if points[i][1] >= least]
+    return max(chosen, key=lambda i: points[i][0])
+
+
+def count(ended: Sequence[Any]) -> dict[str, int]:
+    """Trials by outcome."""
+    names = [outcome(trial) for trial in ended]
+    return {name: names.count(name) for name in ("complete", "stopped", "failed")}
+
+
+def seeds(study: Study) -> list[int]:
+    """The confirmation's: the search trains with `train.seed` alone."""
+    first = study.base.train.seed + FIRST_SEED
+    return [(first + i) % 2**31 for i in range(study.config.confirm_seeds)]
+
+
+def retrain(
+    study: Study, sides: dict[str, Run], best_name: str, cpus: float, gpus: float, quiet: bool
+) -> tuple[dict[str, list[RunDir]], dict[str, str]]:
+    """Trains each side with each seed, below DIR/confirm; what is there already stays.
+
+    Returns:
+        Each side's folders, a seed each; and of those that diverged, name and reason.
+    """
+    jobs: list[tuple[Run, Path]] = []
+    folders: dict[str, list[RunDir]] = {}
+    for side, run in sides.items():
+        label = f"trial-{best_name}" if side == "tuned" else side
+        for seed in seeds(study):
+            path = study.folder / "confirm" / f"{label}-seed-{seed}"
+            train = run.train.model_copy(update={"seed": seed})
+            jobs.append((run.model_copy(update={"train": train}), path))
+            folders.setdefault(side, []).append(RunDir(path))
+    try:
+        train_many(jobs, cpus=cpus, gpus=gpus, quiet=quiet, parent=study.folder)
+    except DivergedTrainingsError as error:  # it would again: a fault of the configuration
+        return folders, {path.name: why for path, why in error.reasons.items()}
+    return folders, {}
+
+
+def measured(
+    folders: dict[str, list[RunDir]], objectives: Sequence[str]
+) -> dict[str, dict[str, list[float]]]:
+    """Each side's objectives, a value a seed; a training that diverged has the worst."""
+
+    def reached(run: RunDir, name: str) -> float:
+        finished = run.thresholds.exists()
+        return float(history(run, objectives)[-1][name]) if finished else WORST
+
+    return {
+        side: {name: [reached(run, name) for run in runs] for name in objectives}
+        for side, runs in folders.items()
+    }
+
+
+def gain(tuned_S: Sequence[float], default_S: Sequence[float]) -> Interval:
+    """Mean of the differences, seed by seed, with Student's interval."""
+    return t_interval([a - b for a, b in zip(tuned_S, default_S, strict=True)])
+
+
+def tag_best(study: Study, ended: Sequence[Any], best: Any) -> None:
+    """Tags the best trial's MLflow run, and takes the tag from one that was best before."""
+    for trial in ended:
+        path = study.trial_dir(trial).path
+        state = State.read(path)
+        is_best = "true" if trial.number == best.number else "false"
+        if state.tags.get("flowerray.best", "false") != is_best:
+            tags = {**state.tags, "flowerray.best": is_best}
+            state.store(path, tags=tags, described=False)
+            sync.send(path)
+
+
+def note(study: Study, result: dict[str, Any]) -> None:
+    """The confirmation's figures as metrics of the study's MLflow run."""
+    metrics: dict[str, float] = {}
+    confirmed = result["confirmed"]
+    for side in ("tuned", "default"):
+        for name, values in confirmed.get(side, {}).items():
+            metrics[f"confirmed/{side}_{name.rpartition('/')[2]}"] = mean(values)
+    for name, interval in confirmed.get("gain", {}).items():
+        metrics[f"confirmed/gain_{name.rpartition('/')[2]}"] = interval["mean"]
+    trials = sum(result["trials"].values())
+    FolderReporter(study.folder).report(trials, 0, metrics)

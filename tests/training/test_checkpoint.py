@@ -1,0 +1,117 @@
+"""Checkpoints and exports."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import flowerray
+from flowerray import methods
+from flowerray.errors import UserError
+from flowerray.methods._base import Method
+from flowerray.model.embedder import Embedder, EmbedderConfig
+from flowerray.training import checkpoint
+from flowerray.training.run import Run
+from flowerray.training.rundir import RunDir
+
+CLASSES = ("iris", "rose", "tulip")
+
+
+@pytest.fixture(scope="module")
+def method() -> Method:
+    """Center loss: it has parameters and buffers beside the embedder."""
+    file = methods.get("center")
+    config = EmbedderConfig(backbone="test_efficientnet", weights="none", image_size=32, dim=8)
+    return file.method(file.config(), Embedder(config), len(CLASSES))
+
+
+@pytest.fixture(scope="module")
+def run(method: Method) -> Run:
+    return Run(method=method.config, embedder=method.embedder.config)
+
+
+def write(path: Path, method: Method, run: Run) -> Path:
+    """An export of `method`."""
+    embedder, _ = checkpoint.split_state(method)
+    checkpoint.export(path, method, embedder, run.to_dict(), 0.4, CLASSES)
+    return path
+
+
+def test_split_and_join_are_inverse(method: Method) -> None:
+    embedder, rest = checkpoint.split_state(method)
+    assert set(embedder) == set(method.embedder.state_dict())
+    assert rest and not any(name.startswith("embedder.") for name in rest)
+    joined = checkpoint.join_state(embedder, rest)
+    assert joined.keys() == method.state_dict().keys()
+    assert all(torch.equal(joined[name], value) for name, value in method.state_dict().items())
+
+
+def test_an_export_is_the_contracts(method: Method, run: Run, tmp_path: Path) -> None:
+    path = write(tmp_path / "best_model_center_loss.pth", method, run)
+    content = torch.load(path, weights_only=True)
+    assert set(content) == {"embedder", "method", "run", "threshold", "classes"}
+    assert Run.from_dict(json.loads(content["run"])) == run
+    assert content["threshold"] == 0.4 and content["classes"] == list(CLASSES)
+    assert set(content["method"]) == set(checkpoint.split_state(method)[1])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_loaded_embedder_embeds_alike(method: Method, run: Run, tmp_path: Path) -> None:
+    RunDir(tmp_path / "run").create(run.to_dict())
+    file = write(tmp_path / "run" / "best_model_center_loss.pth", method, run)
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    method.embedder.eval()
+    with torch.no_grad():
+        expected = method.embedder(images)
+        for name in (file, file.parent, str(file.parent)):
+            embedder = flowerray.load(name)
+            assert not embedder.training
+            assert torch.equal(embedder(images), expected)
+
+
+def test_which_file_a_folder_means(method: Method, run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such RUN folder or exported"):
+        checkpoint.export_file(tmp_path / "none")
+    with pytest.raises(UserError, match=r"holds no exported model best_model_\*\.pth\.$"):
+        checkpoint.export_file(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="its training has not finished"):
+        checkpoint.export_file(tmp_path)
+    best = write(tmp_path / "best_model_center_loss.pth", method, run)
+    assert checkpoint.export_file(tmp_path) == checkpoint.export_file(best) == best
+    write(tmp_path / "robust_model_center_loss.pth", method, run)
+    with pytest.raises(UserError, match="several exported models .* name the file itself"):
+        checkpoint.export_file(tmp_path)
+    assert checkpoint.export_file(best) == best
+
+
+def test_state_survives_exactly(tmp_path: Path) -> None:
+    state: dict[str, Any] = {
+        "weights": torch.randn(4),
+        "progress": {"step": 3, "best": float("-inf")},
+    }
+    checkpoint.save_state(tmp_path, state, {"run": 1})
+    read = checkpoint.load_state(tmp_path)
+    assert torch.equal(read["weights"], state["weights"]) and read["progress"] == state["progress"]
+    assert json.loads((tmp_path / "run.json").read_text()) == {"run": 1}
+    with pytest.raises(UserError, match="no checkpoint there"):
+        checkpoint.load_state(tmp_path / "none")
+
+
+class Harmful:
+    """Runs code where a file is loaded carelessly."""
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("harmed"),))
+
+
+def test_a_file_that_would_run_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(Harmful(), tmp_path / "model.pth")
+    with pytest.raises(UserError, match=r"checkpoint \(it holds other things than tensors\)"):
+        checkpoint.load_embedder(tmp_path / "model.pth")
+    assert not (tmp_path / "harmed").exists()

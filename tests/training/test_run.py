@@ -1,0 +1,68 @@
+"""A Run as data: run.json, its differences, the presets."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flowerray import methods
+from flowerray.errors import UserError
+from flowerray.training.run import PRESETS, ResourcesConfig, Run, differences
+from tests.small import small
+
+
+@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_survives_json(preset: str, name: str) -> None:
+    run = PRESETS[preset](methods.get(name).config())
+    content = json.loads(json.dumps(run.to_dict()))
+    assert content["method"]["name"] == run.method_name == name
+    assert Run.from_dict(content) == run
+    assert differences(run, Run.from_dict(content)) == []
+
+
+def test_fields_of_the_methods_own_config_are_kept() -> None:
+    run = Run(method=methods.get("triplet").config(margin=0.37))  # type: ignore[call-arg]
+    assert run.to_dict()["method"]["margin"] == 0.37
+    assert Run.from_dict(run.to_dict()).method == run.method
+
+
+def test_differences_name_options_and_leave_out_resources(tmp_path: Path) -> None:
+    old = small(tmp_path)
+    new = small(tmp_path, lr=0.5, epochs=7).model_copy(
+        update={"resources": ResourcesConfig(workers=3)}
+    )
+    assert differences(old, new) == ["train.epochs", "train.lr"]
+    other = small(tmp_path, "center")
+    assert {"method.name", "method.margin", "method.center_weight"} <= set(differences(old, other))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"train": {"epochs": 0}}, "does not fit .*train: epochs = 0: input should be .* 1\\.$"),
+        ({"train": {"pace": 1}}, "does not fit .*train: there is no option pace\\.$"),
+        ({"method": {"name": "quadruplet"}}, "does not fit .*no method 'quadruplet'"),
+        ({"method": {}}, "does not fit .*'name' is missing"),
+        ({"colour": 1}, "does not fit .*no option colour"),
+    ],
+)
+def test_what_another_version_wrote_is_refused(change: dict, said: str) -> None:
+    content = {**PRESETS["laptop"](methods.get("triplet").config()).to_dict(), **change}
+    with pytest.raises(UserError, match=said):
+        Run.from_dict(content | {"flowerray": "9.9"})
+
+
+def test_the_demo_keeps_its_promises() -> None:
+    """At least 40 classes at 96 px."""
+    run = PRESETS["demo"](methods.get("triplet").config())
+    assert run.data.root is None and run.data.synthetic.classes >= 40
+    assert run.embedder.image_size == 96 and run.resources.workers == 1
+
+
+def test_the_defaults_are_the_contracts() -> None:
+    run = PRESETS["laptop"](methods.get("triplet").config())
+    assert (run.embedder.backbone, run.embedder.weights) == ("tf_efficientnet_lite0", "bundled")
+    assert (run.embedder.image_size, run.embedder.dim) == (128, 128)
+    assert (run.train.classes_per_batch, run.train.images_per_class) == (12, 4)
+    assert (run.train.epochs, run.train.seed, run.train.checkpoint_every_steps) == (15, 0, 50)

@@ -1,0 +1,49 @@
+"""Small studies, and trials that were never trained, for the tests of the tuner."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flowerray.files import write_json
+from flowerray.training.rundir import RunDir
+from flowerray.tuning.study import Closed, Study, StudyConfig
+from tests.small import small, words
+
+KNOBS: dict[str, dict[str, Any]] = {
+    "method.margin": {"low": 0.03, "high": 0.5, "log": True},
+    "method.miner": {"choices": ["all", "distance-weighted"]},
+}
+
+
+def make_study(out: Path, root: Path, epochs: int = 4, **config: Any) -> Study:
+    """A study of two knobs over `tests.small`'s run."""
+    return Study.create(out, small(root, epochs=epochs), StudyConfig(**config), KNOBS)
+
+
+def pretend(folder: RunDir, values: list[float], done: bool, spread: float = 0.5) -> None:
+    """Writes what a training of 6 steps an epoch leaves, with these val MAP@R."""
+    lines = []
+    for epoch, value in enumerate(values, start=1):
+        metrics = {"val/map_at_r": value, "epoch/seconds": 1.0, "epoch/spread": spread}
+        lines.append({"step": 6 * epoch, "epoch": epoch, "time": 0.0, "metrics": metrics})
+    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if done:
+        write_json(folder.thresholds, {"threshold": 0.5, "best_epoch": 1})
+
+
+def run_trial(
+    study: Study, optuna_study: Any, values: list[float], done: bool = True, **result: Any
+) -> Closed:
+    """One trial, asked for, pretended and told."""
+    trial = optuna_study.ask(study.distributions)
+    folder = study.open_trial(trial)
+    pretend(folder, values, done)
+    last = {"epoch": len(values), "val/map_at_r": max(values, default=0.0), **result}
+    return study.close_trial(optuna_study, trial, last)
+
+
+def tune_words(root: Path, **changes: Any) -> list[str]:
+    """The command line of a small search."""
+    found = words(root, **changes)
+    place = found.index("--resources.workers")
+    return found[:place] + found[place + 2 :]

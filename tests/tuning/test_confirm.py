@@ -1,0 +1,147 @@
+"""The confirmation of a study, on trainings that are made up."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowerray.cluster.tasks import DivergedTrainingsError
+from flowerray.errors import UserError
+from flowerray.training.run import Run
+from flowerray.training.rundir import FolderReporter, RunDir
+from flowerray.tuning import confirm as module
+from flowerray.tuning.confirm import champion, confirm, gain, pick
+from flowerray.tuning.pictures import study_table
+from flowerray.tuning.study import Study
+from flowerray.tuning.trial import ADVERSARIAL, MAP_AT_R
+from tests.small import with_hardening
+from tests.tuning.studies import make_study, run_trial
+
+Values = dict[str, tuple[float, ...] | None]
+"""What each training below confirm/ reaches in the objectives; None where it diverges."""
+
+
+@pytest.fixture
+def study(tmp_path: Path, small_set: Path) -> Study:
+    """Trial 1 is better than the default, trial 0."""
+    study = make_study(tmp_path / "study", small_set, trials=2, confirm_seeds=2)
+    optuna_study = study.open_optuna()
+    run_trial(study, optuna_study, [0.4])
+    run_trial(study, optuna_study, [0.6])
+    return study
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> Values:
+    """`train_many` writes these values; nothing is sent to MLflow."""
+    values: Values = {}
+
+    def train_many(runs: Sequence[tuple[Run, Path]], **_: Any) -> None:
+        reasons = {}
+        for run, path in runs:
+            folder, found = RunDir(path), values[path.name]
+            if not path.exists():
+                folder.create(run.to_dict())
+            if found is None:
+                reasons[path] = "the loss became nan"
+                continue
+            metrics = dict(zip((MAP_AT_R, ADVERSARIAL), found, strict=False))
+            FolderReporter(path).report(6, 1, {"epoch/seconds": 1.0, **metrics})
+            folder.thresholds.write_text("{}")
+        if reasons:
+            raise DivergedTrainingsError("some diverged", reasons)
+
+    monkeypatch.setattr(module, "train_many", train_many)
+    monkeypatch.setattr(module.sync, "send", lambda *_: True)
+    monkeypatch.setattr(module.sync, "register", lambda *_: None)
+    return values
+
+
+def test_the_better_mean_wins_by_its_best_seed(study: Study, made_up: Values) -> None:
+    made_up |= {"trial-0001-seed-1000": (0.5,), "trial-0001-seed-1001": (0.7,),
+                "default-seed-1000": (0.4,), "default-seed-1001": (0.5,)}  # fmt: skip
+    result = confirm(study, 1, 0, quiet=True)
+    assert result["winner"] == "tuned" and result["confirmed"]["diverged"] == {}
+    assert Path(result["champion"]).name == "trial-0001-seed-1001"
+    assert result["confirmed"]["gain"][MAP_AT_R]["mean"] == pytest.approx(0.15)
+
+
+def test_a_seed_that_diverges_counts_as_nothing_and_stops_nothing(
+    study: Study, made_up: Values
+) -> None:
+    made_up |= {"trial-0001-seed-1000": None, "trial-0001-seed-1001": (0.7,),
+                "default-seed-1000": (0.4,), "default-seed-1001": (0.5,)}  # fmt: skip
+    for _ in range(2):  # a --resume finds the same
+        result = confirm(study, 1, 0, quiet=True)
+        assert result["winner"] == "default", "0.45 against (0 + 0.7) / 2"
+        assert result["confirmed"]["tuned"][MAP_AT_R] == [0.0, 0.7]
+        assert result["confirmed"]["diverged"] == {"trial-0001-seed-1000": "the loss became nan"}
+    table = study_table(result)
+    assert "1 of 4 trainings with fresh seeds diverged and count as 0:" in table
+    assert "trial-0001-seed-1000" in table and "not registered" in table
+    width = max(len(line) for line in table.splitlines() if str(study.folder) not in line)
+    assert width <= 80
+
+
+def test_no_champion_where_all_diverge(study: Study, made_up: Values) -> None:
+    seeds = (1000, 1001)
+    made_up |= {f"{side}-seed-{s}": None for side in ("trial-0001", "default") for s in seeds}
+    with pytest.raises(UserError, match="every training with a fresh seed diverged"):
+        confirm(study, 1, 0, quiet=True)
+
+
+def test_a_pareto_champions_seed_is_robust_too(
+    tmp_path: Path, small_set: Path, made_up: Values
+) -> None:
+    """The seed with the cleanest val is not within 90 % of the best adversarial R@1."""
+    study = make_study(tmp_path / "study", small_set, confirm_seeds=2, objective="pareto")
+    study.base = with_hardening(study.base, kind="pgd")
+    study.write()
+    optuna_study = study.open_optuna()
+    trial = optuna_study.ask(study.distributions)
+    folder = study.open_trial(trial)
+    metrics = {"epoch/seconds": 1.0, MAP_AT_R: 0.5, ADVERSARIAL: 0.3}
+    FolderReporter(folder.path).report(6, 1, metrics)
+    folder.thresholds.write_text("{}")
+    study.close_trial(optuna_study, trial, {"epoch": 1, **metrics})
+    made_up |= {"default-seed-1000": (0.6, 0.1), "default-seed-1001": (0.5, 0.3)}
+    assert Path(confirm(study, 1, 0, quiet=True)["champion"]).name == "default-seed-1001"
+
+
+def test_one_objective_takes_the_highest() -> None:
+    assert pick([(0.3,), (0.5,), (0.5,), (0.1,)]) == 1
+
+
+def test_the_pareto_rule() -> None:
+    """The front's best adversarial R@1 is 0.50, so 0.45 is enough; (0.8, 0.46) is the cleanest of
+    those, though (0.9, 0.44) is cleaner still. (0.79, 0.46) is beaten.
+    """
+    points = [(0.9, 0.44), (0.79, 0.46), (0.8, 0.46), (0.6, 0.50), (0.5, 0.2)]
+    assert pick(points) == 2
+    assert pick([(0.9, 0.449), (0.6, 0.50)]) == 1
+    assert pick([(0.9, 0.451), (0.6, 0.50)]) == 0
+
+
+def test_no_complete_trial_names_the_first_failure(tmp_path: Path, small_set: Path) -> None:
+    study = make_study(tmp_path / "study", small_set)
+    optuna_study = study.open_optuna()
+    run_trial(study, optuna_study, [0.4], done=False)
+    run_trial(study, optuna_study, [], done=False, failed="out of memory")
+    with pytest.raises(UserError, match=r"none of 2 trials .* failed: out of memory"):
+        champion(study.ended(optuna_study))
+
+
+def test_the_gain_is_paired_by_seed() -> None:
+    """Differences 0.02, 0.04, 0.06: mean 0.04, standard error 0.02 / sqrt 3, t(2) = 4.3027."""
+    found = gain([0.52, 0.64, 0.76], [0.50, 0.60, 0.70])
+    half = 4.302653 * 0.02 / 3**0.5
+    assert found.mean == pytest.approx(0.04)
+    assert (found.low, found.high) == (
+        pytest.approx(0.04 - half, abs=1e-6), pytest.approx(0.04 + half, abs=1e-6),
+    )  # fmt: skip
+    single = gain([0.5], [0.4]).to_dict()
+    assert json.loads(json.dumps(single)) == {
+        "n": 1, "mean": pytest.approx(0.1), "low": None, "high": None,
+    }  # fmt: skip
