@@ -46,24 +46,39 @@ class BankConfig(Config):
     """How much each attack may spend on an image."""
 
     steps: int = Field(20, ge=1)
-    """Gradient steps of pgd, shift and margin; of apgd-ce; of each target of apgd-dlr and fab."""
+    """Gradient steps of one start of pgd, shift, margin and apgd-ce, and of each target of apgd-dlr
+    and fab."""
     restarts: int = Field(3, ge=1)
-    """Starts of the same attacks; each goes on with the images that withstood so far."""
+    """Starts of an iterated attack, each on what withstood those before it; a query is right only
+    if all of them fail."""
     alpha_ratio: float = Field(2.5, gt=0)
-    """Steps times step size over epsilon of pgd, shift and margin."""
-    targets: int = Field(9, ge=1)
-    """Wrong classes that apgd-dlr, fab and deepfool consider, the nearest ones first."""
-    queries: int = Field(1000, ge=1)
-    """Forward passes of square."""
+    """Steps times step size over eps of pgd, shift and margin."""
+    targets: int = Field(3, ge=1)
+    """Wrong classes that apgd-dlr, fab and deepfool aim at one by one, the nearest ones first; each
+    one costs steps x restarts. AutoAttack takes 9."""
+    black_box_queries: int = Field(1000, ge=1)
+    """Forward passes that square, which sees only similarities, may spend on an image."""
     minimum_steps: int = Field(50, ge=1)
     """Steps of cw and deepfool."""
     cw_weight: float = Field(1.0, gt=0)
     """c of cw, the weight of a wrong decision against the squared distance."""
-    stop_when_wrong: bool = True
-    """pgd and margin leave an image alone once its nearest neighbour is wrong, and do not go on to
-    make it worse."""
+    independent: bool = False
+    """Run every attack on every query, so that each row stands for that attack alone, and make a
+    wrong image worse still. Otherwise an attack gets the queries that those before it left right,
+    and rows are cumulative; the worst case is the same, up to the random numbers of torchattacks'
+    attacks (drawn by place in a batch)."""
     standard: StandardConfig = StandardConfig()
     """The budget of the attack `standard`, which ignores the other fields."""
+
+    def pgd(self, norm: Norm, epsilon: float) -> PGDConfig:
+        """The budget as our own gradient descent takes it; epsilon in 1/255."""
+        return PGDConfig(
+            norm=norm,
+            epsilon=epsilon,
+            steps=self.steps,
+            alpha_ratio=self.alpha_ratio,
+            restarts=self.restarts,
+        )
 
 
 def run(
@@ -207,16 +222,6 @@ class _Scene:
             options=options,
         )
 
-    def pgd_config(self) -> PGDConfig:
-        """The budget as our gradient descent takes it."""
-        return PGDConfig(
-            norm=self.norm,
-            epsilon=self.epsilon,
-            steps=self.budget.steps,
-            alpha_ratio=self.budget.alpha_ratio,
-            restarts=self.budget.restarts,
-        )
-
 
 def admissible(clean_BCHW: Tensor, attacked_BCHW: Tensor, norm: Norm, radius: float) -> Tensor:
     """Which attacked images lie within [0,1] and the radius (in the pixels' unit), bool B.
@@ -263,10 +268,10 @@ def _pgd(scene: _Scene) -> Tensor:
     return pgd(
         cross_entropy(scene.logits, scene.place_B, wrong_first=True),
         scene.images_BCHW,
-        scene.pgd_config(),
+        scene.budget.pgd(scene.norm, scene.epsilon),
         seed=(scene.seed,),
         positions=scene.positions,
-        stop_above=WRONG / 2 if scene.budget.stop_when_wrong else None,
+        stop_above=None if scene.budget.independent else WRONG / 2,
     ).images_BCHW
 
 
@@ -276,7 +281,7 @@ def _shift(scene: _Scene) -> Tensor:
         clean_BD = scene.embedder(scene.images_BCHW)
     result_BCHW = scene.images_BCHW.clone()
     index_N = torch.arange(len(result_BCHW), device=result_BCHW.device)
-    config = scene.pgd_config().model_copy(update={"restarts": 1})
+    config = scene.budget.pgd(scene.norm, scene.epsilon).model_copy(update={"restarts": 1})
     for restart in range(scene.budget.restarts):
         left = scene.take(index_N)
         aim = shift(scene.embedder, clean_BD[index_N])
@@ -293,10 +298,10 @@ def _margin(scene: _Scene) -> Tensor:
     return pgd(
         margin(scene.embedder, scene.gallery_GD, scene.gallery_labels_G, scene.labels_B),
         scene.images_BCHW,
-        scene.pgd_config(),
+        scene.budget.pgd(scene.norm, scene.epsilon),
         seed=(scene.seed,),
         positions=scene.positions,
-        stop_above=0.0 if scene.budget.stop_when_wrong else None,
+        stop_above=None if scene.budget.independent else 0.0,
     ).images_BCHW
 
 
@@ -307,7 +312,7 @@ def _part(part: str) -> Callable[[_Scene], Tensor]:
             steps=budget.steps,
             restarts=budget.restarts,
             targets=budget.targets,
-            queries=budget.queries,
+            queries=budget.black_box_queries,
             rescale=True,
         )
         return scene.library(part, options[part])

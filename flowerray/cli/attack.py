@@ -54,8 +54,9 @@ def attack(words: list[str]) -> int:
         raise UserError("name a RUN to attack: flowerray attack RUN.")
 
     if options.perturb == "gallery":
-        unused = ("attacks", "targets", "black_box_queries", "independent", "max_pairs")
-        refuse(words, unused, "no use with --perturb gallery, where queries and pairs stay clean.")
+        unused = "attacks targets black_box_queries minimum_steps cw_weight standard independent"
+        why = "no use with --perturb gallery, where queries and pairs stay clean."
+        refuse(words, [*unused.split(), "max_pairs"], why)
     if not (options.audit or options.ers):
         refuse(words, ("audit_queries",), "no use without --audit or --ers.")
 

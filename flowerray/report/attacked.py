@@ -11,13 +11,14 @@ import numpy as np
 from flowerray.report.gather import Entry, Setting
 from flowerray.report.numbers import Comparison, corrected, hit_difference
 from flowerray.report.sections import cell, highest, missing, p_text, signed
+from flowerray.robustness.config import AttackConfig
 from flowerray.show import charts
 from flowerray.show.page import Block, Details, Note, Picture, Table, Text
 from flowerray.statistics import Interval, t_interval
 
 Record = dict[str, Any]
 """An attack on one run, as `results` of RUN/robustness.json holds it."""
-FREE = ("batch_size", "eps", "max_pairs")
+FREE = {"batch_size", "eps", "max_pairs"}
 """Settings of an attack that may differ within a table."""
 PAIRED_EPS = ("1", "2", "4", "8")
 """Radii at which robust and standard runs are compared, in 1/255."""
@@ -73,7 +74,8 @@ def battles(setting: Setting) -> list[Battle]:
         for entry in variant.entries:
             own: dict[str, Record] = {}
             for record in sorted((entry.robustness or {}).get("results", []), key=_weight):
-                config = {k: v for k, v in record["config"].items() if k not in FREE}
+                # Records of older versions lack some options: they had these defaults.
+                config = AttackConfig(**record["config"]).model_dump(mode="json", exclude=FREE)
                 shared = [config, record["num_queries"], record["num_gallery"], record["gallery"]]
                 own[json.dumps(shared, sort_keys=True)] = {**record, "seed": entry.seed}
             for kind, record in own.items():

@@ -194,7 +194,7 @@ def perturb(
     labels_M = torch.from_numpy(arena.labels_Q[rows_M]).to(arena.device)
     other_MCHW = bank.run(
         name, arena.embedder, clean_MCHW, labels_M, *arena.gallery(), norm=config.norm,
-        epsilon=epsilon, budget=config.budget(), seed=config.seed, positions=rows_M.tolist(),
+        epsilon=epsilon, budget=config, seed=config.seed, positions=rows_M.tolist(),
         own_images_refused=False,
     )  # fmt: skip
     allowed_M = bank.admissible(clean_MCHW, other_MCHW, config.norm, epsilon / 255)

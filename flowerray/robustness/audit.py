@@ -115,7 +115,7 @@ class Auditor:
         batch = np.arange(min(ALONE, len(self.clean_Q)))
         images = self.arena.images(self.arena.chosen_Q[batch])
         few = {"restarts": 1, "steps": STEPS[1], "black_box_queries": FEW_PASSES}
-        budget = self.config.model_copy(update=few).budget()
+        budget = self.config.model_copy(update=few)
         outside = 0
         for name in names:
             attacked = bank.run(

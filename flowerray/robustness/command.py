@@ -261,7 +261,8 @@ def note(folder: RunDir, content: dict[str, Any]) -> bool:
         return bool(result["audit"]) and same and len(set(seeds)) == 1
 
     stays = content["audit"] is None and any(audited(r) for r in results)
-    again = [r for r in results if r["config"] == content["config"]]
+    own = AttackConfig(**content["config"])  # older records lack some of its options
+    again = [r for r in results if AttackConfig(**r["config"]) == own]
     again = [r for r in again if all(r[key] == content[key] for key in about)]
     if not (stays and any(r["audit"] for r in again)):
         write_json(path, {"results": [*(r for r in results if r not in again), content]})

@@ -6,7 +6,6 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from flowerray.attacks import bank
-from flowerray.config import Config
 from flowerray.errors import UserError
 
 GRID = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -15,7 +14,7 @@ L2_GRID = (0.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
 """The same for l2: spread over all pixels, a change has to be longer to be felt."""
 
 
-class AttackConfig(Config):
+class AttackConfig(bank.BankConfig):
     """Which attacks, how strong, on how many queries."""
 
     attacks: tuple[str, ...] = ("fgsm", "margin", "pgd", "shift", "apgd-ce", "apgd-dlr", "square")
@@ -39,37 +38,10 @@ class AttackConfig(Config):
     """Queries attacked, spread evenly over the classes."""
     max_pairs: int = Field(384, ge=0)
     """Verification pairs whose attacked side is changed; 0 = none."""
-    steps: int = Field(20, ge=1)
-    """Gradient steps of one restart."""
-    restarts: int = Field(3, ge=1)
-    """Starts of an iterated attack; a query is right only if all of them fail."""
-    alpha_ratio: float = Field(2.5, gt=0)
-    """Steps times step size over eps of pgd, shift and margin."""
-    targets: int = Field(3, ge=1)
-    """Wrong classes that apgd-dlr, fab and deepfool aim at one by one, the nearest ones first; each
-    one costs steps x restarts. AutoAttack takes 9."""
-    black_box_queries: int = Field(1000, ge=1)
-    """Forward passes that square, which sees only similarities, may spend on an image."""
-    independent: bool = False
-    """Run every attack on every query, so that each row stands for that attack alone. Otherwise an
-    attack gets the queries that those before it left right, and rows are cumulative; the worst case
-    is the same, up to the random numbers of torchattacks' attacks (drawn by place in a batch)."""
     batch_size: int = Field(32, ge=1)
     """Images attacked at a time; on a CPU 16 to 32 stay in its caches, a GPU wants more."""
     seed: int = Field(0, ge=0)
     """Of the choice of queries and pairs, and of the attacks' random starts."""
-
-    def budget(self) -> bank.BankConfig:
-        """What each attack may spend on an image."""
-        return bank.BankConfig(
-            steps=self.steps,
-            restarts=self.restarts,
-            alpha_ratio=self.alpha_ratio,
-            targets=self.targets,
-            queries=self.black_box_queries,
-            # Where rows stand alone, MAP@R and pairs are judged too: the worst image is wanted.
-            stop_when_wrong=not self.independent,
-        )
 
     @field_validator("eps")
     @classmethod

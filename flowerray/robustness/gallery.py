@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from flowerray.attacks.objectives import margin
-from flowerray.attacks.pgd import PGDConfig, pgd
+from flowerray.attacks.pgd import pgd
 from flowerray.model.precision import full_precision
 from flowerray.retrieval.embed import Images
 from flowerray.robustness.config import AttackConfig
@@ -44,10 +44,7 @@ def attack_gallery(
     classes_C, class_G = labels_G.unique(return_inverse=True)
     sum_CD = gallery_GD.new_zeros(len(classes_C), gallery_GD.shape[1])
     means_CD = F.normalize(sum_CD.index_add_(0, class_G, gallery_GD), dim=1)
-    settings = PGDConfig(
-        norm=config.norm, epsilon=eps, steps=config.steps, alpha_ratio=config.alpha_ratio,
-        restarts=config.restarts,
-    )  # fmt: skip
+    settings = config.pgd(config.norm, eps)
     parts = []
     for start in range(0, len(store), config.batch_size):
         rows = np.arange(start, min(start + config.batch_size, len(store)))

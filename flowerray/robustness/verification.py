@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from flowerray.attacks.objectives import pair_flip
-from flowerray.attacks.pgd import PGDConfig, pgd
+from flowerray.attacks.pgd import pgd
 from flowerray.model.precision import full_precision
 from flowerray.retrieval.pairs import KINDS, Pairs, pair_metrics
 from flowerray.robustness.config import AttackConfig
@@ -120,10 +120,7 @@ def _turned(
     progress: Callable[[int], object] | None,
 ) -> NDArray[np.float32]:
     """(P, D): the attacked sides at one radius."""
-    settings = PGDConfig(
-        norm=config.norm, epsilon=eps, steps=config.steps, alpha_ratio=config.alpha_ratio,
-        restarts=config.restarts,
-    )  # fmt: skip
+    settings = config.pgd(config.norm, eps)
     parts = []
     for start in range(0, len(other_PD), config.batch_size):
         batch = slice(start, start + config.batch_size)

@@ -17,7 +17,7 @@ SMALL = BankConfig(
     steps=4,
     restarts=2,
     targets=2,
-    queries=10,
+    black_box_queries=10,
     minimum_steps=4,
     standard=StandardConfig(steps=4, targets=2, queries=10),
 )
@@ -136,7 +136,7 @@ def test_an_l2_step_to_the_edge_counts_however_long_it_is(name: str) -> None:
     made = scene(Linear(side=224), side=224, queries=8)
     # Far from 0 and 1, where cutting to the range would pull images back from the edge.
     made = made._replace(images_QCHW=0.4 + 0.2 * made.images_QCHW)
-    budget = BankConfig(steps=4, restarts=1, stop_when_wrong=False)
+    budget = BankConfig(steps=4, restarts=1, independent=True)
     for epsilon in (128.0, 765.0, 2000.0):
         found = attack(name, made, norm="l2", epsilon=epsilon, budget=budget)
         moved_B = (found - made.images_QCHW).flatten(1).norm(dim=1)

@@ -72,6 +72,11 @@ def test_another_attack_is_added_and_the_same_replaced(model: Model, run: RunDir
         ("l2", ["0", "255"]),
     ]
     assert "pair_accuracy" not in results[0]["clean"]
+    for option in ("minimum_steps", "cw_weight", "standard"):
+        del results[2]["config"][option]  # as version 0.1.0 wrote it
+    (run.path / "robustness.json").write_text(json.dumps({"results": results}))
+    attack_model(model, config, quiet=True)
+    assert len(json.loads((run.path / "robustness.json").read_text())["results"]) == 3
 
 
 def test_a_quick_attack_leaves_an_audited_one_as_it_is(
@@ -226,9 +231,8 @@ def test_notebooks_preset(model: Model) -> None:
 
     config = PRESETS["notebooks"]
     assert config.attacks == ("fgsm", "pgd", "cw", "deepfool") and config.eps == (0, 4, 8)
-    budget = config.budget()
-    assert budget.alpha_ratio / budget.steps == 1 / 4  # PGD steps of eps / 4
-    assert budget.cw_weight == 1 and budget.minimum_steps == 50
+    assert config.alpha_ratio / config.steps == 1 / 4  # PGD steps of eps / 4
+    assert config.cw_weight == 1 and config.minimum_steps == 50
     config = config.model_copy(update={"max_queries": 3, "attacks": ("fgsm", "pgd")})
     content = attack_model(model, config, quiet=True)
     assert content["rows"] == "independent"
