@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 """flowerray's own."""
 
 PACKAGES = ("flowerray", "torch", "timm", "ray", "optuna", "mlflow")

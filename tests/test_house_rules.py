@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,13 @@ def test_weights_are_loaded_as_tensors_only() -> None:
                 assert "weights_only=True" in call or path == Path(__file__), f"{path}: {call}"
 
 
-def test_each_dependency_has_its_reason() -> None:
-    block = (ROOT / "pyproject.toml").read_text()
-    for line in re.findall(r'^    "[a-z].*>=.*$', block, re.MULTILINE):
-        assert re.search(r'">?.*>=[\d.]+",\s+# \w', line), line
+def test_each_dependency_has_bounds_and_its_reason() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    project = tomllib.loads(text)
+    listed = [*project["project"]["dependencies"], *project["dependency-groups"]["dev"]]
+    for extra in project["project"].get("optional-dependencies", {}).values():
+        listed += extra
+    for wanted in listed:
+        assert re.fullmatch(r"[\w-]+(\[[\w,]+\])?>=[\d.]+(,<[\d.]+)?", wanted), wanted
+        assert re.search(rf'^    "{re.escape(wanted)}", +# \w', text, re.MULTILINE), wanted
+    assert "override-dependencies" not in text, "pip, which knows no overrides, has to agree"

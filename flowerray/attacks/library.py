@@ -115,18 +115,6 @@ def attack_within(
     return project(attacked_BCHW, images_BCHW, radius, norm)
 
 
-class _Raised(nn.Module):
-    """Logits above 0: torchattacks' CW takes 0 for the logits that it masks."""
-
-    def __init__(self, logits: MaxSimLogits) -> None:
-        super().__init__()
-        self.logits = logits
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Logits BC plus the temperature, as cosines reach down to -1."""
-        return self.logits(images_BCHW) + self.logits.temperature
-
-
 _INSIDE = 1e-3
 """How far from 0 and 1 CW starts: there its tanh has no gradient, and a pixel could not move."""
 
@@ -140,7 +128,15 @@ def carlini_wagner(
     """
     import torchattacks
 
-    attack = torchattacks.CW(_Raised(logits), c=weight, kappa=0, steps=steps, lr=0.01)
+    def excess(logits_BC: Tensor, place_B: Tensor) -> Tensor:
+        """f of eq. 8. torchattacks' own takes 0 for the logits that it masks, which cosines reach
+        below, and 3.3's indexes on the CPU."""
+        own_B1 = place_B[:, None]
+        other_B = logits_BC.scatter(1, own_B1, -torch.inf).amax(1)
+        return (logits_BC.gather(1, own_B1)[:, 0] - other_B).clamp(min=0)
+
+    attack = torchattacks.CW(logits, c=weight, kappa=0, steps=steps, lr=0.01)
+    attack.f = excess
     return _run(attack, images_BCHW.clamp(_INSIDE, 1 - _INSIDE), place_B)
 
 

@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     130 interrupted.
     """
     leave_unguarded()
+    if sys.platform == "win32":
+        sys.exit("flowerray: Windows is not supported: use WSL2, which is Linux.")
     take_all_cores()
     words = list(sys.argv[1:] if argv is None else argv)
     keep_freed_memory()

@@ -372,3 +372,9 @@ def test_methods_fit_80_columns() -> None:
         assert max(map(len, text.splitlines())) <= 80
         assert all(name in text for name in methods.names())
     assert "method.margin               0.03 to 0.5, log" in listing(files)
+
+
+def test_windows_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match="use WSL2"):
+        cli.main(["methods"])
