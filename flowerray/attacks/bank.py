@@ -52,7 +52,7 @@ class BankConfig(Config):
     """Starts of an iterated attack, each on what withstood those before it; a query is right only
     if all of them fail."""
     alpha_ratio: float = Field(2.5, gt=0)
-    """Steps times step size over eps of pgd, shift and margin."""
+    """Steps times step size over eps of pgd; the step size of shift and margin adapts."""
     targets: int = Field(3, ge=1)
     """Wrong classes that apgd-dlr, fab and deepfool aim at one by one, the nearest ones first; each
     one costs steps x restarts. AutoAttack takes 9."""
@@ -70,13 +70,13 @@ class BankConfig(Config):
     standard: StandardConfig = StandardConfig()
     """The budget of the attack `standard`, which ignores the other fields."""
 
-    def pgd(self, norm: Norm, epsilon: float) -> PGDConfig:
+    def pgd(self, norm: Norm, epsilon: float, alpha_ratio: float | None = None) -> PGDConfig:
         """The budget as our own gradient descent takes it; epsilon in 1/255."""
         return PGDConfig(
             norm=norm,
             epsilon=epsilon,
             steps=self.steps,
-            alpha_ratio=self.alpha_ratio,
+            alpha_ratio=alpha_ratio,
             restarts=self.restarts,
         )
 
@@ -264,11 +264,11 @@ def _fgsm(scene: _Scene) -> Tensor:
 
 
 def _pgd(scene: _Scene) -> Tensor:
-    """Madry et al., ICLR 2018, on the cross-entropy of `MaxSimLogits`."""
+    """Madry et al., ICLR 2018, on the cross-entropy of `MaxSimLogits`, with a fixed step."""
     return pgd(
         cross_entropy(scene.logits, scene.place_B, wrong_first=True),
         scene.images_BCHW,
-        scene.budget.pgd(scene.norm, scene.epsilon),
+        scene.budget.pgd(scene.norm, scene.epsilon, scene.budget.alpha_ratio),
         seed=(scene.seed,),
         positions=scene.positions,
         stop_above=None if scene.budget.independent else WRONG / 2,

@@ -3,6 +3,7 @@
 Letters: B images, C channels, H W pixels, N images that are still attacked.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -58,9 +59,9 @@ class PGDConfig(Config):
     also in 1/255."""
     steps: int = Field(20, ge=1)
     """Gradient steps of each start."""
-    alpha_ratio: float = Field(2.5, gt=0)
-    """Steps times step size over epsilon: at 1 the steps reach epsilon just so, above 1 they can
-    turn back."""
+    alpha_ratio: float | None = Field(None, gt=0)
+    """Steps times step size over epsilon, for a step size that is fixed: at 1 the steps reach
+    epsilon just so, above 1 they can turn back. None = it adapts to each image; needs keep_best."""
     random_start: bool = True
     """Start at a random point within epsilon instead of at the image."""
     restarts: int = Field(1, ge=1)
@@ -76,8 +77,9 @@ class PGDConfig(Config):
 
     @property
     def alpha(self) -> float:
-        """Step size in the pixels' unit."""
-        return self.alpha_ratio * self.radius / self.steps
+        """Step size in the pixels' unit, the first one where it adapts."""
+        ratio = 2 * self.steps if self.alpha_ratio is None else self.alpha_ratio
+        return ratio * self.radius / self.steps
 
 
 class Attacked(NamedTuple):
@@ -104,7 +106,8 @@ def pgd(
 
     Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, eq. 3:
     x <- project(x + alpha * sign(gradient)); for l2 the gradient has length 1 instead of its sign.
-    We differ: the best point of all steps and restarts is kept for each image.
+    We differ: the best point of all steps and restarts is kept for each image. Where the step size
+    adapts this is APGD (Croce & Hein, ICML 2020, algorithm 1), on any objective.
 
     It works within `no_grad` and `inference_mode`. An Aim's modules are `quiet` meanwhile (eval
     mode, nothing changed); a plain callable's modules are the caller's to keep so. Cost with K
@@ -135,6 +138,7 @@ def pgd(
             "set random_start."
         )
     assert config.restarts == 1 or (config.random_start and config.keep_best)
+    assert config.keep_best or config.alpha_ratio is not None
     assert stop_above is None or (aim is not None and config.keep_best)
     positions = range(len(images_BCHW)) if positions is None else positions
     assert len(positions) == len(images_BCHW)
@@ -147,17 +151,29 @@ def pgd(
         if not config.keep_best:
             start_BCHW = _start(images_BCHW, config, (*seed, 0), positions)
             return _climb(objective, images_BCHW, start_BCHW, config)
-        best = Attacked(images_BCHW, images_BCHW.new_full((len(images_BCHW),), -torch.inf))
+        best_BCHW = images_BCHW.clone()
+        best_B = images_BCHW.new_full((len(images_BCHW),), -torch.inf)
+        index_N = torch.arange(len(images_BCHW), device=images_BCHW.device)
         lost = torch.zeros((), dtype=torch.bool, device=images_BCHW.device)
         for restart in range(config.restarts):
-            start_BCHW = _start(images_BCHW, config, (*seed, restart), positions)
-            best = _keep_best(objective, images_BCHW, start_BCHW, config, best, lost, stop_above)
-    for what, broken in (("output", ~best.value_B.isfinite().all()), ("gradient", lost)):
-        if bool(broken):
+            if stop_above is not None and aim is not None:
+                index_N = (best_B <= stop_above).nonzero()[:, 0]
+                objective = aim.take(index_N)
+            if not len(index_N):
+                break
+            clean_NCHW, places = images_BCHW[index_N], [positions[i] for i in index_N.tolist()]
+            start_NCHW = _start(clean_NCHW, config, (*seed, restart), places)
+            found, broken = _ascend(objective, clean_NCHW, start_NCHW, config, stop_above)
+            lost |= broken
+            better_N = found.value_B > best_B[index_N]
+            best_BCHW[index_N[better_N]] = found.images_BCHW[better_N]
+            best_B[index_N[better_N]] = found.value_B[better_N]
+    for what, wrong in (("output", ~best_B.isfinite().all()), ("gradient", lost)):
+        if bool(wrong):
             raise UserError(
                 f"The attacked model's {what} is not finite for some images: check its weights."
             )
-    return best
+    return Attacked(best_BCHW, best_B)
 
 
 def check_pixels(images_BCHW: Tensor) -> None:
@@ -203,12 +219,12 @@ def noise(
     return torch.from_numpy(stacked.astype(np.float32, copy=False)).view(-1, *shape)
 
 
-def step_linf(points_BCHW: Tensor, grad_BCHW: Tensor, alpha: float) -> Tensor:
+def step_linf(points_BCHW: Tensor, grad_BCHW: Tensor, alpha: float | Tensor) -> Tensor:
     """Each pixel moves by alpha in its gradient's direction."""
     return points_BCHW + alpha * grad_BCHW.sign()
 
 
-def step_l2(points_BCHW: Tensor, grad_BCHW: Tensor, alpha: float) -> Tensor:
+def step_l2(points_BCHW: Tensor, grad_BCHW: Tensor, alpha: float | Tensor) -> Tensor:
     """Each image moves by the length alpha along its gradient."""
     length_B = torch.linalg.vector_norm(grad_BCHW.flatten(1), dim=1) + 1e-10
     return points_BCHW + alpha * (grad_BCHW / length_B.view(-1, 1, 1, 1))
@@ -269,9 +285,15 @@ def _start(
     return (images_BCHW + config.radius * noise_BCHW).clamp(0, 1)
 
 
-def _step(points_BCHW: Tensor, images_BCHW: Tensor, grad_BCHW: Tensor, config: PGDConfig) -> Tensor:
+def _step(
+    points_BCHW: Tensor,
+    images_BCHW: Tensor,
+    grad_BCHW: Tensor,
+    alpha: float | Tensor,
+    config: PGDConfig,
+) -> Tensor:
     step = step_linf if config.norm == "linf" else step_l2
-    moved_BCHW = step(points_BCHW.detach(), grad_BCHW, config.alpha)
+    moved_BCHW = step(points_BCHW.detach(), grad_BCHW, alpha)
     return project(moved_BCHW, images_BCHW, config.radius, config.norm)
 
 
@@ -287,46 +309,92 @@ def _climb(
 ) -> Attacked:
     for _ in range(config.steps):
         value_B, grad_BCHW = _gradient(objective, points_BCHW)
-        points_BCHW = _step(points_BCHW, images_BCHW, grad_BCHW, config)
+        points_BCHW = _step(points_BCHW, images_BCHW, grad_BCHW, config.alpha, config)
     return Attacked(points_BCHW, value_B)
 
 
-def _keep_best(
+def _ascend(
     objective: Objective,
     images_BCHW: Tensor,
     start_BCHW: Tensor,
     config: PGDConfig,
-    best: Attacked,
-    lost: Tensor,
     stop_above: float | None,
-) -> Attacked:
-    """One start: the best of its points and of those before it. `lost` turns True where a gradient
-    is not finite.
+) -> tuple[Attacked, Tensor]:
+    """One start: its best points, and whether a gradient was not finite.
+
+    With an adaptive step: 2 epsilon at first, with momentum; at each checkpoint an image whose
+    value rose in fewer than 3/4 of the steps since the last one, or whose best value has not risen
+    since then at the same step size, goes on from its best point with half the step.
     """
-    best_BCHW, best_B = best.images_BCHW.clone(), best.value_B.clone()
-    index_N = torch.arange(len(images_BCHW), device=images_BCHW.device)
-    points_NCHW, clean_NCHW, narrowed = start_BCHW, images_BCHW, objective
+    adaptive = config.alpha_ratio is None
+    marks = checkpoints(config.steps) if adaptive else ()
+    count = len(images_BCHW)
+    points_BCHW = before_BCHW = best_BCHW = start_BCHW
+    grad_BCHW = best_grad_BCHW = torch.zeros_like(images_BCHW)
+    best_B = checked_B = images_BCHW.new_full((count,), -torch.inf)
+    value_B = -best_B  # the first value is no rise
+    rises_B = images_BCHW.new_zeros(count)
+    halved_B = images_BCHW.new_zeros(count, dtype=torch.bool)
+    alpha_B = images_BCHW.new_full((count,), config.alpha)
+    lost = images_BCHW.new_zeros((), dtype=torch.bool)
+    index_N, last_mark = torch.arange(count, device=images_BCHW.device), 0
     for step in range(config.steps + 1):
-        if stop_above is not None:
-            going_N = best_B[index_N] <= stop_above
-            if not bool(going_N.all()):
-                index_N, points_NCHW = index_N[going_N], points_NCHW[going_N]
-                clean_NCHW = clean_NCHW[going_N]
-                assert isinstance(objective, Aim)
-                narrowed = objective.take(index_N)
-            if not len(index_N):
-                break
+        if stop_above is not None and not bool((best_B[index_N] <= stop_above).all()):
+            index_N = (best_B <= stop_above).nonzero()[:, 0]
+        if not len(index_N):
+            break
+        points_NCHW = points_BCHW[index_N]
+        narrowed = objective.take(index_N) if isinstance(objective, Aim) else objective
         if step < config.steps:
             value_N, grad_NCHW = _gradient(narrowed, points_NCHW)
             lost |= ~grad_NCHW.isfinite().all()
+            grad_BCHW = _put(grad_BCHW, index_N, grad_NCHW)
         else:
             with torch.no_grad():
                 value_N = narrowed(points_NCHW)
         assert value_N.shape == (len(index_N),), "keep_best needs a value for each image"
-        better_N = value_N > best_B[index_N]
-        chosen_N = index_N[better_N]
-        best_B[chosen_N] = value_N[better_N].to(best_B.dtype)
-        best_BCHW[chosen_N] = points_NCHW[better_N]
-        if step < config.steps:
-            points_NCHW = _step(points_NCHW, clean_NCHW, grad_NCHW, config)
-    return Attacked(best_BCHW, best_B)
+        earlier_B, value_B = value_B, _put(value_B, index_N, value_N.to(value_B.dtype))
+        better_B = value_B > best_B
+        best_B = value_B.where(better_B, best_B)
+        best_BCHW = _where(better_B, points_BCHW, best_BCHW)
+        if step == config.steps:
+            break
+        if adaptive:
+            best_grad_BCHW = _where(better_B, grad_BCHW, best_grad_BCHW)
+            rises_B = rises_B + (value_B > earlier_B)
+        if step in marks:
+            stuck_B = (best_B <= checked_B) & ~halved_B
+            halved_B = (rises_B < 0.75 * (step - last_mark)) | stuck_B
+            alpha_B = (alpha_B / 2).where(halved_B, alpha_B)
+            points_BCHW = _where(halved_B, best_BCHW, points_BCHW)
+            grad_BCHW = _where(halved_B, best_grad_BCHW, grad_BCHW)
+            rises_B, checked_B, last_mark = torch.zeros_like(rises_B), best_B, step
+        alpha_B111 = alpha_B.view(-1, 1, 1, 1)
+        moved_BCHW = _step(points_BCHW, images_BCHW, grad_BCHW, alpha_B111, config)
+        if adaptive and step:
+            moved_BCHW = points_BCHW + 0.75 * (moved_BCHW - points_BCHW)
+            moved_BCHW = moved_BCHW + 0.25 * (points_BCHW - before_BCHW)
+            moved_BCHW = project(moved_BCHW, images_BCHW, config.radius, config.norm)
+        before_BCHW, points_BCHW = points_BCHW, moved_BCHW
+    return Attacked(best_BCHW, best_B), lost
+
+
+def _put(rows_B: Tensor, index_N: Tensor, rows_N: Tensor) -> Tensor:
+    """The rows with some of them replaced; `index_copy` would forget channels last."""
+    rows_B = rows_B.clone()
+    rows_B[index_N] = rows_N
+    return rows_B
+
+
+def _where(chosen_B: Tensor, images_BCHW: Tensor, others_BCHW: Tensor) -> Tensor:
+    return images_BCHW.where(chosen_B.view(-1, 1, 1, 1), others_BCHW)
+
+
+def checkpoints(steps: int) -> tuple[int, ...]:
+    """Steps after which an adaptive step size is judged (Croce & Hein 2020, section 3.1)."""
+    marks, share, length = [], 22, 22  # in hundredths of the steps
+    while share < 100:
+        marks.append(math.ceil(share * steps / 100))
+        length = max(length - 3, 6)
+        share += length
+    return tuple(marks)

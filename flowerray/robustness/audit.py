@@ -358,8 +358,7 @@ class Auditor:
         return right_Q, reached / max(1, len(rows))
 
     def _pgd(self, eps: float, steps: int) -> PGDConfig:
-        ratio = self.config.alpha_ratio
-        return PGDConfig(norm=self.config.norm, epsilon=eps, steps=steps, alpha_ratio=ratio)
+        return PGDConfig(norm=self.config.norm, epsilon=eps, steps=steps)
 
     def _labels(self, batch: NDArray) -> Tensor:
         return torch.from_numpy(self.arena.labels_Q[batch]).to(self.arena.device)

@@ -63,10 +63,16 @@ def tiny(seed: int = 0) -> Embedder:
     return Embedder(config, seed=seed)
 
 
-def scene(embedder: nn.Module, side: int, queries: int = 12, seed: int = 0) -> Scene:
+def scene(
+    embedder: nn.Module,
+    side: int,
+    queries: int = 12,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Scene:
     """Random gallery images of 6 classes; the queries are like some of them."""
     generator = torch.Generator().manual_seed(seed)
-    gallery_GCHW = torch.rand(4 * CLASSES, 3, side, side, generator=generator)
+    gallery_GCHW = torch.rand(4 * CLASSES, 3, side, side, generator=generator).to(dtype)
     labels_G = torch.arange(4 * CLASSES) % CLASSES
     chosen_Q = torch.randint(len(labels_G), (queries,), generator=generator)
     other_QCHW = torch.rand(queries, 3, side, side, generator=generator)

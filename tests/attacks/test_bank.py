@@ -130,7 +130,7 @@ def test_least_change_attacks_count_within_norm_and_epsilon_only(linear: Scene) 
         assert torch.equal(tiny_ball, linear.images_QCHW), name
 
 
-@pytest.mark.parametrize("name", ["shift", "margin"])
+@pytest.mark.parametrize("name", ["fgsm", "pgd"])
 def test_an_l2_step_to_the_edge_counts_however_long_it_is(name: str) -> None:
     """float32 rounds a projection at radius 8 of 224 px to 1e-5 beyond it."""
     made = scene(Linear(side=224), side=224, queries=8)

@@ -36,7 +36,8 @@ def test_stays_within_epsilon_and_the_box(
 ) -> None:
     images = linear.images_QCHW.clone()
     images[0], images[1] = 0.0, 1.0  # corners of the box
-    config = PGDConfig(norm=norm, epsilon=epsilon, steps=7, keep_best=keep_best)
+    ratio = None if keep_best else 2.5
+    config = PGDConfig(norm=norm, epsilon=epsilon, steps=7, keep_best=keep_best, alpha_ratio=ratio)
     attacked = pgd(aim_of(linear), images, config).images_BCHW
     delta_Q = length(attacked - images, norm)
     assert delta_Q.max() <= epsilon / 255 + 1e-6
@@ -59,12 +60,12 @@ def test_equals_torchattacks(norm: Any, theirs: str) -> None:
 
     made = scene(tiny().eval(), side=32)
     logits = MaxSimLogits(made.embedder, made.gallery_GD, made.gallery_labels_G)
-    steps = 1 if theirs == "FGSM" else 5
+    steps, ratio = (1, 1.0) if theirs == "FGSM" else (5, 2.5)
     config = PGDConfig(
         norm=norm,
         epsilon=8,
         steps=steps,
-        alpha_ratio=1 if theirs == "FGSM" else 2.5,
+        alpha_ratio=ratio,
         random_start=False,
         keep_best=False,
     )
@@ -76,7 +77,7 @@ def test_equals_torchattacks(norm: Any, theirs: str) -> None:
         return F.cross_entropy(logits(images), made.labels_Q)
 
     assert torch.equal(pgd(mean, made.images_QCHW, config).images_BCHW, expected)
-    other = PGDConfig(**{**config.model_dump(), "alpha_ratio": 0.9 * config.alpha_ratio})
+    other = PGDConfig(**{**config.model_dump(), "alpha_ratio": 0.9 * ratio})
     assert not torch.equal(pgd(mean, made.images_QCHW, other).images_BCHW, expected)
     # The sum over images instead of their mean: the same but for signs of vanishing gradients.
     ours = pgd(cross_entropy(logits, made.labels_Q), made.images_QCHW, config).images_BCHW
@@ -114,9 +115,10 @@ def test_more_steps_and_restarts_are_not_weaker(linear: Scene) -> None:
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_does_not_depend_on_batches(norm: Any) -> None:
-    made = scene(tiny(), side=32)
+    # In float32 rounding, which depends on the batch, could decide whether a step is halved.
+    made = scene(tiny().double(), side=32, dtype=torch.float64)
     count = len(made.images_QCHW)
-    config = PGDConfig(norm=norm, epsilon=4, steps=3, restarts=2)
+    config = PGDConfig(norm=norm, epsilon=4 if norm == "linf" else 40, steps=6, restarts=2)
 
     def one(row: int, position: int) -> Tensor:
         aim = aim_of(made).take(torch.tensor([row]))
@@ -127,7 +129,7 @@ def test_does_not_depend_on_batches(norm: Any) -> None:
     together_B = pgd(aim_of(made), made.images_QCHW, config, seed=(3, 1)).value_B
     apart_B = torch.cat([one(row, row) for row in range(count)])
     wrong_B = torch.cat([one(row, 0) for row in range(count)])  # planted: all draw the same start
-    assert (apart_B - together_B).abs().max() < 1e-4 < (wrong_B - together_B).abs().max()
+    assert (apart_B - together_B).abs().max() < 1e-9 < 1e-4 < (wrong_B - together_B).abs().max()
 
 
 def test_noise_is_a_function_of_seed_and_position() -> None:
@@ -150,7 +152,7 @@ def test_a_batch_objective_gives_its_own_gradient(linear: Scene) -> None:
         emb = linear.embedder(images)
         return torch.cdist(emb, emb)[labels[:, None] == labels].mean()
 
-    config = PGDConfig(epsilon=8, steps=4, keep_best=False)
+    config = PGDConfig(epsilon=8, steps=4, keep_best=False, alpha_ratio=2.5)
     with quiet(linear.embedder):
         images, value = pgd(spread, linear.images_QCHW, config)
         assert value.shape == () and spread(images) > spread(linear.images_QCHW) + 0.1

@@ -1,6 +1,7 @@
 """What an attack's measurement counts, and that planted faults do not pass for robustness."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -166,24 +167,28 @@ def test_every_attack_computes_in_full_precision() -> None:
         assert seen == {(False, False)}, name
 
 
-@pytest.mark.parametrize("ratio", [1.0, 2.5])
-def test_each_attack_takes_the_step_size_that_is_asked_for(
-    ratio: float, monkeypatch: pytest.MonkeyPatch
+def test_the_step_size_adapts_wherever_robustness_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    taken: list[float] = []
+    """`alpha_ratio` is of the attack `pgd` alone."""
+    taken: dict[str, set[float | None]] = {}
 
-    def spy(*given: Any, **options: Any) -> Any:
-        taken.append(given[2].alpha_ratio)
+    def spy(module: str, *given: Any, **options: Any) -> Any:
+        taken.setdefault(module, set()).add(given[2].alpha_ratio)
         return pgd(*given, **options)
 
-    for module in ("verification", "gallery", "audit"):
-        monkeypatch.setattr(f"flowerray.robustness.{module}.pgd", spy)
+    for module in ("robustness.verification", "robustness.gallery", "robustness.audit"):
+        monkeypatch.setattr(f"flowerray.{module}.pgd", partial(spy, module))
     arena, _, pairs = pairs_here()
-    config = QUICK.model_copy(update={"alpha_ratio": ratio, "eps": (0.0, 16.0)})
+    config = QUICK.model_copy(update={"alpha_ratio": 1.5, "eps": (0.0, 16.0)})
     attack_pairs(arena, pairs, 0.5, config)
     attack_gallery(arena, store_of(pictures(5, 2)[0]), 16.0, config)
     Auditor(arena, attack(arena, config)).huge()
-    assert len(taken) >= 3 and set(taken) == {ratio}
+    assert list(taken.values()) == 3 * [{None}]
+    for name, ratio in (("margin", None), ("shift", None), ("pgd", 1.5)):
+        monkeypatch.setattr("flowerray.attacks.bank.pgd", partial(spy, name))
+        perturb(arena, name, np.arange(4), 16.0, config)
+        assert taken[name] == {ratio}
 
 
 def test_pixels_that_are_no_pixels_are_refused() -> None:
