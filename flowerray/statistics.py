@@ -22,7 +22,7 @@ _RARE = 10
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean (or mean difference) and its confidence interval, as text `0.812 [0.800, 0.824]`."""
+    """A mean (or mean difference) and its confidence interval."""
 
     n: int
     """Queries or seeds behind the mean."""
@@ -38,25 +38,12 @@ class Interval:
         low, high = (None if np.isnan(bound) else float(bound) for bound in (self.low, self.high))
         return {"mean": self.mean, "low": low, "high": high, "n": self.n}
 
-    def __str__(self) -> str:
-        return format(self, "")
-
-    def __format__(self, spec: str) -> str:
-        """`spec` is that of the numbers, by default `.3f`."""
-        spec = spec or ".3f"
-        if np.isnan(self.low):
-            return f"{self.mean:{spec}} (n={self.n})"
-        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
-
 
 @dataclass(frozen=True)
 class PairedTest(Interval):
     """A mean difference with its interval and the two-sided p-value of no difference."""
 
     p_value: float = 1.0
-
-    def __format__(self, spec: str) -> str:
-        return f"{super().__format__(spec)}, p = {self.p_value:.2g}"
 
 
 def bootstrap_interval(

@@ -24,7 +24,7 @@ FLOORS = [
     "attacks: pgd logits objectives library bank",
     "data: dataset splits download images store folder oxford source batches augment",
     "methods: _base center siamese triplet",
-    "show: style charts contact page",
+    "show: style interval columns charts contact page",
     "training: rundir harden progress checkpoint loop run curves table",
     "tracking: server state sync",
     "opening",

@@ -6,7 +6,6 @@ from scipy import stats
 
 from flowerray.errors import UserError
 from flowerray.statistics import (
-    Interval,
     bootstrap_interval,
     front,
     holm,
@@ -15,14 +14,6 @@ from flowerray.statistics import (
     permutation_test,
     t_interval,
 )
-
-
-def test_interval_as_text() -> None:
-    interval = Interval(100, 0.81249, 0.8, 0.824)
-    assert str(interval) == "0.812 [0.800, 0.824]"
-    assert f"{interval:.1%}" == "81.2% [80.0%, 82.4%]"
-    assert str(t_interval([0.5])) == "0.500 (n=1)"
-    assert str(mcnemar([1, 1, 0], [1, 0, 0])).endswith(", p = 1")
 
 
 def test_t_interval_equals_scipy() -> None:

@@ -6,9 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowerray.files import atomic_file
-from flowerray.show.charts import plain_axes
-from flowerray.show.style import BLUE, GREY, INK, ORANGE
+from flowerray.show.columns import columns
+from flowerray.show.interval import MISSING, words
+from flowerray.show.style import (
+    BLUE,
+    GREY,
+    INK,
+    ORANGE,
+    legend_below,
+    panels,
+    plain_axes,
+    save,
+    short,
+)
 
 NAME = 28
 """Columns of a model's name."""
@@ -22,22 +32,36 @@ def backbones_table(content: dict[str, Any]) -> str:
     """What was measured, who was skipped and why, and which model to take."""
     c = content
     rows = c["models"]
+    names = [short(row["model"], NAME) for row in rows]
+    cost = [["model", "M par", "GFLOP", "ms", "infer img/s", "train img/s"]]
+    for name, row in zip(names, rows, strict=True):
+        speeds = (
+            f"{row[f'{kind}_img_s']:,.0f} x{row[f'{kind}_ratio']:.2f}"
+            for kind in ("inference", "training")
+        )
+        cost.append(
+            [
+                name, f"{row['params'] / 1e6:.1f}", f"{row['flops'] / 1e9:.2f}",
+                f"{row['latency_ms']:.1f}", *speeds,
+            ]
+        )  # fmt: skip
+    found = [["", "model", "weights", "R@1, 95 % CI", "MAP@R", "linear", "IN-1k"]]
+    for name, row in zip(names, rows, strict=True):
+        found.append(
+            [
+                "*" if row["front_latency"] or row["front_params"] else "",
+                name,
+                "RANDOM" if row["weights"] == "random" else row["weights"],
+                words(row["recall_at_1"]),
+                f"{row['map_at_r']['mean']:.3f}",
+                MISSING if row["linear"] is None else f"{row['linear']['mean']:.3f}",
+                words(row["imagenet_top1"], ".1f"),
+            ]
+        )
     lines = [
         f"Cost at {c['image_size']} px, {c['precision']}, threads {c['threads']}",
         f"on {c['device']}",
-        f"  {'model':<{NAME}}{'M par':>6}{'GFLOP':>7}{'ms':>7}{'infer img/s':>14}"
-        f"{'train img/s':>14}",
-    ]
-    for row in rows:
-        speeds = "".join(
-            f"{row[f'{kind}_img_s']:>8,.0f} x{row[f'{kind}_ratio']:.2f}"
-            for kind in ("inference", "training")
-        )
-        lines.append(
-            f"  {_short(row['model']):<{NAME}}{row['params'] / 1e6:6.1f}{row['flops'] / 1e9:7.2f}"
-            f"{row['latency_ms']:7.1f}{speeds}"
-        )
-    lines += [
+        *columns(cost, "<>>>>>", indent=2),
         _wrap(
             "  ",
             f"ms: one image alone; img/s: batches of {c['batch_size']}; x: share of the fastest's "
@@ -46,24 +70,10 @@ def backbones_table(content: dict[str, Any]) -> str:
         ),
         "",
         f"Frozen features: {rows[0]['queries']:,} {c['split']} queries, gallery {c['gallery']}",
-        f"  {'model':<{NAME}} {'weights':<8}{'R@1, 95 % CI':<21}{'MAP@R':>6}{'linear':>7}"
-        f"{'IN-1k':>6}",
+        *columns(found, "<<<<>>>", gap=1),
+        "  * on the Pareto front of R@1 against ms or parameters (trained weights only)",
+        f"  linear: logistic regression on train, C = {c['linear_c']:g}; IN-1k: published",
     ]
-    for row in rows:
-        found = row["recall_at_1"]
-        recall = f"{found['mean']:.3f}"
-        if found["low"] is not None:
-            recall += f" [{found['low']:.3f}, {found['high']:.3f}]"
-        linear = "-" if row["linear"] is None else f"{row['linear']['mean']:.3f}"
-        top1 = "-" if row["imagenet_top1"] is None else f"{row['imagenet_top1']:.1f}"
-        mark = "*" if row["front_latency"] or row["front_params"] else " "
-        weights = "RANDOM" if row["weights"] == "random" else row["weights"]
-        lines.append(
-            f"{mark} {_short(row['model']):<{NAME}} {weights:<8}{recall:<21}"
-            f"{row['map_at_r']['mean']:6.3f}{linear:>7}{top1:>6}"
-        )
-    lines.append("  * on the Pareto front of R@1 against ms or parameters (trained weights only)")
-    lines.append(f"  linear: logistic regression on train, C = {c['linear_c']:g}; IN-1k: published")
     if c["random_weights"]:
         lines.append(
             f"  RANDOM weights ({c['random_weights']} of {len(rows)} models): their accuracy says "
@@ -79,24 +89,27 @@ def plot_backbones(content: dict[str, Any], out_png: Path) -> Path:
     """R@1 with its interval against latency and against size, the fronts as lines, random weights
     hollow and named so; numbers at the points stand for the names at the side.
     """
+    return save(backbones_figure(content), out_png)
+
+
+def backbones_figure(content: dict[str, Any]) -> Any:
+    """The figure of `plot_backbones`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
     rows = content["models"]
     height = max(5.2, 1.4 + 0.19 * len(rows))
-    figure = Figure(figsize=(13, height), dpi=120, layout="constrained")
+    figure, ((*pair, side),) = panels(13, height, 1, 3, width_ratios=(4, 4, 2.4))
     canvas = FigureCanvasAgg(figure)
-    *panels, side = figure.subplots(1, 3, width_ratios=(4, 4, 2.4))
-    panels[1].sharey(panels[0])
+    pair[1].sharey(pair[0])
     side.set_axis_off()
     names = [
         f"{number:>2}  {row['model']}" + (" (random)" if row["weights"] == "random" else "")
         for number, row in enumerate(rows, start=1)
     ]
     side.text(0, 1, "\n".join(names), fontsize=9, color=INK, va="top", linespacing=1.5)
-    for axes, (cost, scale, front, label) in zip(panels, _PANELS, strict=True):
-        plain_axes(axes, "", label, "R@1 of frozen features" if axes is panels[0] else "")
+    for axes, (cost, scale, front, label) in zip(pair, _PANELS, strict=True):
+        plain_axes(axes, "", label, "R@1 of frozen features" if axes is pair[0] else "")
         axes.set_xscale("log")
         for row in rows:
             random = row["weights"] == "random"
@@ -120,20 +133,17 @@ def plot_backbones(content: dict[str, Any], out_png: Path) -> Path:
     keys = [("D", ORANGE, ORANGE, "Pareto front"), ("o", BLUE, BLUE, "trained weights"),
             ("s", GREY, "white", "RANDOM weights: says nothing of trained ones")]  # fmt: skip
     for marker, edge, face, text in keys:
-        panels[0].plot([], [], marker, color=edge, markerfacecolor=face, label=text)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+        pair[0].plot([], [], marker, color=edge, markerfacecolor=face, label=text)
+    legend_below(figure, 3)
     figure.suptitle(
         f"Backbones at {content['image_size']} px, {content['split']} queries; {content['device']},"
         f" threads {content['threads']}", fontsize=11, x=0.01, ha="left",
     )  # fmt: skip
-    for axes, (cost, scale, _, _) in zip(panels, _PANELS, strict=True):
+    for axes, (cost, scale, _, _) in zip(pair, _PANELS, strict=True):
         points = [(row[cost] * scale, row["recall_at_1"]["mean"]) for row in rows]
         numbers = [str(number) for number in range(1, len(rows) + 1)]
         place_labels(canvas, axes, points, numbers)
-    out_png.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(out_png) as temporary:
-        figure.savefig(temporary, format="png")
-    return out_png
+    return figure
 
 
 def place_labels(
@@ -229,7 +239,3 @@ def _wrap(head: str, text: str) -> str:
         head + text, 80, subsequent_indent=" " * len(head),
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= NAME else name[: NAME - 1] + "…"

@@ -65,7 +65,9 @@ def evaluate(words: list[str]) -> int:
         measurement = command.evaluate_model(model, data, whole, config, options.as_json)
     title = f"{options.embedder.backbone}, frozen" if options.frozen else str(options.run)
     if options.as_json:
-        print(as_json({**measurement.metrics, "run": None if options.frozen else options.run}))
+        shown = {name: found.to_dict() for name, found in table.intervals(measurement).items()}
+        run = None if options.frozen else options.run
+        print(as_json({**measurement.metrics, "run": run, "intervals": shown}))
     else:
         print(table.measurement(title, measurement))
     if model is not None and model.folder is not None and not options.frozen:

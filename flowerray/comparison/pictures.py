@@ -10,9 +10,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flowerray.files import atomic_file
 from flowerray.report.numbers import Record, scores
-from flowerray.show.style import BLUE, GRID, INK, ORANGE
+from flowerray.show.charts import forest
+from flowerray.show.columns import columns
+from flowerray.show.interval import read, words
+from flowerray.show.style import BLUE, ORANGE, save
 from flowerray.statistics import bootstrap_interval, holm, paired_bootstrap, t_interval
 from flowerray.text import labelled
 
@@ -82,57 +84,43 @@ def comparison_table(content: dict[str, Any]) -> str:
         lines += [
             "",
             f"{protocol}: {found['queries']:,} test queries, gallery {found['gallery']}",
-            f"{'':<15}{'R@1':<22}{'MAP@R':<22}{'images':>8}{'s':>7}",
         ]
+        table = [["", *METRICS.values(), "images", "s"]]
         for name, row in found["rows"].items():
-            cells = "".join(f"{interval(row[metric]):<22}" for metric in METRICS)
-            cost = f"{row['images']:>8,}{row['seconds']:>7.0f}" if row["images"] else ""
-            lines.append(f"{name:<15}{cells}{cost}".rstrip())
-        lines += ["", f"{'difference':<27}{'R@1':<27}{'p':>8}{'Holm p':>9}"]
+            cost = [f"{row['images']:,}", f"{row['seconds']:.0f}"] if row["images"] else ["", ""]
+            table.append([name, *(words(row[metric]) for metric in METRICS), *cost])
+        lines += [*columns(table, "<<<>>"), ""]
+        table = [["difference", "R@1", "p", "Holm p"]]
         for pair in found["pairs"]:
             test = pair["recall_at_1"]
+            p_values = [f"{test[name]:.2g}" for name in ("p_value", "p_holm")]
             names = f"{pair['first']} - {pair['second']}"
-            numbers = f"{test['p_value']:>8.2g}{test['p_holm']:>9.2g}"
-            lines.append(f"{names:<27}{interval(test, '+'):<27}{numbers}")
+            table.append([names, words(test, "+.3f"), *p_values])
+        lines += columns(table, "<<>>")
     lines += ["", "Rows: mean and 95 % t interval over seeds (frozen: bootstrap over queries);"]
     lines += ["images and seconds of one training. Differences: paired bootstrap over the same"]
     lines += ["queries x seeds; Holm p holds for all differences of a protocol together."]
     return "\n".join([*lines, *(labelled("note", text) for text in content["notes"])])
 
 
-def interval(found: dict[str, Any], sign: str = "") -> str:
-    """`0.812 [0.800, 0.824]`; without bounds where one seed allows none."""
-    text = f"{found['mean']:{sign}.3f}"
-    if found["low"] is None:
-        return text
-    return f"{text} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
-
-
 def plot_comparison(content: dict[str, Any], out_png: Path) -> Path:
     """Mean and interval of each row, its seeds as faint points: a column a protocol, a line a
     metric.
     """
-    from matplotlib.figure import Figure
+    return save(comparison_figure(content), out_png)
 
-    protocols = content["protocols"]
-    size = (4.2 * len(protocols) + 1.2, 4.6)
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    panels = figure.subplots(len(METRICS), len(protocols), squeeze=False, sharey=True)
-    for column, (protocol, found) in enumerate(protocols.items()):
-        for axes, (metric, label) in zip(panels[:, column], METRICS.items(), strict=True):
-            names = list(found["rows"])
-            for place, (name, row) in enumerate(found["rows"].items()):
-                one, colour = row[metric], ORANGE if name == FROZEN else BLUE
-                axes.plot(one["values"], [place] * len(one["values"]), "o", color=colour, alpha=0.3)
-                if one["low"] is not None:
-                    axes.plot([one["low"], one["high"]], [place, place], color=colour, linewidth=2)
-                axes.plot(one["mean"], place, "|", color=colour, markersize=14, markeredgewidth=2.5)
-            axes.set_yticks(range(len(names)), names)
-            axes.set_title(f"{label}, {protocol}", fontsize=11, color=INK)
-            axes.grid(color=GRID, linewidth=0.6)
-            axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels[:, 0]:
-        axes.set_ylim(len(names) - 0.5, -0.5)
-    with atomic_file(out_png) as temporary:
-        figure.savefig(temporary, format="png")
-    return out_png
+
+def comparison_figure(content: dict[str, Any]) -> Any:
+    """The figure of `plot_comparison`."""
+    shown = {
+        f"{label}, {protocol}": {name: row[metric] for name, row in found["rows"].items()}
+        for metric, label in METRICS.items()
+        for protocol, found in content["protocols"].items()
+    }
+    rows = {name for panel in shown.values() for name in panel}
+    return forest(
+        {title: {name: read(one) for name, one in panel.items()} for title, panel in shown.items()},
+        {name: ORANGE if name == FROZEN else BLUE for name in rows},
+        len(content["protocols"]),
+        {title: {n: one["values"] for n, one in panel.items()} for title, panel in shown.items()},
+    )

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageFilter
 
 from flowerray.explain.cam import upsample
-from flowerray.files import atomic_file
+from flowerray.show.charts import forest
+from flowerray.show.contact import TILE, Group, Tile, contact_sheet
+from flowerray.show.style import BLUE, DPI, GREY, INK, ORANGE, SERIES, save, short
 from flowerray.statistics import Interval
 
-INK, GREY = "#222222", "#777777"
 DIVERGING = "PuOr_r"
 """Orange: more alike, purple: less alike; told apart by the colour-blind."""
-MATCHES = ("#0072b2", "#d55e00", "#009e73")
-"""Okabe and Ito's blue, vermillion, green: the three strongest pairs of regions."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,16 @@ def draw_pair(pair: Pair, out_png: Path) -> Path:
     """Why two images are alike or not: regions that match, both heat maps on one scale with its
     bar, and the concepts that they share.
     """
+    return save(pair_figure(pair), out_png)
+
+
+def pair_figure(pair: Pair) -> Any:
+    """The figure of `draw_pair`."""
     from matplotlib.figure import Figure
 
     strips = len(pair.concepts)
-    figure = Figure(figsize=(11, 3.6 + 1.45 * strips + (0.4 if strips else 0)), dpi=110)
-    figure.set_layout_engine("constrained")
+    size = (11, 3.6 + 1.45 * strips + (0.4 if strips else 0))
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=[3.3, 0.01 + 1.5 * strips])
     same = pair.similarity >= pair.threshold
     verdict = "same class" if same else "different classes"
@@ -93,12 +98,12 @@ def draw_pair(pair: Pair, out_png: Path) -> Path:
     )  # fmt: skip
     axes = parts[0].subplots(1, 4)
     for side in range(2):
-        _photograph(axes[side], pair.images_2SS3[side])
+        _show(axes[side], pair.images_2SS3[side])
         _boxes(axes[side], pair, side)
-        axes[side].set_title(_short(pair.names[side]), fontsize=10, color=INK)
+        axes[side].set_title(short(pair.names[side], 34, keep_end=True), fontsize=10, color=INK)
     top = float(np.abs(pair.maps_2HW).max()) or 1.0
     for side in range(2):
-        _overlay(axes[2 + side], pair.images_2SS3[side], pair.maps_2HW[side], top)
+        _show(axes[2 + side], _overlay(pair.images_2SS3[side], pair.maps_2HW[side], top))
         axes[2 + side].set_title(f"heat map of image {side + 1}", fontsize=10, color=INK)
     _bar(parts[0], axes[2:], top, pair.method)
     if pair.matches:
@@ -108,7 +113,7 @@ def draw_pair(pair: Pair, out_png: Path) -> Path:
         axes[0].set_xlabel("no exact matching of regions", fontsize=9, color=GREY, x=1.05)
     if strips:
         _strips(parts[1], pair)
-    return _save(figure, out_png)
+    return figure
 
 
 def draw_sheet(
@@ -117,7 +122,7 @@ def draw_sheet(
     masks_NSS: NDArray[np.bool_] | None,
     columns: Mapping[str, NDArray[np.float32]],
     captions: Mapping[str, Sequence[str]],
-    rows: Sequence[str],
+    names: Sequence[str],
     out_png: Path,
 ) -> Path:
     """Images in rows, methods in columns; each map on its own scale, since methods differ in
@@ -126,29 +131,18 @@ def draw_sheet(
     Args:
         columns: heading -> raw maps, one an image.
         captions: heading -> a line below each map.
-        rows: a line below each photograph.
+        names: a line below each photograph.
     """
-    from matplotlib.figure import Figure
-
-    count, width = len(images_NSS3), 1 + len(columns)
-    figure = Figure(figsize=(1.75 * width, 1.95 * count + 0.7), dpi=100, layout="constrained")
-    figure.suptitle(title, fontsize=11, color=INK)
-    axes = figure.subplots(count, width, squeeze=False)
-    for n in range(count):
-        _photograph(axes[n, 0], images_NSS3[n])
-        if masks_NSS is not None and masks_NSS[n].any() and not masks_NSS[n].all():
-            axes[n, 0].contour(masks_NSS[n], [0.5], colors="white", linewidths=2.0)
-            axes[n, 0].contour(masks_NSS[n], [0.5], colors=INK, linewidths=0.9)
-        axes[n, 0].set_xlabel(_short(rows[n], 24), fontsize=8, color=GREY)
-        for place, (name, maps) in enumerate(columns.items(), 1):
-            map_HW = maps[n]
-            _overlay(axes[n, place], images_NSS3[n], map_HW, float(np.abs(map_HW).max()) or 1.0)
-            axes[n, place].set_xlabel(captions[name][n], fontsize=8, color=GREY)
-            if n == 0:
-                axes[0, place].set_title(name, fontsize=9, color=INK)
-    heading = "photograph" if masks_NSS is None else "photograph, mask"
-    axes[0, 0].set_title(heading, fontsize=9, color=INK)
-    return _save(figure, out_png)
+    rows = []
+    for n, image_SS3 in enumerate(_tiles(images_NSS3)):
+        first = image_SS3 if masks_NSS is None else _outlined(image_SS3, masks_NSS[n])
+        groups = [("photograph" if masks_NSS is None else "photograph, mask", first, names[n])]
+        for heading, maps_NHW in columns.items():
+            top = float(np.abs(maps_NHW[n]).max()) or 1.0
+            drawn = (_overlay(image_SS3, maps_NHW[n], top) * 255).round().astype(np.uint8)
+            groups.append((heading, drawn, captions[heading][n]))
+        rows.append([Group("" if n else h, (Tile(tile, (below,)),)) for h, tile, below in groups])
+    return contact_sheet(rows, out_png, title)
 
 
 def draw_scores(
@@ -158,35 +152,24 @@ def draw_scores(
     out_png: Path,
 ) -> Path:
     """Each metric's means with 95 % intervals, methods from top to bottom, the first one marked."""
-    from matplotlib.figure import Figure
+    return save(scores_figure(title, table, labels), out_png)
 
-    names, metrics = list(table), list(labels)
-    columns = min(4, len(metrics))
-    lines = -(-len(metrics) // columns)
-    figure = Figure(
-        figsize=(13, 0.8 + lines * (0.9 + 0.27 * len(names))), dpi=110, layout="constrained"
-    )
+
+def scores_figure(
+    title: str, table: Mapping[str, Mapping[str, Interval]], labels: Mapping[str, str]
+) -> Any:
+    """The figure of `draw_scores`."""
+    first = next(iter(table))
+    colours = {name: ORANGE if name == first else BLUE for name in table}
+    content = {
+        label: {name: row[metric] for name, row in table.items()}
+        for metric, label in labels.items()
+    }
+    figure = forest(content, colours)
+    for axes, metric in zip(figure.axes, labels, strict=False):
+        axes.axvline(table[first][metric].mean, color=ORANGE, linewidth=0.6, alpha=0.6)
     figure.suptitle(title, fontsize=11, color=INK)
-    axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
-    for place, axis in enumerate(axes.flat):
-        if place >= len(metrics):
-            axis.set_visible(False)
-            continue
-        metric = metrics[place]
-        for height, name in enumerate(names):
-            found = table[name][metric]
-            colour = MATCHES[1] if height == 0 else MATCHES[0]
-            low, high = np.nan_to_num([found.low, found.high], nan=found.mean)
-            axis.plot([low, high], [height, height], color=colour, linewidth=2)
-            axis.plot([found.mean], [height], "o", color=colour, markersize=5)
-        axis.axvline(table[names[0]][metric].mean, color=MATCHES[1], linewidth=0.6, alpha=0.6)
-        axis.set_yticks(range(len(names)), names, fontsize=9)
-        axis.set_ylim(len(names) - 0.5, -0.5)
-        axis.tick_params(axis="x", labelsize=8)
-        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_title(labels[metric], fontsize=10, color=INK)
-    return _save(figure, out_png)
+    return figure
 
 
 def _strips(part: Any, pair: Pair) -> None:
@@ -205,9 +188,9 @@ def _strips(part: Any, pair: Pair) -> None:
         line[0].text(0.98, 0.5, text, ha="right", va="center", fontsize=10, color=INK)
         top = float(strip.maps_2HW.max()) or 1.0
         for side in range(2):
-            _overlay(line[1 + side], pair.images_2SS3[side], strip.maps_2HW[side], top)
+            _show(line[1 + side], _overlay(pair.images_2SS3[side], strip.maps_2HW[side], top))
         for axis, crop in zip(line[3:], strip.crops_MSS3, strict=True):
-            _photograph(axis, crop)
+            _show(axis, crop)
 
 
 def _boxes(axis: Any, pair: Pair, side: int) -> None:
@@ -215,7 +198,7 @@ def _boxes(axis: Any, pair: Pair, side: int) -> None:
 
     size = pair.images_2SS3.shape[1]
     height, width = size / pair.grid[0], size / pair.grid[1]
-    for number, (match, colour) in enumerate(zip(pair.matches, MATCHES, strict=False), 1):
+    for number, (match, colour) in enumerate(zip(pair.matches, SERIES, strict=False), 1):
         row, column = match.second if side else match.first
         corner = (column * width - 0.5, row * height - 0.5)
         for line, edge in ((4.5, "white"), (2.5, colour)):
@@ -229,24 +212,40 @@ def _boxes(axis: Any, pair: Pair, side: int) -> None:
         )  # fmt: skip
 
 
-def _overlay(axis: Any, image_SS3: NDArray[np.uint8], map_HW: NDArray, top: float) -> None:
-    """A map in colour over the grey photograph: the further from 0, the less of it shows."""
+def _overlay(image_SS3: NDArray[np.uint8], map_HW: NDArray, top: float) -> NDArray[np.float64]:
+    """A map in colour over the grey photograph, 0..1: the nearer to 0, the less of it shows."""
     from matplotlib import colormaps
 
-    size = image_SS3.shape[0]
-    value = np.clip(_large(map_HW, size) / top, -1, 1)
+    value = np.clip(_large(map_HW, image_SS3.shape[0]) / top, -1, 1)
     colour = colormaps[DIVERGING]((value + 1) / 2)[..., :3]
     grey = (image_SS3 @ np.array([0.299, 0.587, 0.114]))[..., None] / 255
     grey = 0.25 + 0.7 * grey.repeat(3, -1)
     weight = (0.85 * np.abs(value) ** 0.7)[..., None]
-    axis.imshow(weight * colour + (1 - weight) * grey)
-    _bare(axis)
+    return weight * colour + (1 - weight) * grey
 
 
 def _large(map_HW: NDArray, size: int) -> NDArray[np.float32]:
     if map_HW.shape == (size, size):
         return np.asarray(map_HW, np.float32)
     return upsample(map_HW[None], size)[0]
+
+
+def _tiles(images_NSS3: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """Photographs of a contact sheet's size."""
+    size = (TILE, TILE)
+    return [np.asarray(Image.fromarray(i).resize(size, Image.Resampling.BICUBIC))
+            for i in images_NSS3]  # fmt: skip
+
+
+def _outlined(image_SS3: NDArray[np.uint8], mask_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """The photograph with the mask's outline, dark within white."""
+    size = image_SS3.shape[:2]
+    mask = Image.fromarray(mask_HW).resize(size, Image.Resampling.NEAREST).convert("L")
+    inside, wide = (np.asarray(mask.filter(ImageFilter.MinFilter(n))) > 0 for n in (3, 7))
+    image = image_SS3.copy()
+    image[(np.asarray(mask) > 0) & ~wide] = 255
+    image[inside & ~(np.asarray(mask.filter(ImageFilter.MinFilter(5))) > 0)] = 34
+    return image
 
 
 def _bar(part: Any, axes: Any, top: float, label: str) -> None:
@@ -261,23 +260,8 @@ def _bar(part: Any, axes: Any, top: float, label: str) -> None:
     bar.outline.set_visible(False)
 
 
-def _photograph(axis: Any, image: NDArray[np.uint8]) -> None:
+def _show(axis: Any, image: NDArray) -> None:
     axis.imshow(image)
-    _bare(axis)
-
-
-def _bare(axis: Any) -> None:
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_visible(False)
-
-
-def _short(text: str, longest: int = 34) -> str:
-    text = text if len(text) <= longest else "…" + text[-longest + 1 :]
-    return text.replace("$", r"\$")  # two of them would be read as mathematics
-
-
-def _save(figure: Any, out_png: Path) -> Path:
-    with atomic_file(out_png) as temporary:
-        figure.savefig(temporary, format="png")
-    return out_png

@@ -132,4 +132,4 @@ def _heading(judged: Judged, name: str) -> str:
     if name != "chosen":
         return name
     e = judged.explainer
-    return "\n".join(filter(None, (e.method, e.layer + (", held" if e.norm == "held" else ""))))
+    return ", ".join(filter(None, (e.method, e.layer, "held" if e.norm == "held" else "")))

@@ -1,8 +1,11 @@
 """What `flowerray explain` prints, in 80 columns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from flowerray.show.columns import columns
+from flowerray.show.interval import words
+from flowerray.show.style import short
 from flowerray.text import labelled
 
 _BLOCKS = (("energy", "pointing", "iou"), ("deletion", "insertion", "road_morf"))
@@ -56,15 +59,13 @@ def concepts(result: Mapping[str, Any]) -> str:
     whose = f" of {result['class']}" if result["class"] else ""
     lines = [
         f"{result['images']} {result['split']} images{whose}, layer {result['layer']}",
-        f" {'concept':<24}{'score':>7}{'random':>8}{'accuracy':>10}{'p (Holm)':>10}",
     ]
+    table = [["concept", "score", "random", "accuracy", "p (Holm)", ""]]
     for found in result["concepts"]:
+        numbers = (f"{found[name]:.2f}" for name in ("score", "random", "accuracy"))
         mark = "depends on it" if found["significant"] else ""
-        lines.append(
-            f" {found['name'][:23]:<24}{found['score']:7.2f}{found['random']:8.2f}"
-            f"{found['accuracy']:10.2f}{found['p_value']:10.2g}  {mark}".rstrip()
-        )
-    return "\n".join(lines)
+        table.append([short(found["name"]), *numbers, f"{found['p_value']:.2g}", mark])
+    return "\n".join([*lines, *columns(table, "<>>>><", indent=1)])
 
 
 def _model(result: Mapping[str, Any]) -> list[str]:
@@ -88,32 +89,24 @@ def _model(result: Mapping[str, Any]) -> list[str]:
         lines.append(f" (deletion, insertion and ROAD on {tested} of the images)")
     lines += ["", "chosen map better by (above 0 is better)"]
     lines += _table(result["gain_over"], signed=True)
-    lines += ["", f"{'sanity check':<16}{'chosen map':>16}{'edges':>18}   passes"]
+    checks = [["sanity check", "chosen map", "edges", "passes"]]
     for check, found in result["sanity"]["chosen"].items():
         edge = result["sanity"]["edges"].get(check)
         cells = [_check(found), "" if edge is None else _check(edge)]
-        lines.append(f"  {check:<14}{cells[0]:>16}{cells[1]:>18}   {found['rule']}".rstrip())
-    return lines
+        checks.append([f"  {check}", *cells, found["rule"]])
+    return [*lines, "", *columns(checks, "<>><", gap=3)]
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]], signed: bool = False) -> list[str]:
     lines: list[str] = []
-    sign = "+" if signed else ""
     for block in _BLOCKS:
-        metrics: Sequence[str] = [m for m in block if all(m in row for row in rows.values())]
-        if not metrics:
-            continue
-        lines.append(f" {'':<16}" + "".join(f"{_HEADS[m]:<21}" for m in metrics).rstrip())
-        for name, row in rows.items():
-            cells = "".join(_interval(row[m], sign).ljust(21) for m in metrics)
-            lines.append(f" {name:<16}{cells}".rstrip())
+        metrics = [m for m in block if all(m in row for row in rows.values())]
+        if metrics:
+            spec = "+.2f" if signed else ".2f"
+            table = [["", *(_HEADS[m] for m in metrics)]]
+            table += [[n, *(words(row[m], spec) for m in metrics)] for n, row in rows.items()]
+            lines += columns(table, "<" * len(table[0]), indent=1, gap=1)
     return lines
-
-
-def _interval(found: Mapping[str, Any], sign: str) -> str:
-    if found["low"] is None:  # of a single image
-        return f"{found['mean']:{sign}.2f}"
-    return f"{found['mean']:{sign}.2f} [{found['low']:{sign}.2f}, {found['high']:{sign}.2f}]"
 
 
 def _check(found: Mapping[str, Any]) -> str:

@@ -12,57 +12,50 @@ from numpy.typing import NDArray
 from flowerray.explore.counts import ClassRow
 from flowerray.explore.maps import Map
 from flowerray.explore.scan import COLOUR_SIDE, Survey
+from flowerray.show.style import BLUE, DPI, GRID, ORANGE, PALE, SERIES, panels, plain_axes, short
 
-_BLUE, _GRID, _GREY = "#0072b2", "#dddddd", "#b8b8b8"
-_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b0528f", "#a07800", "#56b4e9", "#222222", "#e69f00")
-"""Okabe and Ito's, told apart by the colour-blind; two of them darker, to be seen on white."""
 NAMED = 40
 """Classes whose names fit below the bars."""
 
 
 def class_bars(counts: Mapping[str, int]) -> Any:
     """Images of each class, the largest first."""
-    figure, axes = _figure(10.0, 3.4 if len(counts) <= NAMED else 3.0)
-    axes.bar(range(len(counts)), list(counts.values()), color=_BLUE, width=0.85)
+    figure, ((axes,),) = panels(10.0, 3.4 if len(counts) <= NAMED else 3.0)
+    plain_axes(axes, "", "", "images")
+    axes.bar(range(len(counts)), list(counts.values()), color=BLUE, width=0.85)
     mean = sum(counts.values()) / len(counts)
-    axes.axhline(mean, color="#d55e00", linewidth=1.2, linestyle="--", label=f"mean {mean:.1f}")
+    axes.axhline(mean, color=ORANGE, linewidth=1.2, linestyle="--", label=f"mean {mean:.1f}")
     axes.legend(frameon=False, fontsize=9, loc="upper right")
     axes.set_xlim(-0.6, len(counts) - 0.4)
     axes.set_ylim(0, 1.18 * max(counts.values()))  # room for the legend
     if len(counts) <= NAMED:
-        axes.set_xticks(range(len(counts)), [_short(name) for name in counts], rotation=45,
+        axes.set_xticks(range(len(counts)), [short(name) for name in counts], rotation=45,
                         ha="right", fontsize=8)  # fmt: skip
         axes.tick_params(axis="x", length=0)
     else:
         axes.set_xticks([])
         names = list(counts)
-        axes.set_xlabel(f"{len(names)} classes, from {_short(names[0])} to {_short(names[-1])}")
-    axes.set_ylabel("images")
+        axes.set_xlabel(f"{len(names)} classes, from {short(names[0])} to {short(names[-1])}")
     return figure
 
 
 def size_panels(survey: Survey) -> Any:
     """Widths against heights, and how aspect ratios spread."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.0, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    places, count = np.unique(survey.size_N2, axis=0, return_counts=True)
-    left.scatter(*places.T, s=10 + 90 * count / count.max(), color=_BLUE, alpha=0.5, linewidths=0)
-    _plain(left)
+    figure, ((left, right),) = panels(10.0, 3.4, 1, 2)
+    plain_axes(left, "", "width (pixels)", "height (pixels)")
+    plain_axes(right, "", "width / height", "images")
+    step = max(1, round(survey.size_N2.max() / 500))  # finer cannot be seen
+    rounded_N2 = (survey.size_N2 / step).round() * step
+    places, count = np.unique(rounded_N2, axis=0, return_counts=True)
+    left.scatter(*places.T, s=10 + 90 * count / count.max(), color=BLUE, alpha=0.5, linewidths=0)
     top = float(survey.size_N2.max()) * 1.08
     left.set_xlim(0, top)
     left.set_ylim(0, top)
     left.set_aspect("equal")
-    left.set_xlabel("width (pixels)")
-    left.set_ylabel("height (pixels)")
     ratio_N = survey.size_N2[:, 0] / survey.size_N2[:, 1]
     # 1 : 1 falls into the middle of a bin.
     edges = np.arange(min(0.475, ratio_N.min() - 0.05), max(2.0, ratio_N.max()) + 0.05, 0.05)
-    right.hist(ratio_N, bins=edges, color=_BLUE)
-    _plain(right)
-    right.set_xlabel("width / height")
-    right.set_ylabel("images")
+    right.hist(ratio_N, bins=edges, color=BLUE)
     return figure
 
 
@@ -73,19 +66,17 @@ def colour_panels(rows: Sequence[ClassRow]) -> Any:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.0, 4.2), layout="constrained")
+    figure = Figure(figsize=(10.0, 4.2), dpi=DPI, layout="constrained")
     left = figure.add_subplot(1, 2, 1)
     wheel: Any = figure.add_subplot(1, 2, 2, projection="polar")
-    _plain(left)
-    wheel.grid(color=_GRID, linewidth=0.6)
-    wheel.spines["polar"].set_color(_GRID)
+    plain_axes(left, "", "brightness (mean luma, 0..1)", "contrast (standard deviation)")
+    wheel.grid(color=GRID, linewidth=0.6)
+    wheel.spines["polar"].set_color(GRID)
     wheel.set_xticks(np.deg2rad([0, 60, 120, 180, 240, 300]),
                      ["red", "yellow", "green", "cyan", "blue", "magenta"])  # fmt: skip
     look: dict[str, Any] = {"edgecolors": "#888888", "linewidths": 0.5, "s": 42}
     colours = [row.colour for row in rows]
     left.scatter([r.brightness for r in rows], [r.contrast for r in rows], c=colours, **look)
-    left.set_xlabel("brightness (mean luma, 0..1)")
-    left.set_ylabel("contrast (standard deviation)")
     hued = [row for row in rows if not np.isnan(row.hue)]
     if hued:
         angle = np.deg2rad([row.hue for row in hued])
@@ -97,7 +88,7 @@ def colour_panels(rows: Sequence[ClassRow]) -> Any:
     wheel.set_title("dominant hue (angle) and saturation (radius)", fontsize=10)
     points = np.array([(row.brightness, row.contrast) for row in rows])
     for i in _outlying(points):
-        left.annotate(_short(rows[i].name, 20), points[i], xytext=(5, 4),
+        left.annotate(short(rows[i].name, 20), points[i], xytext=(5, 4),
                       textcoords="offset points", fontsize=7.5)  # fmt: skip
     left.margins(0.12)
     return figure
@@ -117,12 +108,9 @@ def map_panels(
         classes: name of each label.
         highlighted: up to 8 labels.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.0, 4.5 * len(maps)), dpi=120, layout="constrained")
-    grid = figure.subplots(len(maps), 2, squeeze=False)
-    shown = list(highlighted)[: len(_PALETTE)]
-    names = [_short(classes[label], 26) for label in shown]
+    figure, grid = panels(10.0, 4.5 * len(maps), len(maps), 2)
+    shown = list(highlighted)[: len(SERIES)]
+    names = [short(classes[label], 26) for label in shown]
     handles: list[Any] = []
     for (title, found), pair in zip(maps.items(), grid, strict=True):
         shares = " + ".join(f"{share:.0%}" for share in found.explained)
@@ -130,14 +118,14 @@ def map_panels(
                  (f"t-SNE of {title}", found.tsne_M2))  # fmt: skip
         for axes, (heading, points) in zip(pair, kinds, strict=True):
             rest = ~np.isin(labels_M, shown)
-            axes.scatter(*points[rest].T, s=7, color=_GREY, alpha=0.6, linewidths=0)
-            for label, colour in zip(shown, _PALETTE, strict=False):
+            axes.scatter(*points[rest].T, s=7, color=PALE, alpha=0.6, linewidths=0)
+            for label, colour in zip(shown, SERIES, strict=False):
                 own = labels_M == label
                 handles.append(axes.scatter(*points[own].T, s=16, color=colour, linewidths=0))
             axes.set_title(heading, fontsize=10, loc="left")
             axes.set_xticks([])
             axes.set_yticks([])
-            axes.spines[:].set_color(_GRID)
+            axes.spines[:].set_color(GRID)
     if shown:
         # Given by hand: a label that starts with "_" is otherwise kept out of legends.
         figure.legend(
@@ -179,23 +167,3 @@ def _outlying(points_C2: NDArray[np.float64], count: int = 8) -> list[int]:
         if len(chosen) < count and not ((gaps[:, 0] < 0.3) & (gaps[:, 1] < 0.06)).any():
             chosen.append(i)
     return chosen
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    _plain(axes)
-    return figure, axes
-
-
-def _plain(axes: Any) -> None:
-    axes.grid(color=_GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _short(text: str, length: int = 24) -> str:
-    text = text if len(text) <= length else text[: length - 1] + "…"
-    return text.replace("$", r"\$")  # two of them would be read as mathematics

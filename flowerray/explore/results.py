@@ -9,6 +9,7 @@ from flowerray.explore import counts, pictures
 from flowerray.explore.exploration import Exploration
 from flowerray.files import atomic_file
 from flowerray.show.contact import Group, Tile, contact_sheet
+from flowerray.show.style import save
 
 SHEET_PAIRS = 24
 """Near-duplicates on the contact sheet, the surest first, leaks before others."""
@@ -72,23 +73,22 @@ def write_pictures(found: Exploration, out: Path) -> dict[str, Any]:
         "colours": pictures.colour_panels(counts.class_table(survey)),
     }
     for name, figure in charts.items():
-        _save(figure, out / f"{name}.png")
+        save(figure, out / f"{name}.png")
     if found.maps:
         labels_M = dataset.labels_N[found.map_images]
         figure = pictures.map_panels(found.maps, labels_M, dataset.classes, highlighted(found))
-        _save(figure, out / "maps.png")
+        save(figure, out / "maps.png")
     if "embeddings" in found.maps:
         small = survey.colour_NSS3[found.map_images]
         image = pictures.picture_map(found.maps["embeddings"].tsne_M2, small)
-        with atomic_file(out / "map_pictures.png") as temporary:
-            image.save(temporary, format="PNG")
+        save(image, out / "map_pictures.png")
     for name, rows in (
         ("look_alikes", _look_alike_rows(found)),
         ("variation", _variation_rows(found)),
         ("duplicates", _duplicate_rows(found)),
     ):
         if rows:
-            contact_sheet(rows, out / f"{name}.png")
+            contact_sheet(rows, out / f"{name}.png", whole=True)
     return charts
 
 
@@ -145,13 +145,8 @@ def _duplicate_rows(found: Exploration) -> list[list[Group]]:
 def _tiles(found: Exploration, images: Sequence[int], split: bool = False) -> tuple[Tile, ...]:
     dataset, split_N = found.survey.dataset, found.survey.split_names()
     return tuple(
-        Tile(dataset.paths[i], f"{split_N[i]} " * split + dataset.paths[i].stem) for i in images
+        Tile(dataset.paths[i], (f"{split_N[i]} " * split + dataset.paths[i].stem,)) for i in images
     )
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
 
 
 def _csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

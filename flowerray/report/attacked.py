@@ -10,9 +10,10 @@ import numpy as np
 
 from flowerray.report.gather import Entry, Setting
 from flowerray.report.numbers import Comparison, corrected, hit_difference
-from flowerray.report.sections import cell, highest, missing, p_text, signed
+from flowerray.report.sections import cell, highest, missing, p_text
 from flowerray.robustness.config import AttackConfig
 from flowerray.show import charts
+from flowerray.show.interval import read_score, words
 from flowerray.show.page import Block, Details, Note, Picture, Table, Text
 from flowerray.statistics import Interval, t_interval
 
@@ -95,9 +96,8 @@ def worst_case(records: Sequence[Record], eps: str, key: str = "recall_at_1") ->
     at = [r["worst_case"][eps] for r in records if key in r["worst_case"].get(eps, {})]
     if not at:
         return None
-    if len(at) == 1 and key == "recall_at_1":
-        low, high = (np.nan if end is None else end for end in at[0]["ci"])
-        return Interval(at[0]["n"], at[0][key], low, high)
+    if len(at) == 1:
+        return read_score(at[0], key)
     found = t_interval([score[key] for score in at])
     return Interval(found.n, found.mean, max(found.low, 0.0), min(found.high, 1.0))
 
@@ -220,7 +220,7 @@ def _paired(rows: Sequence[tuple[str, Comparison]]) -> Table:
             c.first,
             c.second,
             f"{eps}/255",
-            signed(c.recall),
+            words(c.recall, "+.3f"),
             p_text(c.recall.p_value),
             p_text(c.p_holm),
         ]

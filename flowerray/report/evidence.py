@@ -1,19 +1,17 @@
 """The report's sections that are made of pictures: galleries, failures, explanations."""
 
 import io
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flowerray.errors import UserError
 from flowerray.report.gather import Entry, Setting, read_json
 from flowerray.report.numbers import FROZEN, Measured, measured
-from flowerray.report.sections import cell, missing
+from flowerray.report.sections import missing
+from flowerray.show.interval import words
 from flowerray.show.page import Block, Note, Picture, Pictures, Table, Text
-from flowerray.statistics import Interval
 
 WORST = 8
 """Failures, and classes, that are shown."""
@@ -216,7 +214,7 @@ def _faithfulness(about: str, content: dict) -> list[Block]:
     rows: list[list[str | float | None]] = [
         [
             "chosen map" if name == "chosen" else name,
-            *(cell(_interval(row[m], content["images"])) for m in metrics),
+            *(words(row[m]) for m in metrics),
         ]
         for name, row in scores.items()
     ]
@@ -235,11 +233,6 @@ def _faithfulness(about: str, content: dict) -> list[Block]:
         text = f"{about}: the map fails the sanity checks {', '.join(failed)}."
         return [Note(text, "warn"), *blocks]
     return [*blocks, Text(f"The map passes its sanity checks: {', '.join(map(_words, checks))}.")]
-
-
-def _interval(row: Mapping[str, Any], images: int) -> Interval:
-    low, high = (math.nan if row[name] is None else row[name] for name in ("low", "high"))
-    return Interval(row.get("n", images), row["mean"], low, high)
 
 
 def _words(name: str) -> str:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from flowerray.report.gather import Entry, Setting, Variant
 from flowerray.report.numbers import FROZEN, Comparison, Measured, comparisons, measured, summary
 from flowerray.show import charts
+from flowerray.show.interval import words
 from flowerray.show.page import Block, Bold, Commands, Details, Note, Picture, Table, Text
+from flowerray.show.style import GREY
 from flowerray.statistics import Interval
 from flowerray.text import counted
 
@@ -107,7 +109,7 @@ def _clean_table(table: Measured) -> list[Block]:
             for key in ("recall_at_1", "map_at_r")
             if key in metrics
         },
-        [name for name in found if name.startswith(FROZEN)],
+        {name: GREY for name in found if name.startswith(FROZEN)},
     )
     alt = "R@1 and MAP@R of each variant with intervals, as in the table above."
     return [
@@ -121,7 +123,7 @@ def _paired(rows: Sequence[Comparison]) -> Table:
         ["A", "B", "R@1, A - B", "MAP@R, A - B", "p", "p, Holm"],
         [
             [
-                c.first, c.second, signed(c.recall), signed(c.average_precision),
+                c.first, c.second, words(c.recall, "+.3f"), words(c.average_precision, "+.3f"),
                 p_text(c.recall.p_value), p_text(c.p_holm),
             ]
             for c in rows
@@ -267,21 +269,13 @@ def cell(found: Interval | None, best: float | None = None) -> str | None:
     """A mean with its interval, bold where it is the best."""
     if found is None:
         return None
-    text = f"{found.mean:.3f}" if found.low != found.low else f"{found:.3f}"
-    return Bold(text) if found.mean == best else text
+    return Bold(words(found)) if found.mean == best else words(found)
 
 
 def highest(found: Sequence[Interval | None]) -> float | None:
     """The best of several means; None where there is nothing to choose from."""
     means = [i.mean for i in found if i is not None]
     return max(means) if len(means) > 1 else None
-
-
-def signed(found: Interval | None) -> str | None:
-    """A difference with its interval."""
-    if found is None:
-        return None
-    return format(Interval(found.n, found.mean, found.low, found.high), "+.3f")
 
 
 def p_text(value: float) -> str:

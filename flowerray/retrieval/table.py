@@ -1,11 +1,14 @@
 """What `evaluate`, `similar` and `search` print."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from flowerray.retrieval.measure import Measurement
 from flowerray.retrieval.pictures import Neighbour
-from flowerray.statistics import bootstrap_interval
+from flowerray.show.columns import columns
+from flowerray.show.interval import words
+from flowerray.statistics import Interval, bootstrap_interval
 
 LABELS = {
     "recall_at_1": "R@1",
@@ -26,16 +29,15 @@ def measurement(title: str, result: Measurement) -> str:
     """The metrics of one evaluation, with 95 % bootstrap intervals over queries where they are
     means of queries.
     """
-    m = result.metrics
+    m, known = result.metrics, intervals(result)
+    rows = [[label, words(known.get(key, m[key]))] for key, label in LABELS.items() if key in m]
     lines = [
         title,
         f"{m['num_queries']} {m['split']} queries, gallery {m['gallery']} of {m['num_gallery']} "
         f"images, protocol {m['protocol']}",
         "",
+        *columns(rows, "<<", indent=2),
     ]
-    for key, label in LABELS.items():
-        if key in m:
-            lines.append(f"  {label:<26}{m[key]:7.3f}  {interval(result, key)}".rstrip())
     if m["num_queries_without_match"]:
         lines.append(
             f"  left out: {m['num_queries_without_match']} queries with none of their class to find"
@@ -43,13 +45,17 @@ def measurement(title: str, result: Measurement) -> str:
     return "\n".join(lines)
 
 
-def interval(result: Measurement, key: str) -> str:
-    """`[low, high]` of a metric that is a mean over queries, else nothing."""
-    if key not in PER_QUERY:
-        return ""
+def intervals(result: Measurement) -> dict[str, Interval]:
+    """The metrics that are means over queries, with their intervals."""
     counted = result.per_query["num_relevant"] > 0
-    ci = bootstrap_interval(result.per_query[PER_QUERY[key]][counted].astype(float))
-    return f"[{ci.low:.3f}, {ci.high:.3f}]"
+    return {
+        key: replace(
+            bootstrap_interval(result.per_query[name][counted].astype(float)),
+            mean=result.metrics[key],
+        )
+        for key, name in PER_QUERY.items()
+        if key in result.metrics
+    }
 
 
 def compare(results: dict[str, Measurement]) -> str:
@@ -59,12 +65,11 @@ def compare(results: dict[str, Measurement]) -> str:
         for k in ("recall_at_1", "recall_at_5", "map_at_r")
         if all(k in r.metrics for r in results.values())
     ]
-    head = f"  {'':<12}" + "".join(f"{LABELS[k]:<22}" for k in keys)
-    lines = [head.rstrip()]
+    rows = [["", *(LABELS[k] for k in keys)]]
     for name, result in results.items():
-        cells = "".join(f"{result.metrics[k]:.3f} {interval(result, k):<16}" for k in keys)
-        lines.append(f"  {name:<12}{cells}".rstrip())
-    return "\n".join(lines)
+        known = intervals(result)
+        rows.append([name, *(words(known.get(k, result.metrics[k])) for k in keys)])
+    return "\n".join(columns(rows, "<" * len(rows[0]), indent=2))
 
 
 def similar(result: dict[str, Any]) -> str:
@@ -75,9 +80,8 @@ def similar(result: dict[str, Any]) -> str:
 
 def neighbours(found: Sequence[Neighbour]) -> str:
     """Ranks, similarities, classes and files."""
-    width = max([5, *(len(n.class_name) for n in found)])
-    lines = [f"{'rank':>4}  {'cosine':>6}  {'class':<{width}}  image"]
+    rows = [["rank", "cosine", "class", "image"]]
     for rank, n in enumerate(found, start=1):
         path = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(n.path))
-        lines.append(f"{rank:>4}  {n.similarity:6.3f}  {n.class_name:<{width}}  {path}")
-    return "\n".join(lines)
+        rows.append([str(rank), f"{n.similarity:.3f}", n.class_name, path])
+    return "\n".join(columns(rows, ">><<"))

@@ -3,6 +3,8 @@
 import textwrap
 from typing import Any
 
+from flowerray.show.interval import MISSING, read_score, words
+
 _WIDTH = 80
 _NAME = 12
 _RADII = 11
@@ -41,11 +43,9 @@ def _table(content: dict[str, Any]) -> list[str]:
     for start in range(0, len(radii), _RADII):
         lines += [*[""] * bool(start), *_columns(content, radii[start : start + _RADII])]
     expected, found = content["expected_robustness"], content["collapse"]
-    low, high = expected["ci"]
-    bounds = "" if low is None else f" [{low:.3f}, {high:.3f}]"
     lines += [
         f"clean R@1 {clean['recall_at_1']:.3f}, expected robustness (mean of the curve) "
-        f"{expected['recall_at_1']:.3f}{bounds}",
+        f"{words(read_score(expected))}",
         f"mean cosine {found['mean_cosine']:.3f}, effective rank {found['effective_rank']:.1f}",
     ]
     if content.get("ers") is not None:
@@ -69,9 +69,9 @@ def _columns(content: dict[str, Any], radii: list[str]) -> list[str]:
             lines.append(_row(f"  {name}", [_cell(scores, eps, "pair_accuracy") for eps in radii]))
     lines.append("worst case of all attacks:")
     lines.append(_row("  R@1", [_cell(worst, eps, "recall_at_1") for eps in radii]))
-    for side, label in ((0, "  95 % from"), (1, "  to")):
-        ends = [worst[eps]["ci"][side] for eps in radii]
-        lines.append(_row(label, ["-" if end is None else f"{end:.3f}" for end in ends]))
+    scores = [read_score(worst[eps]) for eps in radii]
+    for side, label in (("low", "  95 % from"), ("high", "  to")):
+        lines.append(_row(label, [words(score and getattr(score, side)) for score in scores]))
     lines.append(_row("  MAP@R", [_cell(worst, eps, "map_at_r") for eps in radii]))
     lines.append(_row("  retention", [_cell(worst, eps, "retention") for eps in radii]))
     if any("pair_accuracy" in worst[eps] for eps in radii):
@@ -106,7 +106,7 @@ def _audit(audit: dict[str, Any]) -> list[str]:
     verdict = "passed" if audit["passed"] else "FAILED"
     lines = [f"audit {verdict} ({audit['queries']} queries, mostly at {audit['eps']:g}/255)"]
     for check in audit["checks"]:
-        mark = {True: "pass", False: "FAIL", None: "-"}[check["passed"]]
+        mark = {True: "pass", False: "FAIL", None: MISSING}[check["passed"]]
         wrapped = textwrap.wrap(
             f"  {mark:<5}{check['name']}: {check['text']}", _WIDTH, subsequent_indent=" " * 9
         )
@@ -120,5 +120,4 @@ def _row(name: str, cells: list[str]) -> str:
 
 
 def _cell(scores: dict[str, Any], eps: str, field: str) -> str:
-    value = scores.get(eps, {}).get(field)
-    return "-" if value is None else f"{value:.3f}"
+    return words(scores.get(eps, {}).get(field))

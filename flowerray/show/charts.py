@@ -1,17 +1,29 @@
-"""Charts as SVG text that follows the page's colours, light and dark."""
+"""Charts of several groups, and any figure as SVG text that follows a page's colours."""
 
 import io
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flowerray.show.style import BLUE, GREEN, GREY, GRID, INK, ORANGE
+from flowerray.show.style import (
+    DPI,
+    GRID,
+    INK,
+    MARKERS,
+    PALE,
+    SERIES,
+    legend_below,
+    legible,
+    panels,
+    plain_axes,
+)
 from flowerray.statistics import Interval
 
-SERIES = (BLUE, ORANGE, GREEN, "#b0528f", "#a07800", "#7a4bb0", "#3d8fc4", GREY)
-"""One a curve, in page.css as --c0, --c1 and so on with their counterparts for the dark page."""
-MARKERS = "osD^vPX*"
+MOST_POINTS = 8000
+"""Of the curves of one panel together: more cannot be seen."""
 _FONT = re.compile(r"font: ([\d.]+px)[^;\"]*|font-family: [^;\"]*")
+_PLACES = re.compile(r'(?<= )(?:d|x|y|points|transform)="[^"]*"')
+_DIGITS = re.compile(r"(\.\d{2})\d+")
 
 Curve = Sequence[tuple[float, float]]
 """Points (x, y)."""
@@ -19,17 +31,20 @@ Curve = Sequence[tuple[float, float]]
 
 def svg(figure: Any) -> str:
     """A matplotlib figure as SVG without a background; ink, grid and series colours become the
-    page's, text stays text in the page's font. Closes nothing: a `Figure` needs no closing.
+    page's, text stays text in the page's font, and places keep two decimals. Closes nothing: a
+    `Figure` needs no closing.
     """
     import matplotlib
 
+    legible(figure)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "flowerray"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None}, dpi=DPI)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = _FONT.sub(lambda m: f"font-size: {m[1]}" if m[1] else "", text)
+    text = _PLACES.sub(lambda m: _DIGITS.sub(r"\1", m[0]), text)
     for number, colour in enumerate(SERIES):
         text = text.replace(colour, f"var(--c{number}, {colour})")
     text = text.replace(GRID, f"var(--line, {GRID})")
@@ -38,110 +53,125 @@ def svg(figure: Any) -> str:
     return text
 
 
-def plain_axes(axes: Any, title: str, x_label: str, y_label: str) -> None:
-    """Titles and a light grid, no frame."""
-    axes.set_title(title, fontsize=11, loc="left")
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def curves(
-    panels: Mapping[str, Mapping[str, Sequence[Curve]]], x_label: str, y_label: str = ""
-) -> str:
+    content: Mapping[str, Mapping[str, Sequence[Curve]]],
+    x_label: str,
+    y_label: str = "",
+    others: Mapping[str, Sequence[Curve]] | None = None,
+) -> Any:
     """One panel a title; in it a colour a group, a faint line a seed and their mean in full.
 
     Args:
-        panels: title -> group -> one curve a seed. The mean is over the x that all seeds have.
+        content: title -> group -> one curve a seed. The mean is over the x that all seeds have.
         y_label: of every panel; none where the title says it.
+        others: title -> curves in pale grey behind them.
     """
-    from matplotlib.figure import Figure
-
-    groups = list(dict.fromkeys(name for panel in panels.values() for name in panel))
-    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
-    rows = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, panel) in zip(rows, panels.items(), strict=True):
+    groups = list(dict.fromkeys(name for panel in content.values() for name in panel))
+    figure, grid = panels(4.2 * len(content), 3.4, 1, len(content))
+    for axes, (title, panel) in zip(grid[0], content.items(), strict=True):
         plain_axes(axes, title, x_label, y_label)
+        behind = (others or {}).get(title, ())
+        count = len(behind) + sum(map(len, panel.values()))
+        most = max(8, MOST_POINTS // max(count, 1))
+        for curve in behind:
+            axes.plot(*zip(*thinned(curve, most), strict=True), color=PALE, linewidth=0.7, zorder=1)
         for name, seeds in panel.items():
-            number = groups.index(name)
-            look: dict[str, Any] = {"color": SERIES[number % len(SERIES)]}
+            look = group_look(groups.index(name))
+            marker = look.pop("marker")
             for curve in seeds if len(seeds) > 1 else ():
-                axes.plot(*zip(*curve, strict=True), alpha=0.3, linewidth=0.9, **look)
-            look["marker"] = MARKERS[number % len(MARKERS)]
-            axes.plot(*mean_curve(seeds), linewidth=1.8, markersize=3.5, label=name, **look)
-    _legend(figure, rows, len(groups))
-    return svg(figure)
+                points = thinned(curve, most)
+                axes.plot(*zip(*points, strict=True), alpha=0.3, linewidth=0.9, **look)
+            mean = thinned(mean_curve(seeds), 200)
+            axes.plot(
+                [x for x, _ in mean], [y for _, y in mean], marker, linestyle="-", linewidth=1.8,
+                markersize=3.5, markevery=max(1, len(mean) // 30), label=name, **look,
+            )  # fmt: skip
+    legend_below(figure, 3)
+    return figure
 
 
 def bands(
-    panel: Mapping[str, Mapping[str, Interval]], ticks: Sequence[str], title: str, x_label: str
-) -> str:
+    content: Mapping[str, Mapping[str, Interval]],
+    ticks: Sequence[str],
+    title: str,
+    x_label: str,
+    y_label: str = "",
+) -> Any:
     """A curve with an interval's band for each group, at evenly spaced ticks, y from 0 to 1.
 
     Args:
-        panel: group -> tick -> interval.
+        content: group -> tick -> interval.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
-    axes = figure.subplots()
-    plain_axes(axes, title, x_label, "")
-    for number, (name, found) in enumerate(panel.items()):
-        look: dict[str, Any] = {"color": SERIES[number % len(SERIES)]}
+    figure, ((axes,),) = panels(7.2, 4.0)
+    plain_axes(axes, title, x_label, y_label)
+    for number, (name, found) in enumerate(content.items()):
+        look = group_look(number)
         x = [ticks.index(tick) for tick in found]
         low, high = [i.low for i in found.values()], [i.high for i in found.values()]
-        axes.fill_between(x, low, high, alpha=0.18, linewidth=0, **look)
-        look["marker"] = MARKERS[number % len(MARKERS)]
+        axes.fill_between(x, low, high, alpha=0.18, linewidth=0, color=look["color"])
         axes.plot(x, [i.mean for i in found.values()], markersize=4.5, label=name, **look)
     axes.set_xticks(range(len(ticks)), ticks)
     axes.set_ylim(-0.02, 1.02)
-    _legend(figure, [axes], len(panel))
-    return svg(figure)
+    legend_below(figure, 3)
+    return figure
 
 
-def forest(panels: Mapping[str, Mapping[str, Interval]], floors: Sequence[str] = ()) -> str:
-    """A point with its interval for each name, the same names beside every panel.
+def forest(
+    content: Mapping[str, Mapping[str, Interval]],
+    colours: Mapping[str, str] | None = None,
+    columns: int = 4,
+    values: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+) -> Any:
+    """A point with its interval for each name, one below the other, the same names beside every
+    panel.
 
     Args:
-        floors: names in grey; the others have the colours that they have in `curves`.
+        content: panel -> name -> interval.
+        colours: of names; the others have the colours that groups have in `curves`.
+        columns: panels side by side.
+        values: panel -> name -> what the mean is of, as faint points.
     """
-    from matplotlib.figure import Figure
-
-    names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
-    trained = [name for name in names if name not in floors]
-    figure = Figure(figsize=(8.6, 1.0 + 0.34 * len(names)), layout="constrained")
-    rows = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for axes, (title, panel) in zip(rows, panels.items(), strict=True):
-        plain_axes(axes, title, "", "")
-        for name in names:
+    names = list(dict.fromkeys(name for panel in content.values() for name in panel))
+    given = colours or {}
+    free = [name for name in names if name not in given]
+    columns = min(columns, len(content))
+    lines = -(-len(content) // columns)
+    height = lines * (1.0 + 0.3 * len(names))
+    figure, grid = panels(3.2 * columns + 2.2, height, lines, columns, sharey=True)
+    for axes in grid.flat[len(content) :]:
+        axes.set_visible(False)
+    for axes, (title, panel) in zip(grid.flat, content.items(), strict=False):
+        plain_axes(axes, title)
+        for place, name in enumerate(names):
             if (found := panel.get(name)) is None:
                 continue
-            colour = GREY if name in floors else SERIES[trained.index(name) % len(SERIES)]
-            look: dict[str, Any] = {"color": colour}
-            axes.plot([found.low, found.high], [name, name], linewidth=2.2, **look)
-            axes.plot([found.mean], [name], marker="o", markersize=6, **look)
+            colour = given[name] if name in given else group_look(free.index(name))["color"]
+            dots = (values or {}).get(title, {}).get(name, ())
+            axes.plot(dots, [place] * len(dots), "o", color=colour, alpha=0.3, linewidth=0)
+            axes.plot([found.low, found.high], [place, place], linewidth=2.2, color=colour)
+            axes.plot([found.mean], [place], "o", markersize=6, color=colour)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        axes.margins(y=0.6 / max(len(names), 1))
-    rows[0].invert_yaxis()
-    return svg(figure)
+    return figure
 
 
-def mean_curve(seeds: Sequence[Curve]) -> tuple[list[float], list[float]]:
-    """x and mean y over the seeds, at the x that every seed has."""
+def group_look(number: int) -> dict[str, Any]:
+    """Colour and marker of the n-th group."""
+    return {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def thinned(curve: Curve, most: int) -> Curve:
+    """At most that many points of a curve, evenly chosen, both ends among them."""
+    if len(curve) <= most:
+        return curve
+    step = (len(curve) - 1) / (most - 1)
+    return [curve[round(i * step)] for i in range(most)]
+
+
+def mean_curve(seeds: Sequence[Curve]) -> list[tuple[float, float]]:
+    """Mean y over the seeds, at the x that every seed has."""
     tables = [dict(curve) for curve in seeds]
     shared = sorted(set.intersection(*map(set, tables)))
-    return list(shared), [sum(table[x] for table in tables) / len(tables) for x in shared]
-
-
-def _legend(figure: Any, rows: Sequence[Any], groups: int) -> None:
-    found: dict[str, Any] = {}
-    for axes in rows:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    figure.legend(
-        found.values(), found.keys(), loc="outside lower center", ncols=min(groups, 3),
-        frameon=False, fontsize=9,
-    )  # fmt: skip
+    return [(x, sum(table[x] for table in tables) / len(tables)) for x in shared]

@@ -1,25 +1,34 @@
-"""Contact sheets: groups of photographs under headings."""
+"""Contact sheets: rows of groups of photographs with frames, marks and captions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from flowerray.data.images import decode
-from flowerray.files import atomic_file
+from flowerray.data.images import decode, thumbnail
+from flowerray.show.style import GREEN, GREY, INK, ORANGE, PAPER, font_runs, save
 
-_TILE, _GAP, _PART_GAP = 120, 8, 20  # pixels
-_HEADING, _CAPTION = 24, 18
-_INK, _FAINT, _PAPER, _EMPTY = (34,) * 3, (110,) * 3, (255,) * 3, (238,) * 3
+TILE = 148
+"""Pixels; each photograph's side."""
+_GAP, _GROUP_GAP, _LINE, _FRAME = 10, 24, 18, 5
+_EMPTY = "#eeeeee"
 
 
 @dataclass(frozen=True)
 class Tile:
     """One photograph."""
 
-    path: Path
-    caption: str = ""
+    picture: Path | NDArray[np.uint8]
+    """A file, or square pixels HWC."""
+    captions: tuple[str, ...] = ()
+    """A line below it each."""
+    right: bool | None = None
+    """A green frame with a tick, an orange one with a cross, or neither."""
 
 
 @dataclass(frozen=True)
@@ -30,49 +39,104 @@ class Group:
     tiles: tuple[Tile, ...]
 
 
-def contact_sheet(rows: Sequence[Sequence[Group]], out_png: Path) -> Path:
-    """Draws rows of groups one below the other, whole images in squares.
+Row = Sequence[Group]
+
+
+def contact_sheet(rows: Sequence[Row], out_png: Path, title: str = "", whole: bool = False) -> Path:
+    """Writes `draw_sheet`.
+
+    Raises:
+        UserError: an image that cannot be read.
+    """
+    return save(draw_sheet(rows, title, whole), out_png)
+
+
+def draw_sheet(rows: Sequence[Row], title: str = "", whole: bool = False) -> Image.Image:
+    """Rows of groups one below the other; a row's n-th group stands below the n-th of the others.
+
+    Args:
+        title: above everything.
+        whole: show files whole instead of the squares of their middle.
 
     Raises:
         UserError: an image that cannot be read.
     """
     assert rows, "a sheet without rows"
-    font, bold = ImageFont.load_default(12), ImageFont.load_default(14)
-    captions = any(tile.caption for row in rows for group in row for tile in group.tiles)
-    height = _HEADING + _TILE + _CAPTION * captions + 2 * _GAP
-    width = _GAP + max(sum(map(_width, row)) for row in rows) - _PART_GAP
-    sheet = Image.new("RGB", (width, len(rows) * height + _GAP), _PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for line, row in enumerate(rows):
-        left, top = _GAP, _GAP + line * height
-        for group in row:
-            _write(draw, (left, top), group.heading, bold, _INK, _width(group) - _PART_GAP)
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    widths = [0] * max(map(len, rows))
+    for row in rows:
+        for column, group in enumerate(row):
+            words = min(2 * TILE + _GAP, round(_length(pen, group.heading, 14)))
+            photographs = len(group.tiles) * (TILE + _GAP) - _GAP
+            widths[column] = max(widths[column], words, photographs)
+    lefts = [_GAP + sum(w + _GROUP_GAP for w in widths[:n]) for n in range(len(widths))]
+    heads = [_LINE + 4 if any(group.heading for group in row) else 0 for row in rows]
+    tails = [_LINE * max(len(t.captions) for g in row for t in g.tiles) + _GAP for row in rows]
+    top = _GAP + (_LINE + _GAP) * bool(title)
+    size = lefts[-1] + widths[-1] + _GAP, top + sum(heads) + len(rows) * TILE + sum(tails)
+    sheet = Image.new("RGB", size, PAPER)
+    pen = ImageDraw.Draw(sheet)
+    _write(pen, (_GAP, _GAP), title, 15, INK, size[0] - 2 * _GAP)
+    for row, head, tail in zip(rows, heads, tails, strict=True):
+        for left, width, group in zip(lefts, widths, row, strict=False):
+            _write(pen, (left, top), group.heading, 14, INK, width)
             for column, tile in enumerate(group.tiles):
-                place = left + column * (_TILE + _GAP), top + _HEADING
-                picture = ImageOps.pad(decode(tile.path), (_TILE, _TILE), color=_EMPTY)
-                sheet.paste(picture, place)
-                place = place[0], place[1] + _TILE + 2
-                _write(draw, place, tile.caption, font, _FAINT, _TILE)
-            left += _width(group)
-    with atomic_file(out_png) as temporary:
-        sheet.save(temporary, format="PNG")
-    return out_png
+                place = left + column * (TILE + _GAP), top + head
+                sheet.paste(_square(tile.picture, whole), place)
+                if tile.right is not None:
+                    _mark(pen, place, tile.right)
+                for line, caption in enumerate(tile.captions):
+                    below = place[0], place[1] + TILE + 2 + _LINE * line
+                    _write(pen, below, caption, 13, GREY if line else INK, TILE)
+        top += head + TILE + tail
+    return sheet
 
 
-def _width(group: Group) -> int:
-    """Of a group and the gap after it; a heading needs the room of two photographs."""
-    return max(2, len(group.tiles)) * (_TILE + _GAP) + _PART_GAP
+def _square(picture: Path | NDArray[np.uint8], whole: bool) -> Image.Image:
+    if isinstance(picture, Path):
+        if not whole:
+            return thumbnail(picture, TILE)
+        return ImageOps.pad(decode(picture), (TILE, TILE), color=_EMPTY)
+    return Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.NEAREST)
+
+
+def _mark(pen: ImageDraw.ImageDraw, place: tuple[int, int], right: bool) -> None:
+    """A frame and, in the corner, a tick or a cross: not by colour alone, and drawn, since not
+    every font has them.
+    """
+    (left, top), colour = place, GREEN if right else ORANGE
+    end = left + TILE - 1
+    pen.rectangle((left, top, end, top + TILE - 1), outline=colour, width=_FRAME)
+    x = end - 25
+    pen.rectangle((x, top, end, top + 25), fill=colour)
+    if right:
+        strokes = [[(x + 6, top + 13), (x + 11, top + 19), (x + 20, top + 6)]]
+    else:
+        strokes = [
+            [(x + 7, top + 7), (x + 19, top + 19)],
+            [(x + 7, top + 19), (x + 19, top + 7)],
+        ]
+    for stroke in strokes:
+        pen.line(stroke, PAPER, 4, joint="curve")
 
 
 def _write(
-    draw: ImageDraw.ImageDraw,
-    place: tuple[int, int],
-    text: str,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    colour: tuple[int, int, int],
-    width: int,
+    pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, colour: str, width: int
 ) -> None:
-    """Text, cut where it would be wider than that."""
-    while text and draw.textlength(text, font) > width:
+    """Text in one line, cut where it would be wider than that."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    while text and _length(pen, text, size) > width:
         text = text[:-2].rstrip("…") + "…"
-    draw.text(place, text, colour, font)
+    x, baseline = float(place[0]), place[1] + size
+    for path, part in font_runs(text):
+        pen.text((x, baseline), part, colour, _font(path, size), anchor="ls")
+        x += pen.textlength(part, _font(path, size))
+
+
+def _length(pen: ImageDraw.ImageDraw, text: str, size: int) -> float:
+    return sum(pen.textlength(part, _font(path, size)) for path, part in font_runs(text))
+
+
+@cache
+def _font(path: str, size: int) -> Any:
+    return ImageFont.truetype(path, size)

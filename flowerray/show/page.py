@@ -10,14 +10,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 from flowerray.errors import UserError
 from flowerray.files import atomic_file, writing
+from flowerray.show.charts import svg
+from flowerray.show.interval import MISSING
+from flowerray.show.style import SERIES, SERIES_ON_DARK
 
-MAX_WIDTH = 1800
-"""Pixels; wider pictures are scaled down to it."""
+WIDTHS = (1800, 1200, 800, 500)
+"""Pixels; wider pictures are scaled down to the first, or to the next where the page is too big."""
+MAX_BYTES = 4_800_000
+"""Of a page."""
 WIDE = 700
 """Pixels; what is wider is not shrunk to a phone's width but scrolls in its own box."""
 HEAVY = 150_000
@@ -25,7 +31,6 @@ HEAVY = 150_000
 _NUMBER = re.compile(r"^[+−-]?[\d,]*\.?\d+(?![\w.])|^<|^(nan|inf)$")
 _INTERVAL = re.compile(r"^([^\s\[]+) (\[[^\]]+\])")
 _CODE = re.compile(r"`([^`]+)`")
-_EMPTY = "–"
 
 
 class Bold(str):
@@ -88,15 +93,15 @@ class Table:
     def numeric(self) -> list[bool]:
         """For each column, whether every value in it starts with a number."""
         columns = list(zip(*self.cells, strict=True)) or [()] * len(self.header)
-        filled = [[cell for cell in column if cell != _EMPTY] for column in columns]
+        filled = [[cell for cell in column if cell != MISSING] for column in columns]
         return [bool(column) and all(map(_NUMBER.match, column)) for column in filled]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file, the bytes of one, or SVG text of our own making (`charts.svg`)."""
+    """An image file, the bytes of one, a matplotlib figure, or SVG text of one (`charts.svg`)."""
 
-    source: Path | bytes | str
+    source: Any
     alt: str
     """What it shows, for those who do not see it."""
     caption: str = ""
@@ -167,16 +172,31 @@ class Page:
         Raises:
             UserError: a picture that cannot be read.
         """
-        numbers = iter(range(10**6))
+        text = ""
+        for width in WIDTHS:
+            text = self._render(width)
+            if len(text.encode()) <= MAX_BYTES:
+                break
+        return text
+
+    def _render(self, width: int) -> str:
+        numbers = count()
 
         def figure(picture: Picture) -> Any:
-            return _figure(picture, next(numbers))
+            return _figure(picture, next(numbers), width)
 
         css = _environment().loader.get_source(_environment(), "page.css")[0]
+        light, dark = (
+            " ".join(f"--c{n}: {colour};" for n, colour in enumerate(colours))
+            for colours in (SERIES, SERIES_ON_DARK)
+        )
+        series = (
+            f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"
+        )
         template = _environment().get_template("page.html.j2")
         return template.render(
-            title=self.title, subtitle=self.subtitle, sections=self._sections, css=css,
-            figure=figure,
+            title=self.title, subtitle=self.subtitle, sections=self._sections,
+            css=f"{series}\n{css}", figure=figure,
         )  # fmt: skip
 
     def write(self, path: Path) -> Path:
@@ -225,17 +245,19 @@ def _cell(value: str | float | None) -> str:
     if isinstance(value, str):
         return value
     if value is None or value != value:
-        return _EMPTY
+        return MISSING
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
 
-def _figure(picture: Picture, number: int) -> Any:
-    """The picture's element: inline SVG, or an image inside a data address."""
+def _figure(picture: Picture, number: int, most: int) -> Any:
+    """The picture's element: inline SVG, or an image, not wider than that, in a data address."""
     from markupsafe import Markup, escape
 
-    if isinstance(picture.source, str):
-        return Markup(_inline(picture.source, str(escape(picture.alt)), f"v{number}-"))
-    data, kind, (width, height) = _bitmap(picture.source)
+    source = picture.source
+    if not isinstance(source, Path | bytes):
+        text = source if isinstance(source, str) else svg(source)
+        return Markup(_inline(text, str(escape(picture.alt)), f"v{number}-"))
+    data, kind, (width, height) = _bitmap(source, most)
     address = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     wide = ' class="wide"' if width > WIDE else ""
     return Markup('<img{} src="{}" width="{}" height="{}" alt="{}">').format(
@@ -253,20 +275,20 @@ def _inline(svg: str, alt: str, prefix: str) -> str:
     return body.replace("<svg", f'<svg{wide} role="img" aria-label="{alt}"', 1)
 
 
-def _bitmap(source: Path | bytes) -> tuple[bytes, str, tuple[int, int]]:
-    """A bitmap's bytes, kind and size; made smaller where it is wide or heavy."""
+def _bitmap(source: Path | bytes, most: int) -> tuple[bytes, str, tuple[int, int]]:
+    """A bitmap's bytes, kind and size; made smaller where it is wider or heavy."""
     from PIL import Image
 
     try:
         data = source if isinstance(source, bytes) else source.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             kind, size = (image.format or "png").lower(), image.size
-            if len(data) <= HEAVY and size[0] <= MAX_WIDTH and kind in ("png", "jpeg", "webp"):
+            if len(data) <= HEAVY and size[0] <= most and kind in ("png", "jpeg", "webp"):
                 return data, kind, size
             smaller = image.convert("RGBA")
     except OSError as error:
         raise UserError(f"{source!s:.100} cannot be read as a picture: {error}.") from error
-    smaller.thumbnail((MAX_WIDTH, 20 * MAX_WIDTH))
+    smaller.thumbnail((most, 20 * most))
     paper = Image.new("RGB", smaller.size, "white")
     paper.paste(smaller, mask=smaller.getchannel("A"))
     buffer = io.BytesIO()

@@ -7,15 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flowerray.files import atomic_file
-from flowerray.show.charts import plain_axes
-from flowerray.show.style import BLUE, GRID, INK, ORANGE
+from flowerray.show.columns import columns
+from flowerray.show.interval import words
+from flowerray.show.style import (
+    BLUE,
+    GREY,
+    GRID,
+    INK,
+    ORANGE,
+    legend_below,
+    panels,
+    plain_axes,
+    save,
+)
 from flowerray.statistics import front
 from flowerray.text import typed
 
 FEWEST = 4
 """Trials below which nothing can be said of a knob's importance."""
-FAINT = "#8a8a8a"
 
 
 @dataclass(frozen=True)
@@ -42,62 +51,50 @@ def plot_study(
         distributions: Optuna's, by knob.
         labels: of the objectives.
     """
-    from matplotlib.figure import Figure
-
     alive = [row for row in rows if row.outcome != "failed"]
     if not alive:
         return []
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn: list[Path] = []
-
-    def keep(name: str, figure: Figure) -> None:
-        with atomic_file(folder / name) as temporary:
-            figure.savefig(temporary, format="png", dpi=120)
-        drawn.append(folder / name)
-
-    keep("history.png", history_figure(alive, len(rows) - len(alive), labels[0]))
-    keep("slice.png", slice_figure(alive, distributions, labels[0]))
-    keep("parallel.png", parallel_figure(alive, distributions, labels[0]))
+    figures = {
+        "history": history_figure(alive, len(rows) - len(alive), labels[0]),
+        "slice": slice_figure(alive, distributions, labels[0]),
+        "parallel": parallel_figure(alive, distributions, labels[0]),
+    }
     if found := importances(alive, distributions):
-        keep("importance.png", importance_figure(found, common_epoch(alive), len(alive), labels[0]))
+        epoch = common_epoch(alive)
+        figures["importance"] = importance_figure(found, epoch, len(alive), labels[0])
     if len(labels) > 1:
-        keep("front.png", front_figure(alive, labels))
-    return drawn
+        figures["front"] = front_figure(alive, labels)
+    return [save(figure, folder / f"{name}.png") for name, figure in figures.items()]
 
 
 def history_figure(rows: Sequence[Row], failed: int, label: str) -> Any:
     """Each trial's value, and the best complete one so far."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure, ((axes,),) = panels(7, 3.6)
     title = f"Search history ({len(rows)} trials" + (f", {failed} more failed)" if failed else ")")
     plain_axes(axes, title, "trial", label)
     _scatter(axes, rows, [row.number for row in rows], label="trial")
     complete = [row for row in rows if row.outcome == "complete"]
     best = [max(r.values[0] for r in complete[: i + 1]) for i in range(len(complete))]
     axes.step([r.number for r in complete], best, where="post", color=ORANGE, label="best so far")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    legend_below(figure)
     return figure
 
 
 def slice_figure(rows: Sequence[Row], distributions: Mapping[str, Any], label: str) -> Any:
     """The first objective over each knob."""
-    from matplotlib.figure import Figure
-
     names = list(distributions)
-    columns = min(4, len(names))
-    lines = -(-len(names) // columns)
-    figure = Figure(figsize=(3.1 * columns, 2.7 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+    across = min(4, len(names))
+    down = -(-len(names) // across)
+    figure, grid = panels(3.1 * across, 2.7 * down, down, across, sharey=True)
+    grid = grid.ravel()
     for axes in grid[len(names) :]:
         axes.set_visible(False)
     for axes, name in zip(grid, names, strict=False):
-        plain_axes(axes, "", name, label if axes in grid[::columns] else "")
+        plain_axes(axes, "", name, label if axes in grid[::across] else "")
         places, ticks = scale(distributions[name], [row.params[name] for row in rows])
         _scatter(axes, rows, places)
         _ticks(axes, distributions[name], ticks)
-    _legend(figure, grid[0])
+    legend_below(figure, 3)
     return figure
 
 
@@ -106,18 +103,16 @@ def parallel_figure(rows: Sequence[Row], distributions: Mapping[str, Any], label
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
 
     names = list(distributions)
-    figure = Figure(figsize=(max(6, 1.5 * len(names) + 1), 4), layout="constrained")
-    axes = figure.subplots()
+    figure, ((axes,),) = panels(max(6, 1.5 * len(names) + 1), 4)
     values = [row.values[0] for row in rows]
     colour: Any = ScalarMappable(Normalize(min(values), max(values)), colormaps["viridis_r"])
-    columns = []
+    heights = []
     for x, name in enumerate(names):
         numbers, ticks = scale(distributions[name], [row.params[name] for row in rows])
         low, high = span(distributions[name], numbers)
-        columns.append([(n - low) / (high - low) for n in numbers])
+        heights.append([(n - low) / (high - low) for n in numbers])
         axes.axvline(x, color=GRID, linewidth=1)
         shown = [(low, _text(low, distributions[name])), (high, _text(high, distributions[name]))]
         for place, text in ticks or shown:
@@ -129,12 +124,13 @@ def parallel_figure(rows: Sequence[Row], distributions: Mapping[str, Any], label
     for i in sorted(range(len(rows)), key=lambda i: values[i]):
         axes.plot(
             range(len(names)),
-            [column[i] for column in columns],
+            [height[i] for height in heights],
             color=colour.to_rgba(values[i]),
             alpha=0.9 if rows[i].outcome == "complete" else 0.35,
             linewidth=1.4,
         )
-    axes.set_title("Trials through their knobs (stopped ones faint)", fontsize=11, loc="left")
+    plain_axes(axes, "Trials through their knobs (stopped ones faint)")
+    axes.grid(visible=False)
     wrapped = [name.replace(".", ".\n").replace("_", "_\n", 1) for name in names]
     axes.set_xticks(range(len(names)), wrapped, fontsize=8)
     axes.set_xlim(-0.15, len(names) - 0.4)
@@ -179,11 +175,8 @@ def importances(rows: Sequence[Row], distributions: Mapping[str, Any]) -> dict[s
 
 def importance_figure(found: Mapping[str, float], epoch: int, trials: int, label: str) -> Any:
     """Bars, the largest on top."""
-    from matplotlib.figure import Figure
-
     names = sorted(found, key=lambda name: found[name])
-    figure = Figure(figsize=(7, 0.9 + 0.34 * len(names)), layout="constrained")
-    axes = figure.subplots()
+    figure, ((axes,),) = panels(7, 0.9 + 0.34 * len(names))
     title = f"What mattered for {label} after epoch {epoch} ({trials} trials)"
     plain_axes(axes, title, "share of the variance (fANOVA)", "")
     axes.barh(names, [found[name] for name in names], color=BLUE, height=0.6)
@@ -197,14 +190,11 @@ def importance_figure(found: Mapping[str, float], epoch: int, trials: int, label
 
 def front_figure(rows: Sequence[Row], labels: Sequence[str]) -> Any:
     """Both objectives of the complete trials, and the front."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.6, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure, ((axes,),) = panels(5.6, 4.2)
     plain_axes(axes, "Clean against adversarial retrieval", *reversed(labels))
     complete = [row for row in rows if row.outcome == "complete"]
     for row in complete:
-        axes.plot(row.values[1], row.values[0], "o", color=FAINT, markersize=5)
+        axes.plot(row.values[1], row.values[0], "o", color=GREY, markersize=5)
     best = sorted((complete[i] for i in front([r.values for r in complete])),
                   key=lambda r: r.values[1])  # fmt: skip
     axes.plot([r.values[1] for r in best], [r.values[0] for r in best], "o-", color=BLUE)
@@ -273,12 +263,9 @@ def _scatter(axes: Any, rows: Sequence[Row], places: Sequence[float], label: str
                      label="the default")  # fmt: skip
 
 
-def _legend(figure: Any, axes: Any) -> None:
-    handles, texts = axes.get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside upper left", ncols=3, frameon=False, fontsize=9)
-
-
 # ---- the table
+
+_SHORT = {"val/map_at_r": "val MAP@R", "val/adversarial_recall_at_1": "adversarial R@1"}
 
 
 def study_table(result: Mapping[str, Any]) -> str:
@@ -287,20 +274,28 @@ def study_table(result: Mapping[str, Any]) -> str:
     """
     trials = result["trials"]
     total = sum(trials.values())
+    rows = [["knob", f"trial {result['best_trial']}", "default"]]
+    rows += [[n, _short(v), _short(result["default"][n])] for n, v in result["best"].items()]
+    rows.append(["", "", ""])
+    for name, value in result["searched"].items():
+        rows.append([f"{_SHORT.get(name, name)} in the search", f"{value:.3f}", ""])
+    confirmed = result.get("confirmed", {})
+    rows += _confirmed(result["objectives"], confirmed)
     lines = [
         f"{result['method']}: {total} trials ({trials['complete']} complete, {trials['stopped']} "
         f"stopped early, {trials['failed']} failed),",
         f"{result['images']:,} images trained",
         "",
-        f"  {'knob':<28}{'trial ' + result['best_trial']:<18}default",
+        *columns(rows, "<<<", indent=2),
     ]
-    for name, value in result["best"].items():
-        lines.append(f"  {name:<28}{_short(value):<18}{_short(result['default'][name])}")
-    lines.append("")
-    short = {"val/map_at_r": "val MAP@R", "val/adversarial_recall_at_1": "adversarial R@1"}
-    for name, value in result["searched"].items():
-        lines.append(f"  {short.get(name, name) + ' in the search':<28}{value:.3f}")
-    lines += _confirmed(result, short)
+    if not confirmed:
+        lines += ["", "  not confirmed on fresh seeds (--confirm-seeds 0)"]
+    elif "gain" not in confirmed:
+        lines.append("  no trial was better than the default")
+    if lost := confirmed.get("diverged"):
+        trainings = len(confirmed["seeds"]) * sum(side in confirmed for side in _SIDES)
+        said = f"{len(lost)} of {trainings} trainings with fresh seeds diverged and count as 0:"
+        lines += ["", f"  {said}", *(f"  {name}" for name in lost)]
     registered = result["registered"]
     lines += ["", f"champion  {result['winner']}: {result['champion']}"]
     if registered["version"] is not None:
@@ -313,32 +308,20 @@ def study_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _confirmed(result: Mapping[str, Any], short: Mapping[str, str]) -> list[str]:
-    if "confirmed" not in result:
-        return ["", "  not confirmed on fresh seeds (--confirm-seeds 0)"]
-    confirmed = result["confirmed"]
-    number = len(confirmed["seeds"])
-    lines = []
-    if lost := confirmed.get("diverged"):
-        trainings = number * sum(side in confirmed for side in ("tuned", "default"))
-        said = f"{len(lost)} of {trainings} trainings with fresh seeds diverged and count as 0:"
-        lines += ["", f"  {said}", *(f"  {name}" for name in lost), ""]
-    for name in result["objectives"]:
-        cells = []
-        for side in ("tuned", "default"):
-            values = confirmed.get(side, {}).get(name)
-            cells.append("" if values is None else f"{sum(values) / len(values):.3f}")
-        head = f"{short.get(name, name)}, {number} fresh seeds"
-        lines.append(f"  {head:<28}{cells[0]:<18}{cells[1]}")
+_SIDES = ("tuned", "default")
+
+
+def _confirmed(objectives: Sequence[str], confirmed: Mapping[str, Any]) -> list[list[str]]:
+    """Each objective's means over fresh seeds, and the gain."""
+    rows = []
+    for name in objectives if confirmed else ():
+        values = (confirmed.get(side, {}).get(name) for side in _SIDES)
+        means = ("" if v is None else f"{sum(v) / len(v):.3f}" for v in values)
+        rows.append([f"{_SHORT.get(name, name)}, {len(confirmed['seeds'])} fresh seeds", *means])
         if "gain" in confirmed:
             gain = confirmed["gain"][name]
-            bounds = (
-                "" if gain["low"] is None else f" [{gain['low']:+.3f}, {gain['high']:+.3f}] (95 %)"
-            )
-            lines.append(f"  {'gain':<28}{gain['mean']:+.3f}{bounds}")
-    if "gain" not in confirmed:
-        lines.append("  no trial was better than the default")
-    return lines
+            rows.append(["gain", words(gain, "+.3f"), "" if gain["low"] is None else "(95 %)"])
+    return rows
 
 
 def _short(value: Any) -> str:

@@ -4,18 +4,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from flowerray.explain import table
+from flowerray.explain import draw, table
 from flowerray.explain.draw import (
     ConceptStrip,
     Match,
     Pair,
     best_matches,
     draw_pair,
-    draw_scores,
     draw_sheet,
+    pair_figure,
+    scores_figure,
 )
+from flowerray.show.contact import Group
+from flowerray.show.style import BLUE, ORANGE
 from flowerray.statistics import Interval
 
 RNG = np.random.default_rng(0)
@@ -40,28 +42,52 @@ def test_a_pair(tmp_path: Path, strips: int, similarity: float) -> None:
         PHOTOGRAPHS, ("a/1.jpg", "b/2.jpg"), maps, "gradcam at layer4", similarity, 0.5, matches,
         (4, 4), (strip,) * strips,
     )  # fmt: skip
-    with Image.open(draw_pair(pair, tmp_path / "deep" / "pair.png")) as image:
-        assert image.width > 800 and (image.height > 600) == (strips > 0)
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["pair.png"]
+    figure = pair_figure(pair)
+    verdict = "same class" if similarity > 0.5 else "different classes"
+    assert figure.get_suptitle().endswith(verdict)
+    images = [axes for axes in figure.axes if axes.images]
+    assert len(images) == 4 + strips * (2 + 2)
+    np.testing.assert_array_equal(images[0].images[0].get_array(), PHOTOGRAPHS[0])
+    assert len(images[0].patches) == 2 * len(matches)  # each box has a white rim
+    if strips and similarity > 0.5:
+        draw_pair(pair, tmp_path / "deep" / "pair.png")
+        assert [path.name for path in (tmp_path / "deep").iterdir()] == ["pair.png"]
 
 
-def test_maps_without_anything_in_them_are_drawn(tmp_path: Path) -> None:
+def test_maps_are_tiles_beside_their_photographs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     maps = {"flat": np.zeros((2, 4, 4), np.float32), "own size": np.ones((2, 32, 32), np.float32)}
     captions = {name: ["energy 0.10", "energy 0.20"] for name in maps}
-    masks = np.stack([np.zeros((32, 32), bool), np.ones((32, 32), bool)])
-    for given in (masks, None):
-        out = tmp_path / "sheet.png"
-        draw_sheet("title", PHOTOGRAPHS, given, maps, captions, ["1.jpg", "2.jpg"], out)
-        with Image.open(out) as image:
-            assert image.width > 400
+    masks = np.zeros((2, 32, 32), bool)
+    masks[1, 8:24, 8:24] = True
+    given = ("title", PHOTOGRAPHS, masks, maps, captions, ["1.jpg", "2.jpg"])
+    assert draw_sheet(*given, tmp_path / "sheet.png").exists()
+    drawn: list[list[list[Group]]] = []
+    monkeypatch.setattr(draw, "contact_sheet", lambda rows, *_: drawn.append(rows))
+    draw_sheet(*given, tmp_path / "sheet.png")
+    draw_sheet("title", PHOTOGRAPHS, None, maps, captions, ["1.jpg", "2.jpg"], tmp_path / "x.png")
+    (first, second), (bare, _) = drawn
+    assert [g.heading for g in first] == ["photograph, mask", "flat", "own size"]
+    assert [g.heading for g in second] == [""] * 3
+    assert [g.tiles[0].captions for g in second] == [("2.jpg",), *[("energy 0.20",)] * 2]
+    plain, flat, full = (np.asarray(g.tiles[0].picture, float) for g in bare)
+    np.testing.assert_array_equal(first[0].tiles[0].picture, plain)  # an empty mask draws nothing
+    assert np.ptp(flat, axis=2).max() <= 1  # a map of zeros leaves the grey photograph
+    assert (full[..., 0] - full[..., 2]).min() > 50  # more alike is orange
+    outlined = np.asarray(second[0].tiles[0].picture)
+    assert (outlined == 255).all(2).sum() > 500 and (outlined == 34).all(2).sum() > 200
 
 
-def test_scores_with_and_without_an_interval(tmp_path: Path) -> None:
+def test_scores_with_and_without_an_interval() -> None:
     rows = {"energy": Interval(9, 0.5, 0.4, 0.6), "iou": Interval(1, 0.5, np.nan, np.nan)}
-    out = tmp_path / "scores.png"
-    draw_scores("title", {"ours": rows, "edges": rows}, {"energy": "energy", "iou": "IoU"}, out)
-    with Image.open(out) as image:
-        assert image.width > 800
+    figure = scores_figure("t", {"ours": rows, "edges": rows}, {"energy": "energy", "iou": "IoU"})
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["energy", "IoU"]
+    energy = figure.axes[0]
+    assert [label.get_text() for label in energy.get_yticklabels()] == ["ours", "edges"]
+    bars = [list(line.get_xdata()) for line in energy.lines if len(line.get_xdata()) == 2]
+    assert bars == [[0.4, 0.6], [0.4, 0.6], [0.5, 0.5]]  # and the mark of the first
+    assert {line.get_color() for line in energy.lines} == {ORANGE, BLUE}
 
 
 def test_tables_fit_80_columns() -> None:

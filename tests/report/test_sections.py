@@ -94,7 +94,8 @@ def test_a_failed_audit_is_shouted(tmp_path: Path) -> None:
     assert [row[2] for row in paired.rows] == ["2/255"]
     assert str(paired.rows[0][3]).startswith("+0.700 [")
     curve = next(block for block in blocks if isinstance(block, Picture))
-    assert isinstance(curve.source, str) and "AUDIT FAILED" in curve.source
+    legend = [text.get_text() for text in curve.source.legends[0].get_texts()]
+    assert legend == ["triplet", "triplet robust (pgd) (AUDIT FAILED)"]
     text = said(blocks)
     assert "half are zero" in text and "Cumulative" in text and "pixels are changed" in text
 

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from flowerray.errors import UserError
-from flowerray.show.charts import curves
+from flowerray.show import page as page_module
+from flowerray.show.charts import curves, svg
 from flowerray.show.page import (
     HEAVY,
-    MAX_WIDTH,
+    WIDTHS,
     Bold,
     Commands,
     Details,
@@ -26,6 +27,7 @@ from flowerray.show.page import (
     Text,
     _inline,
 )
+from flowerray.show.style import SERIES, SERIES_ON_DARK
 
 VOID = {"meta", "link", "img", "br", "path", "use"}
 
@@ -107,7 +109,7 @@ def test_every_block(tmp_path: Path) -> None:
     page.section(
         "Pictures",
         Pictures(Picture(small, "noise"), Picture(small.read_bytes(), "the same", "again")),
-        Details("more", Picture(chart, "a curve"), Picture(chart, "it again"), Text("folded")),
+        Details("more", Picture(chart, "a curve"), Picture(svg(chart), "again"), Text("folded")),
     )
     out = page.write(tmp_path / "page.html")
     reader = check_page(out.read_text())
@@ -159,25 +161,29 @@ def test_chapters_nest_in_the_contents() -> None:
 
 
 def test_heavy_and_wide_pictures_are_made_smaller() -> None:
-    heavy, wide = png(noise(400, 300)), png(noise(MAX_WIDTH * 2, 4))
+    heavy, wide = png(noise(400, 300)), png(noise(WIDTHS[0] * 2, 4))
     assert len(heavy) > HEAVY
     page = Page("t").section("s", Picture(heavy, "heavy"), Picture(wide, "wide"))
     first, second = stored(check_page(page.html()))
     assert first.format == "JPEG" and first.size == (400, 300)
-    assert second.size == (MAX_WIDTH, 2)
-    clear = png(Image.new("RGBA", (MAX_WIDTH + 1, 2), (0, 0, 0, 0)))
+    assert second.size == (WIDTHS[0], 2)
+    clear = png(Image.new("RGBA", (WIDTHS[0] + 1, 2), (0, 0, 0, 0)))
     (flat,) = stored(check_page(Page("t").section("s", Picture(clear, "clear")).html()))
     assert flat.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_charts_take_the_pages_colours() -> None:
-    chart = curves({"loss": {"a": [[(1, 1.0)]], "b": [[(1, 2.0)]]}}, "epoch", "nats")
-    assert {"var(--c0", "var(--c1", "var(--line", "currentColor"} <= set(
-        re.findall(r"var\(--\w+|currentColor", chart)
-    )
-    assert "font-family" not in chart and "DejaVu" not in chart and "#ffffff" not in chart
+def test_series_have_colours_for_light_and_dark() -> None:
     css = Page("t").section("s").html()
-    assert all(css.count(f"--c{n}:") == 2 for n in range(8))  # light and dark
+    for number, colours in enumerate(zip(SERIES, SERIES_ON_DARK, strict=True)):
+        assert re.findall(rf"--c{number}: (#\w+);", css) == list(colours)
+
+
+def test_a_page_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module, "MAX_BYTES", 200_000)
+    page = Page("t").section("s", *(Picture(png(noise(1000, 700)), "noise") for _ in range(2)))
+    text = page.html()
+    assert len(text) < 400_000
+    assert {image.width for image in stored(check_page(text))} == {WIDTHS[-1]}
 
 
 def test_faults_of_the_user(tmp_path: Path) -> None:
