@@ -151,7 +151,7 @@ def run(
             with torch.no_grad():
                 refuse_own_images(embedder(images_BCHW), gallery_GD)
         logits = MaxSimLogits(embedder, gallery_GD, gallery_labels_G)
-        scene = _Scene(
+        batch = _Batch(
             embedder=embedder,
             logits=logits,
             gallery_GD=gallery_GD,
@@ -165,12 +165,12 @@ def run(
             budget=budget,
             seed=seed,
         )
-        attacked_BCHW = _ATTACKS[name](scene)
-        return attacked_BCHW if raw else _within(attacked_BCHW, scene)
+        attacked_BCHW = _ATTACKS[name](batch)
+        return attacked_BCHW if raw else _within(attacked_BCHW, batch)
 
 
 @dataclass(frozen=True)
-class _Scene:
+class _Batch:
     """What an attack sees."""
 
     embedder: nn.Module
@@ -192,7 +192,7 @@ class _Scene:
         """Epsilon in the pixels' unit."""
         return self.epsilon / 255
 
-    def take(self, index_N: Tensor) -> "_Scene":
+    def take(self, index_N: Tensor) -> "_Batch":
         """The same with some of the images."""
         return replace(
             self,
@@ -237,56 +237,56 @@ def admissible(clean_BCHW: Tensor, attacked_BCHW: Tensor, norm: Norm, radius: fl
     return inside_B & (distance_B <= radius + (1e-6 if norm == "linf" else 2e-6 * (1 + radius)))
 
 
-def _within(attacked_BCHW: Tensor, scene: _Scene) -> Tensor:
+def _within(attacked_BCHW: Tensor, batch: _Batch) -> Tensor:
     """The attacked images where they are admissible, else the clean ones."""
-    inside_B = admissible(scene.images_BCHW, attacked_BCHW, scene.norm, scene.radius)
-    return attacked_BCHW.where(inside_B.view(-1, 1, 1, 1), scene.images_BCHW)
+    inside_B = admissible(batch.images_BCHW, attacked_BCHW, batch.norm, batch.radius)
+    return attacked_BCHW.where(inside_B.view(-1, 1, 1, 1), batch.images_BCHW)
 
 
-def _noise(scene: _Scene) -> Tensor:
+def _noise(batch: _Batch) -> Tensor:
     """Uniform noise of the same epsilon, a control that should cost nothing."""
-    _, *shape = scene.images_BCHW.shape
-    rows = noise((scene.seed,), scene.positions, (shape[0], shape[1], shape[2]), scene.norm)
-    return (scene.images_BCHW + scene.radius * rows.to(scene.images_BCHW)).clamp(0, 1)
+    _, *shape = batch.images_BCHW.shape
+    rows = noise((batch.seed,), batch.positions, (shape[0], shape[1], shape[2]), batch.norm)
+    return (batch.images_BCHW + batch.radius * rows.to(batch.images_BCHW)).clamp(0, 1)
 
 
-def _fgsm(scene: _Scene) -> Tensor:
+def _fgsm(batch: _Batch) -> Tensor:
     """Goodfellow, Shlens, Szegedy, ICLR 2015: one full step along the sign of the gradient."""
     config = PGDConfig(
-        norm=scene.norm,
-        epsilon=scene.epsilon,
+        norm=batch.norm,
+        epsilon=batch.epsilon,
         steps=1,
         alpha_ratio=1,
         random_start=False,
         keep_best=False,
     )
-    return pgd(cross_entropy(scene.logits, scene.place_B), scene.images_BCHW, config).images_BCHW
+    return pgd(cross_entropy(batch.logits, batch.place_B), batch.images_BCHW, config).images_BCHW
 
 
-def _pgd(scene: _Scene) -> Tensor:
+def _pgd(batch: _Batch) -> Tensor:
     """Madry et al., ICLR 2018, on the cross-entropy of `MaxSimLogits`, with a fixed step."""
     return pgd(
-        cross_entropy(scene.logits, scene.place_B, wrong_first=True),
-        scene.images_BCHW,
-        scene.budget.pgd(scene.norm, scene.epsilon, scene.budget.alpha_ratio),
-        seed=(scene.seed,),
-        positions=scene.positions,
-        stop_above=None if scene.budget.independent else WRONG / 2,
+        cross_entropy(batch.logits, batch.place_B, wrong_first=True),
+        batch.images_BCHW,
+        batch.budget.pgd(batch.norm, batch.epsilon, batch.budget.alpha_ratio),
+        seed=(batch.seed,),
+        positions=batch.positions,
+        stop_above=None if batch.budget.independent else WRONG / 2,
     ).images_BCHW
 
 
-def _shift(scene: _Scene) -> Tensor:
+def _shift(batch: _Batch) -> Tensor:
     """The largest shift need not be the wrong decision: a start that led to one is kept."""
     with torch.no_grad():
-        clean_BD = scene.embedder(scene.images_BCHW)
-    result_BCHW = scene.images_BCHW.clone()
+        clean_BD = batch.embedder(batch.images_BCHW)
+    result_BCHW = batch.images_BCHW.clone()
     index_N = torch.arange(len(result_BCHW), device=result_BCHW.device)
-    config = scene.budget.pgd(scene.norm, scene.epsilon).model_copy(update={"restarts": 1})
-    for restart in range(scene.budget.restarts):
-        left = scene.take(index_N)
-        aim = shift(scene.embedder, clean_BD[index_N])
-        seed = (scene.seed, restart)
-        found = pgd(aim, left.images_BCHW, config, seed=seed, positions=left.positions)
+    config = batch.budget.pgd(batch.norm, batch.epsilon).model_copy(update={"restarts": 1})
+    for restart in range(batch.budget.restarts):
+        left = batch.take(index_N)
+        objective = shift(batch.embedder, clean_BD[index_N])
+        seed = (batch.seed, restart)
+        found = pgd(objective, left.images_BCHW, config, seed=seed, positions=left.positions)
         result_BCHW[index_N] = found.images_BCHW
         index_N = index_N[left.right(found.images_BCHW)]
         if not len(index_N):
@@ -294,20 +294,20 @@ def _shift(scene: _Scene) -> Tensor:
     return result_BCHW
 
 
-def _margin(scene: _Scene) -> Tensor:
+def _margin(batch: _Batch) -> Tensor:
     return pgd(
-        margin(scene.embedder, scene.gallery_GD, scene.gallery_labels_G, scene.labels_B),
-        scene.images_BCHW,
-        scene.budget.pgd(scene.norm, scene.epsilon),
-        seed=(scene.seed,),
-        positions=scene.positions,
-        stop_above=None if scene.budget.independent else 0.0,
+        margin(batch.embedder, batch.gallery_GD, batch.gallery_labels_G, batch.labels_B),
+        batch.images_BCHW,
+        batch.budget.pgd(batch.norm, batch.epsilon),
+        seed=(batch.seed,),
+        positions=batch.positions,
+        stop_above=None if batch.budget.independent else 0.0,
     ).images_BCHW
 
 
-def _part(part: str) -> Callable[[_Scene], Tensor]:
-    def attack(scene: _Scene) -> Tensor:
-        budget = scene.budget
+def _part(part: str) -> Callable[[_Batch], Tensor]:
+    def attack(batch: _Batch) -> Tensor:
+        budget = batch.budget
         options = settings(
             steps=budget.steps,
             restarts=budget.restarts,
@@ -315,19 +315,19 @@ def _part(part: str) -> Callable[[_Scene], Tensor]:
             queries=budget.black_box_queries,
             rescale=True,
         )
-        return scene.library(part, options[part])
+        return batch.library(part, options[part])
 
     return attack
 
 
-def _standard(scene: _Scene) -> Tensor:
+def _standard(batch: _Batch) -> Tensor:
     """AutoAttack's standard protocol: each part gets the images that withstood those before it."""
-    result_BCHW = scene.images_BCHW.clone()
-    index_N = scene.right(scene.images_BCHW).nonzero()[:, 0]
-    for part, options in standard_settings(scene.budget.standard).items():
+    result_BCHW = batch.images_BCHW.clone()
+    index_N = batch.right(batch.images_BCHW).nonzero()[:, 0]
+    for part, options in standard_settings(batch.budget.standard).items():
         if not len(index_N):
             break
-        left = scene.take(index_N)
+        left = batch.take(index_N)
         attacked_NCHW = _within(left.library(part, options), left)
         right_N = left.right(attacked_NCHW)
         result_BCHW[index_N[~right_N]] = attacked_NCHW[~right_N]
@@ -346,27 +346,27 @@ def standard_settings(config: StandardConfig) -> dict[str, dict[str, Any]]:
     )
 
 
-def _cw(scene: _Scene) -> Tensor:
+def _cw(batch: _Batch) -> Tensor:
     return carlini_wagner(
-        scene.logits,
-        scene.images_BCHW,
-        scene.place_B,
-        steps=scene.budget.minimum_steps,
-        weight=scene.budget.cw_weight,
+        batch.logits,
+        batch.images_BCHW,
+        batch.place_B,
+        steps=batch.budget.minimum_steps,
+        weight=batch.budget.cw_weight,
     )
 
 
-def _deepfool(scene: _Scene) -> Tensor:
+def _deepfool(batch: _Batch) -> Tensor:
     return deepfool(
-        scene.logits,
-        scene.images_BCHW,
-        scene.place_B,
-        steps=scene.budget.minimum_steps,
-        targets=scene.budget.targets,
+        batch.logits,
+        batch.images_BCHW,
+        batch.place_B,
+        steps=batch.budget.minimum_steps,
+        targets=batch.budget.targets,
     )
 
 
-_ATTACKS: dict[str, Callable[[_Scene], Tensor]] = {
+_ATTACKS: dict[str, Callable[[_Batch], Tensor]] = {
     "noise": _noise,
     "fgsm": _fgsm,
     "pgd": _pgd,

@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowerray.attacks.logits import MaxSimLogits
-from flowerray.attacks.pgd import Aim
+from flowerray.attacks.pgd import Objective
 
 WRONG = 1e4
 """What `cross_entropy` can add to the value of an image whose decision is wrong."""
 
 
-def cross_entropy(logits_of: nn.Module, labels_B: Tensor, *, wrong_first: bool = False) -> Aim:
+def cross_entropy(
+    logits_of: nn.Module, labels_B: Tensor, *, wrong_first: bool = False
+) -> Objective:
     """Cross-entropy of a classifier, natural log (Madry et al., ICLR 2018).
 
     Args:
@@ -39,10 +41,10 @@ def cross_entropy(logits_of: nn.Module, labels_B: Tensor, *, wrong_first: bool =
                 value_B = value_B + WRONG * (logits_BC.detach().argmax(1) != labels_B)
             return value_B
 
-    return _aim(value, (labels_B,), logits_of)
+    return _objective(value, (labels_B,), logits_of)
 
 
-def shift(embedder: nn.Module, emb_BD: Tensor) -> Aim:
+def shift(embedder: nn.Module, emb_BD: Tensor) -> Objective:
     """Squared distance (0..4) between the embedding and the clean one: no label is needed.
 
     ES of Zhou & Patel, "Enhancing Adversarial Robustness for Deep Metric Learning", CVPR 2022. At
@@ -59,12 +61,12 @@ def shift(embedder: nn.Module, emb_BD: Tensor) -> Aim:
         with torch.autocast(moved_BD.device.type, enabled=False):
             return (moved_BD.to(clean_BD.dtype) - clean_BD).square().sum(1)
 
-    return _aim(value, (emb_BD,), embedder, needs_random_start=True)
+    return _objective(value, (emb_BD,), embedder, needs_random_start=True)
 
 
 def margin(
     embedder: nn.Module, gallery_GD: Tensor, gallery_labels_G: Tensor, labels_B: Tensor
-) -> Aim:
+) -> Objective:
     """Largest cosine to a wrong class minus largest cosine to the right one, -2..2.
 
     Above 0 the nearest neighbour is of a wrong class: the query's Recall@1 is lost.
@@ -86,10 +88,10 @@ def margin(
         wrong_B = cosine_BC.scatter(1, own_B1, -torch.inf).max(1).values
         return wrong_B - cosine_BC.gather(1, own_B1)[:, 0]
 
-    return _aim(value, (logits_of.places(labels_B),), logits_of)
+    return _objective(value, (logits_of.places(labels_B),), logits_of)
 
 
-def match(embedder: nn.Module, target_BD: Tensor) -> Aim:
+def match(embedder: nn.Module, target_BD: Tensor) -> Objective:
     """Cosine to a chosen embedding (TMA; Tolias, Radenovic, Chum, ICCV 2019).
 
     Args:
@@ -102,10 +104,12 @@ def match(embedder: nn.Module, target_BD: Tensor) -> Aim:
         with torch.autocast(emb_BD.device.type, enabled=False):
             return (emb_BD.to(target_BD.dtype) * target_BD).sum(1)
 
-    return _aim(value, (target_BD,), embedder)
+    return _objective(value, (target_BD,), embedder)
 
 
-def pair_flip(embedder: nn.Module, other_BD: Tensor, same_B: Tensor, threshold: float = 0.0) -> Aim:
+def pair_flip(
+    embedder: nn.Module, other_BD: Tensor, same_B: Tensor, threshold: float = 0.0
+) -> Objective:
     """Makes a pair of one class look different, and a pair of two classes alike.
 
     The value is threshold - cosine for the former and cosine - threshold for the latter: above 0
@@ -124,17 +128,17 @@ def pair_flip(embedder: nn.Module, other_BD: Tensor, same_B: Tensor, threshold: 
             return sign_B * ((emb_BD.to(other_BD.dtype) * other_BD).sum(1) - threshold)
 
     sign_B = 1 - 2 * same_B.to(other_BD.dtype)
-    return _aim(value, (other_BD, sign_B), embedder)
+    return _objective(value, (other_BD, sign_B), embedder)
 
 
-def _aim(
+def _objective(
     value: Callable[..., Tensor],
     rows: tuple[Tensor, ...],
     module: nn.Module,
     *,
     needs_random_start: bool = False,
-) -> Aim:
+) -> Objective:
     with torch.inference_mode(False):
         # A graph cannot save tensors made in inference mode; their copies outside it can.
         copies = tuple(row.detach().clone() for row in rows)
-    return Aim(value, copies, (module,), needs_random_start)
+    return Objective(value, copies, (module,), needs_random_start)

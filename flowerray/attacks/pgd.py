@@ -22,14 +22,10 @@ _STREAM = 2
 
 Norm = Literal["linf", "l2"]
 
-Objective = Callable[[Tensor], Tensor]
-"""Pixels BCHW in [0,1] -> what the attack maximises: a value an image (B), or one scalar of the
-whole batch."""
-
 
 @dataclass(frozen=True)
-class Aim:
-    """An Objective that says what it attacks and can be narrowed to some of its images."""
+class Objective:
+    """What an attack maximises, an image at a time, with the modules that it runs."""
 
     value: Callable[..., Tensor]
     """value(images_BCHW, *rows) -> value_B."""
@@ -44,7 +40,7 @@ class Aim:
         """The value of each image, B."""
         return self.value(images_BCHW, *self.rows)
 
-    def take(self, index_N: Tensor) -> "Aim":
+    def take(self, index_N: Tensor) -> "Objective":
         """The same for some of the images."""
         return replace(self, rows=tuple(row[index_N] for row in self.rows))
 
@@ -94,7 +90,7 @@ class Attacked(NamedTuple):
 
 
 def pgd(
-    objective: Objective,
+    objective: Callable[[Tensor], Tensor],
     images_BCHW: Tensor,
     config: PGDConfig,
     *,
@@ -109,8 +105,8 @@ def pgd(
     We differ: the best point of all steps and restarts is kept for each image. Where the step size
     adapts this is APGD (Croce & Hein, ICML 2020, algorithm 1), on any objective.
 
-    It works within `no_grad` and `inference_mode`. An Aim's modules are `quiet` meanwhile (eval
-    mode, nothing changed); a plain callable's modules are the caller's to keep so. Cost with K
+    It works within `no_grad` and `inference_mode`. An Objective's modules are `quiet` (eval mode,
+    nothing changed); a plain callable's modules are the caller's to keep so. Cost with K
     steps: 2K forward-equivalents, and one more with `keep_best`, each times `restarts`.
 
     Args:
@@ -123,7 +119,7 @@ def pgd(
             in the set of queries), so that they do not depend on how images are batched; 0..B-1 by
             default.
         stop_above: an image whose value is above it is done: no further step or restart. The
-            objective must be an Aim.
+            objective must be an Objective.
 
     Raises:
         UserError: pixels outside [0,1]; an objective that needs a random start without one; with
@@ -131,18 +127,18 @@ def pgd(
             what it cannot see.
     """
     check_pixels(images_BCHW)
-    aim = objective if isinstance(objective, Aim) else None
-    if aim and aim.needs_random_start and not config.random_start and config.epsilon:
+    own = objective if isinstance(objective, Objective) else None
+    if own and own.needs_random_start and not config.random_start and config.epsilon:
         raise UserError(
             "This attack's gradient at the clean image is exactly 0, so that it would do nothing: "
             "set random_start."
         )
     assert config.restarts == 1 or (config.random_start and config.keep_best)
     assert config.keep_best or config.alpha_ratio is not None
-    assert stop_above is None or (aim is not None and config.keep_best)
+    assert stop_above is None or (own is not None and config.keep_best)
     positions = range(len(images_BCHW)) if positions is None else positions
     assert len(positions) == len(images_BCHW)
-    with torch.inference_mode(False), torch.enable_grad(), quiet(*(aim.modules if aim else ())):
+    with torch.inference_mode(False), torch.enable_grad(), quiet(*(own.modules if own else ())):
         # An inference tensor cannot take part in a graph; its copy outside that mode can.
         images_BCHW = images_BCHW.detach().clone()
         if not config.epsilon:
@@ -156,9 +152,9 @@ def pgd(
         index_N = torch.arange(len(images_BCHW), device=images_BCHW.device)
         lost = torch.zeros((), dtype=torch.bool, device=images_BCHW.device)
         for restart in range(config.restarts):
-            if stop_above is not None and aim is not None:
+            if stop_above is not None and own is not None:
                 index_N = (best_B <= stop_above).nonzero()[:, 0]
-                objective = aim.take(index_N)
+                objective = own.take(index_N)
             if not len(index_N):
                 break
             clean_NCHW, places = images_BCHW[index_N], [positions[i] for i in index_N.tolist()]
@@ -297,7 +293,7 @@ def _step(
     return project(moved_BCHW, images_BCHW, config.radius, config.norm)
 
 
-def _gradient(objective: Objective, points_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+def _gradient(objective: Callable[[Tensor], Tensor], points_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     """The value (B, or a scalar), and the gradient of its sum."""
     points_BCHW = points_BCHW.detach().requires_grad_()
     value_B = objective(points_BCHW)
@@ -305,7 +301,10 @@ def _gradient(objective: Objective, points_BCHW: Tensor) -> tuple[Tensor, Tensor
 
 
 def _climb(
-    objective: Objective, images_BCHW: Tensor, points_BCHW: Tensor, config: PGDConfig
+    objective: Callable[[Tensor], Tensor],
+    images_BCHW: Tensor,
+    points_BCHW: Tensor,
+    config: PGDConfig,
 ) -> Attacked:
     for _ in range(config.steps):
         value_B, grad_BCHW = _gradient(objective, points_BCHW)
@@ -314,7 +313,7 @@ def _climb(
 
 
 def _ascend(
-    objective: Objective,
+    objective: Callable[[Tensor], Tensor],
     images_BCHW: Tensor,
     start_BCHW: Tensor,
     config: PGDConfig,
@@ -344,7 +343,7 @@ def _ascend(
         if not len(index_N):
             break
         points_NCHW = points_BCHW[index_N]
-        narrowed = objective.take(index_N) if isinstance(objective, Aim) else objective
+        narrowed = objective.take(index_N) if isinstance(objective, Objective) else objective
         if step < config.steps:
             value_N, grad_NCHW = _gradient(narrowed, points_NCHW)
             lost |= ~grad_NCHW.isfinite().all()

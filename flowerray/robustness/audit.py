@@ -18,7 +18,7 @@ from torch import Tensor
 from flowerray.attacks import bank
 from flowerray.attacks.logits import MaxSimLogits
 from flowerray.attacks.objectives import cross_entropy, margin
-from flowerray.attacks.pgd import Aim, PGDConfig, noise, pgd, project
+from flowerray.attacks.pgd import Objective, PGDConfig, noise, pgd, project
 from flowerray.model.precision import full_precision
 from flowerray.robustness.attack import Robustness, perturb
 from flowerray.robustness.checks import Audit, Check, beyond_chance
@@ -191,7 +191,7 @@ class Auditor:
         for batch in self._batches(np.flatnonzero(left_Q)):
             images = self.standard.images(self.standard.chosen_Q[batch])
             found = pgd(
-                self._aim(self.standard, batch), images, self._pgd(self.eps, STEPS[-1]),
+                self._objective(self.standard, batch), images, self._pgd(self.eps, STEPS[-1]),
                 seed=(self.config.seed, 0), positions=batch.tolist(),
             )  # fmt: skip
             right_Q[batch] = self._judge(batch, found.images_BCHW)
@@ -218,8 +218,8 @@ class Auditor:
             images = self.arena.images(self.arena.chosen_Q[batch])
             start = self._noisy(images, batch)
             zero_B = torch.zeros(len(batch), dtype=torch.bool, device=images.device)
-            for aim in (self._aim(self.arena, batch), self._cross_entropy(batch)):
-                gradient_BN = _gradient(aim, start).flatten(1)
+            for objective in (self._objective(self.arena, batch), self._cross_entropy(batch)):
+                gradient_BN = _gradient(objective, start).flatten(1)
                 zero_B |= ~(gradient_BN.any(1) & gradient_BN.isfinite().all(1))
             zero, count = zero + int(zero_B.sum()), count + len(batch)
         share = zero / count
@@ -252,10 +252,12 @@ class Auditor:
         """An image's gradient does not depend on the images beside it."""
         batch = np.arange(min(32, len(self.clean_Q)))
         images = self.arena.images(self.arena.chosen_Q[batch])
-        together = _gradient(self._aim(self.arena, batch), images)
+        together = _gradient(self._objective(self.arena, batch), images)
         differences = []
         for row in batch[:ALONE]:
-            alone = _gradient(self._aim(self.arena, batch[row : row + 1]), images[row : row + 1])
+            alone = _gradient(
+                self._objective(self.arena, batch[row : row + 1]), images[row : row + 1]
+            )
             size = float(together[row].norm())
             differences.append(float((alone[0] - together[row]).norm()) / max(size, 1e-30))
         value = float(np.median(differences))
@@ -349,7 +351,7 @@ class Auditor:
         for batch in self._batches(rows):
             images = self.arena.images(self.arena.chosen_Q[batch])
             found = pgd(
-                self._aim(self.arena, batch), images, self._pgd(eps, steps),
+                self._objective(self.arena, batch), images, self._pgd(eps, steps),
                 seed=(self.config.seed, restart), positions=batch.tolist(),
                 stop_above=0.0 if stop else None,
             )  # fmt: skip
@@ -363,10 +365,10 @@ class Auditor:
     def _labels(self, batch: NDArray) -> Tensor:
         return torch.from_numpy(self.arena.labels_Q[batch]).to(self.arena.device)
 
-    def _aim(self, arena: Arena, batch: NDArray) -> Aim:
+    def _objective(self, arena: Arena, batch: NDArray) -> Objective:
         return margin(arena.embedder, *arena.gallery(), self._labels(batch))
 
-    def _cross_entropy(self, batch: NDArray) -> Aim:
+    def _cross_entropy(self, batch: NDArray) -> Objective:
         logits_of = MaxSimLogits(self.arena.embedder, *self.arena.gallery())
         return cross_entropy(logits_of, logits_of.places(self._labels(batch)))
 
@@ -378,6 +380,6 @@ class Auditor:
         return project(images + radius * noise_BCHW.to(images), images, radius, self.config.norm)
 
 
-def _gradient(aim: Aim, images_BCHW: Tensor) -> Tensor:
+def _gradient(objective: Objective, images_BCHW: Tensor) -> Tensor:
     images_BCHW = images_BCHW.detach().clone().requires_grad_()
-    return torch.autograd.grad(aim(images_BCHW).sum(), images_BCHW)[0]
+    return torch.autograd.grad(objective(images_BCHW).sum(), images_BCHW)[0]

@@ -5,6 +5,7 @@ Letters: Q val images, A of them attacked, G gallery items, D embedding dimensio
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from flowerray.attacks.objectives import margin
-from flowerray.attacks.pgd import Objective, PGDConfig, pgd, quiet
+from flowerray.attacks.pgd import PGDConfig, pgd, quiet
 from flowerray.data.store import Store
 from flowerray.model.embedder import Embedder
 from flowerray.model.precision import full_precision
@@ -140,13 +141,13 @@ class _Target:
         images_ACHW = self.store.centre(index_A, self.embedder.image_size).to(self.device)
         images_ACHW = images_ACHW.to(next(self.embedder.parameters()).dtype) / 255
         labels_A = torch.from_numpy(self.labels_Q[index_A]).to(self.device)
-        aim = margin(self.embedder, self.gallery_GD, self.gallery_labels_G, labels_A)
-        value_A = self._attack(aim, images_ACHW, index_A, epsilon, steps)
+        objective = margin(self.embedder, self.gallery_GD, self.gallery_labels_G, labels_A)
+        value_A = self._attack(objective, images_ACHW, index_A, epsilon, steps)
         return int((value_A <= 0).sum())  # above 0 a wrong class is nearer
 
     def _attack(
         self,
-        aim: Objective,
+        objective: Callable[[Tensor], Tensor],
         images_ACHW: Tensor,
         index_A: NDArray[np.int64],
         epsilon: float,
@@ -157,8 +158,10 @@ class _Target:
             config = PGDConfig(epsilon=epsilon, steps=steps)
             seed = (QUERY_SEED,)
             return pgd(
-                aim, images_ACHW, config, seed=seed, positions=places, stop_above=0.0
+                objective, images_ACHW, config, seed=seed, positions=places, stop_above=0.0
             ).value_B
         with quiet(self.embedder), torch.no_grad():
-            moved_ACHW = nfgsm(aim, images_ACHW, epsilon, seed=(QUERY_SEED,), positions=places)
-            return aim(moved_ACHW)
+            moved_ACHW = nfgsm(
+                objective, images_ACHW, epsilon, seed=(QUERY_SEED,), positions=places
+            )
+            return objective(moved_ACHW)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowerray.attacks.objectives import match, shift
-from flowerray.attacks.pgd import Aim, PGDConfig, pgd
+from flowerray.attacks.pgd import Objective, PGDConfig, pgd
 from flowerray.model.precision import full_precision
 from flowerray.retrieval.embed import Images
 from flowerray.robustness.subject import Arena, embed_images
@@ -126,8 +126,8 @@ class _Attack:
         raw = {
             "CA+": self._percentile(self._items(draw.lifted_Q, 1.0), draw.lifted_Q, None),
             "CA-": self._percentile(self._items(draw.lowered_Q, -1.0), draw.lowered_Q, None),
-            "QA+": self._percentile(None, draw.lifted_Q, self._queries(self._rank_aim(1.0))),
-            "QA-": self._percentile(None, draw.lowered_Q, self._queries(self._rank_aim(-1.0))),
+            "QA+": self._percentile(None, draw.lifted_Q, self._queries(self._rank(1.0))),
+            "QA-": self._percentile(None, draw.lowered_Q, self._queries(self._rank(-1.0))),
             "TMA": float((tma_QD * self.gallery_GD[draw.target_Q]).sum(1).mean()),
             "ES:D": float((es_QD - draw.query_QD).norm(dim=1).mean()),
             "ES:R": self._recall(es_QD),
@@ -153,7 +153,7 @@ class _Attack:
             "steps": NUM_STEPS,
         }
 
-    def _rank_aim(self, sign: float) -> Aim:
+    def _rank(self, sign: float) -> Objective:
         """QA: the query's rank of one item, raised (1) or lowered (-1): a hinge for each item that
         stands on the wrong side of it.
         """
@@ -165,7 +165,7 @@ class _Attack:
             behind_BG = sign * (cosine_BG - cosine_BG.gather(1, item_B[:, None]))
             return -behind_BG.clamp(min=0).mean(1)
 
-        return Aim(value, (item_Q,), (self.embedder,))
+        return Objective(value, (item_Q,), (self.embedder,))
 
     def _items(self, item_Q: Tensor, sign: float) -> Tensor:
         """CA: the item's own pixels are changed, so that its rank for the query rises or falls."""
@@ -174,7 +174,7 @@ class _Attack:
             own_B1 = (self.embedder(images_BCHW) * query_BD).sum(1, keepdim=True)
             return -(sign * (cosine_BG - own_B1)).clamp(min=0).mean(1)
 
-        aim = Aim(value, (self.draw.query_QD, self.draw.cosine_QG), (self.embedder,))
+        objective = Objective(value, (self.draw.query_QD, self.draw.cosine_QG), (self.embedder,))
         size = self.embedder.image_size
 
         def images(rows: NDArray) -> Tensor:
@@ -182,9 +182,9 @@ class _Attack:
             floats = pixels.to(self.arena.device).float() / 255
             return floats.contiguous(memory_format=torch.channels_last)
 
-        return self._run(aim, images, random_start=False)
+        return self._run(objective, images, random_start=False)
 
-    def _away(self, nearest_Q: Tensor) -> Aim:
+    def _away(self, nearest_Q: Tensor) -> Objective:
         """GTT: the nearest item is pushed behind the others."""
 
         def value(images_BCHW: Tensor, nearest_B: Tensor) -> Tensor:
@@ -192,9 +192,9 @@ class _Attack:
             top_B = cosine_BG.topk(min(RETAIN + 1, cosine_BG.shape[1]), dim=1).values[:, -1]
             return top_B - cosine_BG.gather(1, nearest_B[:, None])[:, 0]
 
-        return Aim(value, (nearest_Q,), (self.embedder,))
+        return Objective(value, (nearest_Q,), (self.embedder,))
 
-    def _misrank(self) -> Aim:
+    def _misrank(self) -> Objective:
         """LTM: items of other classes pulled, those of the query's class pushed."""
 
         def value(images_BCHW: Tensor, same_BG: Tensor) -> Tensor:
@@ -203,14 +203,16 @@ class _Attack:
             pushed_B = (cosine_BG * same).sum(1) / same.sum(1)
             return (cosine_BG * (1 - same)).sum(1) / (1 - same).sum(1).clamp(min=1) - pushed_B
 
-        return Aim(value, (self.draw.same_QG,), (self.embedder,))
+        return Objective(value, (self.draw.same_QG,), (self.embedder,))
 
-    def _queries(self, aim: Aim, random_start: bool = False) -> Tensor:
+    def _queries(self, objective: Objective, random_start: bool = False) -> Tensor:
         return self._run(
-            aim, lambda rows: self.arena.images(self.arena.chosen_Q[rows]), random_start
+            objective, lambda rows: self.arena.images(self.arena.chosen_Q[rows]), random_start
         )
 
-    def _run(self, aim: Aim, images: Callable[[NDArray], Tensor], random_start: bool) -> Tensor:
+    def _run(
+        self, objective: Objective, images: Callable[[NDArray], Tensor], random_start: bool
+    ) -> Tensor:
         """(Q, D): embeddings after PGD."""
         config = PGDConfig(
             epsilon=EPSILON,
@@ -221,7 +223,7 @@ class _Attack:
         parts = []
         for start in range(0, len(self.draw.query_QD), self.batch_size):
             rows = np.arange(start, min(start + self.batch_size, len(self.draw.query_QD)))
-            some = aim.take(torch.from_numpy(rows).to(self.arena.device))
+            some = objective.take(torch.from_numpy(rows).to(self.arena.device))
             found = pgd(some, images(rows), config, seed=(self.seed,), positions=rows.tolist())
             parts.append(torch.from_numpy(embed_images(self.arena, found.images_BCHW)))
         self.progress(1)

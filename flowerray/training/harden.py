@@ -23,7 +23,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from flowerray.attacks.pgd import Objective, PGDConfig, noise, pgd, quiet, step_linf
+from flowerray.attacks.pgd import PGDConfig, noise, pgd, quiet, step_linf
 from flowerray.config import Config
 from flowerray.errors import UserError
 from flowerray.methods._base import Method, Output, gather
@@ -234,7 +234,7 @@ class Hardening(nn.Module):
         )
         return pgd(objective, images_bCHW, config, seed=seed, positions=places).images_BCHW
 
-    def _objective(self, images_bCHW: Tensor, labels_b: Tensor) -> Objective:
+    def _objective(self, images_bCHW: Tensor, labels_b: Tensor) -> Callable[[Tensor], Tensor]:
         """What the attack raises. A gather's gradient is too long by the number of workers, all
         pixels alike, which the sign does not feel.
         """
@@ -279,7 +279,7 @@ class Hardening(nn.Module):
 
 
 def nfgsm(
-    objective: Objective,
+    objective: Callable[[Tensor], Tensor],
     images_BCHW: Tensor,
     epsilon: float,
     *,

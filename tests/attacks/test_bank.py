@@ -11,7 +11,7 @@ from flowerray.attacks.bank import NAMES, BankConfig, StandardConfig
 from flowerray.attacks.library import REFERENCE
 from flowerray.attacks.logits import MaxSimLogits
 from flowerray.errors import UserError
-from tests.attacks.scene import Linear, Scene, marked, scene, tiny, traces
+from tests.attacks.batch import Batch, Linear, batch, marked, tiny, traces
 
 SMALL = BankConfig(
     steps=4,
@@ -25,11 +25,11 @@ LIBRARY = ("apgd-ce", "apgd-dlr", "fab", "square", "cw", "deepfool", "standard")
 
 
 @pytest.fixture(scope="module")
-def linear() -> Scene:
-    return scene(Linear(), side=8, queries=24)
+def linear() -> Batch:
+    return batch(Linear(), side=8, queries=24)
 
 
-def attack(name: str, made: Scene, **changes: Any) -> Tensor:
+def attack(name: str, made: Batch, **changes: Any) -> Tensor:
     options: dict[str, Any] = {"norm": "linf", "epsilon": 4.0, "budget": SMALL, "seed": 0}
     return bank.run(
         name,
@@ -52,7 +52,7 @@ def test_names() -> None:
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", NAMES)
 def test_bounds_traces_and_repetition(name: str, norm: Any) -> None:
-    made = scene(tiny(), side=32, queries=3)
+    made = batch(tiny(), side=32, queries=3)
     made = made._replace(
         embedder=marked(made.embedder),
         images_QCHW=made.images_QCHW.contiguous(memory_format=torch.channels_last),
@@ -71,7 +71,7 @@ def test_bounds_traces_and_repetition(name: str, norm: Any) -> None:
     assert torch.equal(attack(name, made, norm=norm, epsilon=0.0), made.images_QCHW)
 
 
-def test_undefended_models_fall(linear: Scene) -> None:
+def test_undefended_models_fall(linear: Batch) -> None:
     assert linear.recall(linear.images_QCHW) == 1
     for name in ("pgd", "apgd-ce", "apgd-dlr", "fab", "margin", "standard"):
         assert linear.recall(attack(name, linear, epsilon=16.0)) == 0, name
@@ -84,7 +84,7 @@ def test_undefended_models_fall(linear: Scene) -> None:
     assert (attack("noise", linear, epsilon=16.0) - linear.images_QCHW).abs().mean() > 6 / 255
 
 
-def test_a_restart_of_shift_does_not_undo_a_success(linear: Scene) -> None:
+def test_a_restart_of_shift_does_not_undo_a_success(linear: Batch) -> None:
     """The largest shift of all starts need not be one that led to a wrong decision."""
     for seed in range(8):
         few, many = (
@@ -100,7 +100,7 @@ def test_a_restart_of_shift_does_not_undo_a_success(linear: Scene) -> None:
         assert not (many & ~few).any()
 
 
-def test_stronger_attacks_are_not_weaker(linear: Scene) -> None:
+def test_stronger_attacks_are_not_weaker(linear: Batch) -> None:
     recall = {
         name: linear.recall(attack(name, linear, epsilon=7.0))
         for name in ("noise", "square", "fgsm", "pgd", "apgd-ce", "margin", "standard")
@@ -115,7 +115,7 @@ def test_stronger_attacks_are_not_weaker(linear: Scene) -> None:
     assert curve == sorted(curve, reverse=True) and curve[0] == 1 and curve[-1] == 0
 
 
-def test_least_change_attacks_count_within_norm_and_epsilon_only(linear: Scene) -> None:
+def test_least_change_attacks_count_within_norm_and_epsilon_only(linear: Batch) -> None:
     budget = BankConfig(minimum_steps=40, steps=10, restarts=1)
     for name in ("cw", "deepfool", "fab"):
         far = attack(name, linear, norm="l2", epsilon=3000.0, budget=budget)
@@ -133,7 +133,7 @@ def test_least_change_attacks_count_within_norm_and_epsilon_only(linear: Scene) 
 @pytest.mark.parametrize("name", ["fgsm", "pgd"])
 def test_an_l2_step_to_the_edge_counts_however_long_it_is(name: str) -> None:
     """float32 rounds a projection at radius 8 of 224 px to 1e-5 beyond it."""
-    made = scene(Linear(side=224), side=224, queries=8)
+    made = batch(Linear(side=224), side=224, queries=8)
     # Far from 0 and 1, where cutting to the range would pull images back from the edge.
     made = made._replace(images_QCHW=0.4 + 0.2 * made.images_QCHW)
     budget = BankConfig(steps=4, restarts=1, independent=True)
@@ -144,7 +144,7 @@ def test_an_l2_step_to_the_edge_counts_however_long_it_is(name: str) -> None:
         assert torch.all(moved_B < epsilon / 255 + 2e-5 * (1 + epsilon / 255))
 
 
-def test_each_image_of_apgd_dlr_has_its_own_l2_steps(linear: Scene) -> None:
+def test_each_image_of_apgd_dlr_has_its_own_l2_steps(linear: Batch) -> None:
     made = linear._replace(images_QCHW=linear.images_QCHW[:8], labels_Q=linear.labels_Q[:8])
     budget = BankConfig(steps=12, restarts=1, targets=2)
     half = {"norm": "l2", "epsilon": 80.0, "budget": budget}
@@ -157,7 +157,7 @@ def test_each_image_of_apgd_dlr_has_its_own_l2_steps(linear: Scene) -> None:
 def test_cw_where_all_cosines_are_negative() -> None:
     import torchattacks
 
-    made = scene(Linear(), side=8, queries=24)
+    made = batch(Linear(), side=8, queries=24)
     # The queries lie about one pole and the gallery about the other: all cosines are negative.
     pole_D = torch.tensor([1.0] + 7 * [0.0])
     gallery_GD = nn.functional.normalize(0.3 * made.gallery_GD - pole_D, dim=1)
@@ -185,7 +185,7 @@ def test_cw_where_all_cosines_are_negative() -> None:
 
 @pytest.mark.parametrize("name", LIBRARY)
 def test_an_exception_leaves_no_trace(name: str) -> None:
-    made = scene(tiny(), side=32, queries=4)
+    made = batch(tiny(), side=32, queries=4)
     embedder = marked(made.embedder)
     calls = []
 
@@ -203,7 +203,7 @@ def test_an_exception_leaves_no_trace(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["pgd", "apgd-dlr", "fab", "cw", "deepfool", "standard"])
-def test_works_in_an_evaluation_loop(linear: Scene, name: str) -> None:
+def test_works_in_an_evaluation_loop(linear: Batch, name: str) -> None:
     expected = attack(name, linear)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         inside = linear._replace(
@@ -216,7 +216,7 @@ def test_works_in_an_evaluation_loop(linear: Scene, name: str) -> None:
     assert torch.equal(attacked, expected)
 
 
-def test_what_is_refused(linear: Scene) -> None:
+def test_what_is_refused(linear: Batch) -> None:
     with pytest.raises(UserError, match="no attack named 'pdg': choose from noise, fgsm"):
         attack("pdg", linear)
     normalised = linear._replace(images_QCHW=(linear.images_QCHW - 0.5) / 0.25)
@@ -254,7 +254,7 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize("config", [(5, 3, 20), (8, 2, 31)])
-def test_standard_spends_what_its_settings_say(linear: Scene, config: Any) -> None:
+def test_standard_spends_what_its_settings_say(linear: Batch, config: Any) -> None:
     steps, targets, queries = config
     standard = StandardConfig(steps=steps, targets=targets, queries=queries)
     counting = Counting(linear.embedder)
@@ -272,7 +272,7 @@ def test_standard_spends_what_its_settings_say(linear: Scene, config: Any) -> No
     assert counting.images == expected * len(made.images_QCHW)
 
 
-def test_standard_goes_on_with_survivors_only(linear: Scene) -> None:
+def test_standard_goes_on_with_survivors_only(linear: Batch) -> None:
     counting = Counting(linear.embedder)
     made = linear._replace(embedder=counting)
     count = len(made.images_QCHW)
@@ -285,7 +285,7 @@ def test_standard_has_the_settings_of_the_reference() -> None:
 
     assert bank.standard_settings(StandardConfig()) == REFERENCE
     assert list(REFERENCE) == ["APGD", "APGDT", "FAB", "Square"]
-    made = scene(Linear(), side=8)
+    made = batch(Linear(), side=8)
     logits = MaxSimLogits(made.embedder, made.gallery_GD, made.gallery_labels_G)
     names = {"rho": "thr_decr", "resc_schedule": "rescale_schedule"}
     defaults = []

@@ -12,7 +12,7 @@ from flowerray.attacks.objectives import cross_entropy
 from flowerray.attacks.pgd import PGDConfig, pgd, quiet
 from flowerray.errors import UserError
 from flowerray.retrieval.search import nearest
-from tests.attacks.scene import Linear, scene, tiny
+from tests.attacks.batch import Linear, batch, tiny
 
 
 class Given(nn.Module):
@@ -64,12 +64,12 @@ def test_near_ties_that_float32_logits_cannot_tell_apart() -> None:
 
 
 def test_arg_max_is_the_nearest_neighbour_after_an_attack() -> None:
-    made = scene(tiny(), side=32)
+    made = batch(tiny(), side=32)
     logits = MaxSimLogits(made.embedder, made.gallery_GD, made.gallery_labels_G)
-    aim = cross_entropy(logits, logits.places(made.labels_Q))
+    objective = cross_entropy(logits, logits.places(made.labels_Q))
     for epsilon in (0.0, 1.0, 8.0):
         config = PGDConfig(epsilon=epsilon, steps=4)
-        images = pgd(aim, made.images_QCHW, config).images_BCHW
+        images = pgd(objective, made.images_QCHW, config).images_BCHW
         with quiet(logits), torch.inference_mode():
             decision_Q = logits.classes_C[logits(images).argmax(1)]
         assert torch.equal(decision_Q == made.labels_Q, made.right(images))
@@ -98,7 +98,7 @@ def test_one_large_class_does_not_fill_the_memory() -> None:
 
 
 def test_double_embedders_keep_their_precision() -> None:
-    made = scene(Linear(), side=8)
+    made = batch(Linear(), side=8)
     embedder = Linear().double().eval()
     gallery_GD = embedder(made.images_QCHW.double()).detach()
     logits = MaxSimLogits(embedder, gallery_GD, made.labels_Q)
@@ -107,7 +107,7 @@ def test_double_embedders_keep_their_precision() -> None:
 
 @pytest.mark.parametrize(("temperature", "masked"), [(TEMPERATURE, False), (1000.0, True)])
 def test_share_of_gradients_that_are_exactly_zero(temperature: float, masked: bool) -> None:
-    made = scene(Linear(), side=8, queries=64)
+    made = batch(Linear(), side=8, queries=64)
     logits = MaxSimLogits(made.embedder, made.gallery_GD, made.gallery_labels_G, temperature)
     with quiet(logits):
         images = made.images_QCHW.clone().requires_grad_()
@@ -116,9 +116,9 @@ def test_share_of_gradients_that_are_exactly_zero(temperature: float, masked: bo
     zero = float((grad == 0).all(dim=(1, 2, 3)).float().mean())
     assert zero > 0.5 if masked else zero < 0.01
     # And what it leads to: the same attack no longer succeeds.
-    aim = cross_entropy(logits, logits.places(made.labels_Q), wrong_first=True)
+    objective = cross_entropy(logits, logits.places(made.labels_Q), wrong_first=True)
     config = PGDConfig(epsilon=16, steps=10, random_start=False)
-    recall = made.recall(pgd(aim, made.images_QCHW, config).images_BCHW)
+    recall = made.recall(pgd(objective, made.images_QCHW, config).images_BCHW)
     assert recall > 0.5 if masked else recall < 0.1
 
 

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from flowerray.attacks.logits import MaxSimLogits
 from flowerray.attacks.objectives import cross_entropy, margin, match, shift
-from flowerray.attacks.pgd import Aim, PGDConfig, noise, pgd, project, quiet
+from flowerray.attacks.pgd import Objective, PGDConfig, noise, pgd, project, quiet
 from flowerray.errors import UserError
-from tests.attacks.scene import Linear, Scene, marked, scene, tiny, traces
+from tests.attacks.batch import Batch, Linear, batch, marked, tiny, traces
 
 
 @pytest.fixture
-def linear() -> Scene:
-    return scene(Linear(), side=8, queries=32)
+def linear() -> Batch:
+    return batch(Linear(), side=8, queries=32)
 
 
-def aim_of(made: Scene) -> Aim:
+def objective_of(made: Batch) -> Objective:
     return margin(made.embedder, made.gallery_GD, made.gallery_labels_G, made.labels_Q)
 
 
@@ -32,13 +32,13 @@ def length(delta_BCHW: Tensor, norm: str) -> Tensor:
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("epsilon", [0.5, 8.0, 300.0])
 def test_stays_within_epsilon_and_the_box(
-    linear: Scene, norm: Any, epsilon: float, keep_best: bool
+    linear: Batch, norm: Any, epsilon: float, keep_best: bool
 ) -> None:
     images = linear.images_QCHW.clone()
     images[0], images[1] = 0.0, 1.0  # corners of the box
     ratio = None if keep_best else 2.5
     config = PGDConfig(norm=norm, epsilon=epsilon, steps=7, keep_best=keep_best, alpha_ratio=ratio)
-    attacked = pgd(aim_of(linear), images, config).images_BCHW
+    attacked = pgd(objective_of(linear), images, config).images_BCHW
     delta_Q = length(attacked - images, norm)
     assert delta_Q.max() <= epsilon / 255 + 1e-6
     assert delta_Q[2:].min() > 0.5 * min(epsilon / 255, 0.3)  # it does move
@@ -47,8 +47,10 @@ def test_stays_within_epsilon_and_the_box(
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_epsilon_0_is_the_input_bit_for_bit(linear: Scene, norm: Any) -> None:
-    attacked = pgd(aim_of(linear), linear.images_QCHW, PGDConfig(norm=norm, epsilon=0, restarts=2))
+def test_epsilon_0_is_the_input_bit_for_bit(linear: Batch, norm: Any) -> None:
+    attacked = pgd(
+        objective_of(linear), linear.images_QCHW, PGDConfig(norm=norm, epsilon=0, restarts=2)
+    )
     assert torch.equal(attacked.images_BCHW, linear.images_QCHW)
     assert attacked.images_BCHW is not linear.images_QCHW
     assert attacked.value_B.max() < 0  # every query is right
@@ -58,7 +60,7 @@ def test_epsilon_0_is_the_input_bit_for_bit(linear: Scene, norm: Any) -> None:
 def test_equals_torchattacks(norm: Any, theirs: str) -> None:
     import torchattacks
 
-    made = scene(tiny().eval(), side=32)
+    made = batch(tiny().eval(), side=32)
     logits = MaxSimLogits(made.embedder, made.gallery_GD, made.gallery_labels_G)
     steps, ratio = (1, 1.0) if theirs == "FGSM" else (5, 2.5)
     config = PGDConfig(
@@ -84,11 +86,11 @@ def test_equals_torchattacks(norm: Any, theirs: str) -> None:
     assert ((ours - expected).abs() < 1e-6).float().mean() > 0.999
 
 
-def test_keeps_the_best_point_of_all_steps_and_restarts(linear: Scene) -> None:
-    aim, seen = aim_of(linear), []
+def test_keeps_the_best_point_of_all_steps_and_restarts(linear: Batch) -> None:
+    objective, seen = objective_of(linear), []
 
     def recording(images: Tensor) -> Tensor:
-        value_B = aim(images)
+        value_B = objective(images)
         seen.append(value_B.detach())
         return value_B
 
@@ -99,13 +101,15 @@ def test_keeps_the_best_point_of_all_steps_and_restarts(linear: Scene) -> None:
         assert len(seen) == 3 * (6 + 1)
         best_B = torch.stack(seen).amax(0)
         assert torch.equal(value_B, best_B)
-        torch.testing.assert_close(aim(images).detach(), best_B)
+        torch.testing.assert_close(objective(images).detach(), best_B)
         assert (torch.stack(seen)[6::7].amax(0) < best_B).any()  # not just the last points
 
 
-def test_more_steps_and_restarts_are_not_weaker(linear: Scene) -> None:
+def test_more_steps_and_restarts_are_not_weaker(linear: Batch) -> None:
     def value(**changes: Any) -> Tensor:
-        return pgd(aim_of(linear), linear.images_QCHW, PGDConfig(epsilon=4, **changes)).value_B
+        return pgd(
+            objective_of(linear), linear.images_QCHW, PGDConfig(epsilon=4, **changes)
+        ).value_B
 
     means = [float(value(steps=steps).mean()) for steps in (1, 5, 20)]
     assert means[0] < means[1] <= means[2] + 1e-6
@@ -116,17 +120,17 @@ def test_more_steps_and_restarts_are_not_weaker(linear: Scene) -> None:
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_does_not_depend_on_batches(norm: Any) -> None:
     # In float32 rounding, which depends on the batch, could decide whether a step is halved.
-    made = scene(tiny().double(), side=32, dtype=torch.float64)
+    made = batch(tiny().double(), side=32, dtype=torch.float64)
     count = len(made.images_QCHW)
     config = PGDConfig(norm=norm, epsilon=4 if norm == "linf" else 40, steps=6, restarts=2)
 
     def one(row: int, position: int) -> Tensor:
-        aim = aim_of(made).take(torch.tensor([row]))
-        return pgd(aim, made.images_QCHW[row : row + 1], config, seed=(3, 1), positions=[position])[
-            1
-        ]
+        objective = objective_of(made).take(torch.tensor([row]))
+        return pgd(
+            objective, made.images_QCHW[row : row + 1], config, seed=(3, 1), positions=[position]
+        )[1]
 
-    together_B = pgd(aim_of(made), made.images_QCHW, config, seed=(3, 1)).value_B
+    together_B = pgd(objective_of(made), made.images_QCHW, config, seed=(3, 1)).value_B
     apart_B = torch.cat([one(row, row) for row in range(count)])
     wrong_B = torch.cat([one(row, 0) for row in range(count)])  # planted: all draw the same start
     assert (apart_B - together_B).abs().max() < 1e-9 < 1e-4 < (wrong_B - together_B).abs().max()
@@ -145,7 +149,7 @@ def test_noise_is_a_function_of_seed_and_position() -> None:
     assert float(uniform.var()) == pytest.approx(1 / 3, rel=0.02)
 
 
-def test_a_batch_objective_gives_its_own_gradient(linear: Scene) -> None:
+def test_a_batch_objective_gives_its_own_gradient(linear: Batch) -> None:
     labels = linear.labels_Q
 
     def spread(images: Tensor) -> Tensor:  # a scalar that couples the images
@@ -160,15 +164,15 @@ def test_a_batch_objective_gives_its_own_gradient(linear: Scene) -> None:
             pgd(spread, linear.images_QCHW, PGDConfig(epsilon=8, steps=4))
 
 
-def test_stops_at_success_and_leaves_the_others_alone(linear: Scene) -> None:
+def test_stops_at_success_and_leaves_the_others_alone(linear: Batch) -> None:
     config = PGDConfig(epsilon=3, steps=10, restarts=2)
-    aim, forwards = aim_of(linear), []
+    objective, forwards = objective_of(linear), []
 
     def counting(*args: Tensor) -> Tensor:
         forwards.append(len(args[0]))
-        return aim.value(*args)
+        return objective.value(*args)
 
-    counted = Aim(counting, aim.rows, aim.modules)
+    counted = Objective(counting, objective.rows, objective.modules)
     stopped = pgd(counted, linear.images_QCHW, config, stop_above=0.0)
     spent = sum(forwards)
     forwards.clear()
@@ -182,37 +186,37 @@ def test_stops_at_success_and_leaves_the_others_alone(linear: Scene) -> None:
 
 
 @pytest.mark.parametrize("shifted", [lambda x: (x - 0.45) / 0.225, lambda x: x * 255, torch.log])
-def test_refuses_pixels_outside_the_box(linear: Scene, shifted: Callable[[Tensor], Tensor]) -> None:
+def test_refuses_pixels_outside_the_box(linear: Batch, shifted: Callable[[Tensor], Tensor]) -> None:
     images = shifted(linear.images_QCHW)
     with pytest.raises(UserError, match=r"pixels in \[0,1\].* from .* to .* normalisation"):
-        pgd(aim_of(linear), images, PGDConfig())
+        pgd(objective_of(linear), images, PGDConfig())
 
 
-def test_refuses_shift_without_a_random_start(linear: Scene) -> None:
+def test_refuses_shift_without_a_random_start(linear: Batch) -> None:
     with quiet(linear.embedder):
         images = linear.images_QCHW.clone().requires_grad_()
         clean_BD = linear.embedder(images)
-        aim = shift(linear.embedder, clean_BD)
-        grad = torch.autograd.grad(aim(images).sum(), images)[0]
+        objective = shift(linear.embedder, clean_BD)
+        grad = torch.autograd.grad(objective(images).sum(), images)[0]
     assert (grad == 0).all()  # why
     with pytest.raises(UserError, match="random_start"):
-        pgd(aim, linear.images_QCHW, PGDConfig(random_start=False))
-    assert pgd(aim, linear.images_QCHW, PGDConfig(epsilon=8)).value_B.min() > 0.01
+        pgd(objective, linear.images_QCHW, PGDConfig(random_start=False))
+    assert pgd(objective, linear.images_QCHW, PGDConfig(epsilon=8)).value_B.min() > 0.01
 
 
-def test_a_model_that_gives_nan_is_not_robust(linear: Scene) -> None:
+def test_a_model_that_gives_nan_is_not_robust(linear: Batch) -> None:
     with torch.no_grad():
         next(linear.embedder.parameters())[0] = torch.nan
-    aim = match(linear.embedder, linear.gallery_GD[: len(linear.images_QCHW)])
-    images = linear.images_QCHW[: len(aim.rows[0])]
+    objective = match(linear.embedder, linear.gallery_GD[: len(linear.images_QCHW)])
+    images = linear.images_QCHW[: len(objective.rows[0])]
     with pytest.raises(UserError, match="not finite"):
-        pgd(aim, images, PGDConfig(steps=2))
+        pgd(objective, images, PGDConfig(steps=2))
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_model_whose_gradient_is_nan_is_not_robust(norm: Any) -> None:
     """Its values are finite: each step would leave the images where they were."""
-    made = scene(Linear(), side=8)
+    made = batch(Linear(), side=8)
 
     def value(images_BCHW: Tensor, target_BD: Tensor) -> Tensor:
         emb_BD = made.embedder(images_BCHW)
@@ -220,27 +224,27 @@ def test_a_model_whose_gradient_is_nan_is_not_robust(norm: Any) -> None:
         return (emb_BD * target_BD).sum(1) + 0 * root_B
 
     emb_BD = made.embedder(made.images_QCHW).detach()
-    aim = Aim(value, (emb_BD,), (made.embedder,))
-    assert aim(made.images_QCHW).isfinite().all()
+    objective = Objective(value, (emb_BD,), (made.embedder,))
+    assert objective(made.images_QCHW).isfinite().all()
     with pytest.raises(UserError, match="gradient is not finite"):
-        pgd(aim, made.images_QCHW, PGDConfig(norm=norm, steps=2))
+        pgd(objective, made.images_QCHW, PGDConfig(norm=norm, steps=2))
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_leaves_no_trace(fails: bool) -> None:
-    made = scene(tiny(), side=32)
+    made = batch(tiny(), side=32)
     embedder = marked(made.embedder)
-    aim, calls = aim_of(made), []
+    objective, calls = objective_of(made), []
 
     def value(*args: Tensor) -> Tensor:
         assert not any(part.training for part in embedder.modules())
         calls.append(torch.rand(1))  # an objective may use the global RNG
         if fails and len(calls) == 2:
             raise RuntimeError("planted")
-        return aim.value(*args)
+        return objective.value(*args)
 
     before = traces(embedder)
-    planted = Aim(value, aim.rows, (embedder,))
+    planted = Objective(value, objective.rows, (embedder,))
     if fails:
         with pytest.raises(RuntimeError, match="planted"):
             pgd(planted, made.images_QCHW, PGDConfig(steps=3))
@@ -252,7 +256,7 @@ def test_leaves_no_trace(fails: bool) -> None:
 def test_the_check_for_traces_sees_what_torchattacks_leaves() -> None:
     import torchattacks
 
-    made = scene(Linear(), side=8)
+    made = batch(Linear(), side=8)
     embedder = marked(made.embedder)
     logits = MaxSimLogits(embedder, made.gallery_GD, made.gallery_labels_G)
     next(part for part in embedder.modules() if isinstance(part, nn.Dropout)).eval()
@@ -264,8 +268,8 @@ def test_the_check_for_traces_sees_what_torchattacks_leaves() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_works_where_gradients_are_off(linear: Scene, mode: Any) -> None:
-    expected = pgd(aim_of(linear), linear.images_QCHW, PGDConfig(steps=3))
+def test_works_where_gradients_are_off(linear: Batch, mode: Any) -> None:
+    expected = pgd(objective_of(linear), linear.images_QCHW, PGDConfig(steps=3))
     with mode():
         made = linear._replace(
             images_QCHW=linear.images_QCHW + 0,
@@ -273,7 +277,7 @@ def test_works_where_gradients_are_off(linear: Scene, mode: Any) -> None:
             gallery_GD=linear.gallery_GD + 0,
             gallery_labels_G=linear.gallery_labels_G + 0,
         )
-        attacked = pgd(aim_of(made), made.images_QCHW, PGDConfig(steps=3))
+        attacked = pgd(objective_of(made), made.images_QCHW, PGDConfig(steps=3))
         assert not torch.is_grad_enabled()
     assert torch.equal(attacked.images_BCHW, expected.images_BCHW)
     assert not attacked.images_BCHW.is_inference()

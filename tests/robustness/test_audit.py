@@ -95,8 +95,8 @@ def test_an_attack_that_leaves_the_budget(
     assert not failed(auditor.inside())
     attack_named = bank._ATTACKS["margin"]
 
-    def too_far(scene: Any) -> Tensor:
-        return scene.images_BCHW + 3 * (attack_named(scene) - scene.images_BCHW)
+    def too_far(batch: Any) -> Tensor:
+        return batch.images_BCHW + 3 * (attack_named(batch) - batch.images_BCHW)
 
     monkeypatch.setitem(bank._ATTACKS, "margin", too_far)
     assert failed(auditor.inside())

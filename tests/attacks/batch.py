@@ -29,7 +29,7 @@ class Linear(nn.Module):
         return F.normalize(F.linear(centred, self.weight), dim=1)
 
 
-class Scene(NamedTuple):
+class Batch(NamedTuple):
     """The tensors of one attack."""
 
     embedder: nn.Module
@@ -63,13 +63,13 @@ def tiny(seed: int = 0) -> Embedder:
     return Embedder(config, seed=seed)
 
 
-def scene(
+def batch(
     embedder: nn.Module,
     side: int,
     queries: int = 12,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-) -> Scene:
+) -> Batch:
     """Random gallery images of 6 classes; the queries are like some of them."""
     generator = torch.Generator().manual_seed(seed)
     gallery_GCHW = torch.rand(4 * CLASSES, 3, side, side, generator=generator).to(dtype)
@@ -79,7 +79,7 @@ def scene(
     images_QCHW = 0.7 * gallery_GCHW[chosen_Q] + 0.3 * other_QCHW
     with torch.no_grad():
         gallery_GD = eval_copy(embedder)(gallery_GCHW)
-    made = Scene(embedder, images_QCHW, labels_G[chosen_Q], gallery_GD, labels_G)
+    made = Batch(embedder, images_QCHW, labels_G[chosen_Q], gallery_GD, labels_G)
     found_Q = made.right(images_QCHW)
     return made._replace(images_QCHW=images_QCHW[found_Q], labels_Q=made.labels_Q[found_Q])
 
