@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flowerray.report.gather import Entry, Setting
+from flowerray.report.gather import Setting
 from flowerray.report.numbers import Comparison, corrected, hit_difference
 from flowerray.report.sections import cell, highest, missing, p_text
 from flowerray.robustness.config import AttackConfig
@@ -24,11 +24,11 @@ FREE = {"batch_size", "eps", "max_pairs"}
 PAIRED_EPS = ("1", "2", "4", "8")
 """Radii at which robust and standard runs are compared, in 1/255."""
 SHEETS = 4
-"""Pictures of fallen queries that are shown of a variant."""
+"""Pictures of turned queries that are shown of a variant."""
 
 
 @dataclass(frozen=True)
-class Battle:
+class Attacks:
     """Attacks of one kind: the same queries, gallery, norm, attacks and effort."""
 
     records: dict[str, list[Record]]
@@ -46,6 +46,11 @@ class Battle:
         return sorted(found, key=float)
 
     @property
+    def radii(self) -> list[str]:
+        """The headings of `eps`."""
+        return ["clean" if float(e) == 0 else f"{e}/255" for e in self.eps]
+
+    @property
     def shared_eps(self) -> list[str]:
         """The radii that every record has, ascending."""
         records = [r for rows in self.records.values() for r in rows]
@@ -53,35 +58,40 @@ class Battle:
 
 
 def attacked(setting: Setting) -> list[Block]:
-    """Tables, curves, audits and fallen queries."""
-    found = battles(setting)
+    """Tables, curves, audits and turned queries."""
+    found = attacks_of(setting)
     if not found:
         return [missing("No run has been attacked", "flowerray attack RUN --audit")]
     blocks: list[Block] = []
-    for battle in found:
-        blocks += [*_audits(battle), _about(battle), _worst_case(battle), _curve(battle)]
-        rows = _comparisons(setting, battle)
+    for attacks in found:
+        blocks += [
+            *_audits(attacks),
+            _about(attacks),
+            _worst_case(attacks),
+            _curve(setting, attacks),
+        ]
+        rows = comparisons(setting, attacks)
         if rows:
             blocks.append(_paired(rows))
-        blocks += _pairs(battle)
-        blocks += [_each_attack(battle), _checks(battle)]
+        blocks += _pairs(attacks)
+        blocks += [_each_attack(attacks), _checks(attacks)]
     return [*blocks, *_sheets(setting)]
 
 
-def battles(setting: Setting) -> list[Battle]:
+def attacks_of(setting: Setting) -> list[Attacks]:
     """The setting's attacks, those that can be compared together."""
     found: dict[str, dict[str, list[Record]]] = {}
     for variant in setting.variants:
-        for entry in variant.entries:
+        for run in variant.runs:
             own: dict[str, Record] = {}
-            for record in sorted((entry.robustness or {}).get("results", []), key=_weight):
+            for record in sorted((run.robustness or {}).get("results", []), key=_weight):
                 # Records of older versions lack some options: they had these defaults.
                 config = AttackConfig(**record["config"]).model_dump(mode="json", exclude=FREE)
                 shared = [config, record["num_queries"], record["num_gallery"], record["gallery"]]
-                own[json.dumps(shared, sort_keys=True)] = {**record, "seed": entry.seed}
+                own[json.dumps(shared, sort_keys=True)] = {**record, "seed": run.seed}
             for kind, record in own.items():
                 found.setdefault(kind, {}).setdefault(variant.label, []).append(record)
-    return [Battle(rows) for rows in found.values()]
+    return [Attacks(rows) for rows in found.values()]
 
 
 def _weight(record: Record) -> tuple[bool, int, float]:
@@ -102,45 +112,35 @@ def worst_case(records: Sequence[Record], eps: str, key: str = "recall_at_1") ->
     return Interval(found.n, found.mean, max(found.low, 0.0), min(found.high, 1.0))
 
 
-def _audits(battle: Battle) -> list[Block]:
+def _audits(attacks: Attacks) -> list[Block]:
     """A warning for every failed audit and collapsed embedding, before any figure; a note where
     nothing was audited.
     """
     blocks: list[Block] = []
-    unaudited = []
-    for label, records in battle.records.items():
+    unaudited = 0
+    for label, records in attacks.records.items():
         for record in records:
-            audit = record.get("audit")
-            if audit is None:
-                unaudited.append(record["run"])
-            elif not audit["passed"]:
-                blocks.append(
-                    Note(
-                        f"AUDIT FAILED for {label} ({Path(record['run']).name}): "
-                        f"{', '.join(audit['failed'])}. Its robustness below is not to be "
-                        "believed before that is explained.",
-                        "warn",
-                    )
+            name, audit = f"{label} ({Path(record['run']).name})", record.get("audit")
+            unaudited += audit is None
+            if audit is not None and not audit["passed"]:
+                text = (
+                    f"AUDIT FAILED for {name}: {', '.join(audit['failed'])}. Its robustness below "
+                    "is not to be believed before that is explained."
                 )
+                blocks.append(Note(text, "warn"))
             if record.get("collapse", {}).get("collapsed"):
-                blocks.append(
-                    Note(
-                        f"The embedding of {label} ({Path(record['run']).name}) has collapsed.",
-                        "warn",
-                    )
-                )
+                blocks.append(Note(f"The embedding of {name} has collapsed.", "warn"))
     if unaudited:
-        blocks.append(
-            Note(
-                f"Not audited: {len(unaudited)} of {sum(map(len, battle.records.values()))} "
-                "results. `flowerray attack RUN --audit` asks whether the figures can be believed."
-            )
+        text = (
+            f"Not audited: {unaudited} of {sum(map(len, attacks.records.values()))} results. "
+            "`flowerray attack RUN --audit` asks whether the figures can be believed."
         )
+        blocks.append(Note(text))
     return blocks
 
 
-def _about(battle: Battle) -> Text:
-    record, config = battle.first, battle.first["config"]
+def _about(attacks: Attacks) -> Text:
+    record, config = attacks.first, attacks.first["config"]
     text = (
         f"{record['num_queries']:,} {record['split']} queries, {record['num_gallery']:,} images of "
         f"gallery {record['gallery']}, norm {record['norm']}, attacks "
@@ -150,22 +150,21 @@ def _about(battle: Battle) -> Text:
     return Text(f"Threat model: {record['threat_model']}\n\n{text}")
 
 
-def _worst_case(battle: Battle) -> Table:
-    columns = {e: [worst_case(rows, e) for rows in battle.records.values()] for e in battle.eps}
+def _worst_case(attacks: Attacks) -> Table:
+    columns = {e: [worst_case(rows, e) for rows in attacks.records.values()] for e in attacks.eps}
     best = {e: highest(found) for e, found in columns.items()}
     rows: list[list[str | float | None]] = []
-    for number, (label, records) in enumerate(battle.records.items()):
-        at = [r["worst_case"][e]["recall_at_1"] for r in records for e in battle.shared_eps]
-        cells = [cell(columns[e][number], best[e]) for e in battle.eps]
+    for number, (label, records) in enumerate(attacks.records.items()):
+        at = [r["worst_case"][e]["recall_at_1"] for r in records for e in attacks.shared_eps]
+        cells = [cell(columns[e][number], best[e]) for e in attacks.eps]
         expected = float(np.mean(at)) if at else None
         rows.append([_shout(label, records), str(len(records)), *cells, expected])
-    names = ["clean" if float(e) == 0 else f"{e}/255" for e in battle.eps]
     caption = (
         "R@1 in the worst case over all attacks, by radius. Mean and 95 % interval: Student's t "
         "over seeds, with one seed the bootstrap over queries. Expected: mean over the radii that "
-        f"all were attacked at ({', '.join(battle.shared_eps) or 'none'})."
+        f"all were attacked at ({', '.join(attacks.shared_eps) or 'none'})."
     )
-    return Table(["", "seeds", *names, "expected"], rows, caption)
+    return Table(["", "seeds", *attacks.radii, "expected"], rows, caption)
 
 
 def _shout(label: str, records: Sequence[Record]) -> str:
@@ -173,37 +172,37 @@ def _shout(label: str, records: Sequence[Record]) -> str:
     return f"{label} (AUDIT FAILED)" if failed else label
 
 
-def _curve(battle: Battle) -> Picture:
-    panel = {
-        _shout(label, records): {
-            e: found for e in battle.eps if (found := worst_case(records, e)) is not None
+def _curve(setting: Setting, attacks: Attacks) -> Picture:
+    shown = [v.label for v in setting.shown if v.label in attacks.records] or attacks.records
+    content = {
+        _shout(label, attacks.records[label]): {
+            e: found
+            for e in attacks.eps
+            if (found := worst_case(attacks.records[label], e)) is not None
         }
-        for label, records in battle.records.items()
+        for label in shown
     }
-    picture = charts.bands(panel, battle.eps, "R@1 in the worst case", "radius, in 1/255")
+    figure = charts.bands(content, attacks.eps, "R@1 in the worst case", "radius, in 1/255")
     alt = "R@1 in the worst case over the radius of the attack, one curve a variant."
-    return Picture(picture, alt, "Bands are the intervals of the table.")
+    return Picture(figure, alt, "Bands are the intervals of the table.")
 
 
-def _comparisons(setting: Setting, battle: Battle) -> list[tuple[str, Comparison]]:
+def comparisons(setting: Setting, attacks: Attacks) -> list[tuple[str, Comparison]]:
     """(radius, robust against standard of the same method), corrected together."""
-    known = [v for v in setting.variants if v.label in battle.records]
+    known = [v for v in setting.shown if v.label in attacks.records]
     found: list[tuple[str, Comparison]] = []
     for robust in (v for v in known if v.robust):
         for standard in (v for v in known if not v.robust and v.method == robust.method):
-            sides = [{r["seed"]: r for r in battle.records[v.label]} for v in (robust, standard)]
+            sides = [{r["seed"]: r for r in attacks.records[v.label]} for v in (robust, standard)]
             shared = sorted(sides[0].keys() & sides[1].keys())
             both = [[side[seed] for seed in shared] for side in sides]
-            if not shared:
+            if len({tuple(r["queries"]) for records in both for r in records}) != 1:
                 continue
-            if len({tuple(r["queries"]) for records in both for r in records}) > 1:
-                continue
-            for eps in PAIRED_EPS if battle.first["norm"] == "linf" else battle.shared_eps[1:]:
+            for eps in PAIRED_EPS if attacks.first["norm"] == "linf" else attacks.shared_eps[1:]:
                 if all(eps in r["worst_case"] for records in both for r in records):
-                    compared = _compare(robust.label, standard.label, both, eps)
-                    found.append((eps, compared))
-    comparisons = corrected([comparison for _, comparison in found])
-    return [(eps, c) for (eps, _), c in zip(found, comparisons, strict=True)]
+                    found.append((eps, _compare(robust.label, standard.label, both, eps)))
+    tested = corrected([comparison for _, comparison in found])
+    return [(eps, c) for (eps, _), c in zip(found, tested, strict=True)]
 
 
 def _compare(first: str, second: str, both: list[list[Record]], eps: str) -> Comparison:
@@ -216,16 +215,10 @@ def _compare(first: str, second: str, both: list[list[Record]], eps: str) -> Com
 
 def _paired(rows: Sequence[tuple[str, Comparison]]) -> Table:
     cells = [
-        [
-            c.first,
-            c.second,
-            f"{eps}/255",
-            words(c.recall, "+.3f"),
-            p_text(c.recall.p_value),
-            p_text(c.p_holm),
-        ]
+        [c.first, c.second, f"{eps}/255", words(c.recall, "+.3f"), p_text(c.recall.p_value),
+         p_text(c.p_holm)]
         for eps, c in rows
-    ]
+    ]  # fmt: skip
     caption = (
         "Robust against standard on the same attacked queries, tested as in the clean table; Holm "
         "corrects for all rows."
@@ -233,48 +226,46 @@ def _paired(rows: Sequence[tuple[str, Comparison]]) -> Table:
     return Table(["A", "B", "radius", "R@1, A - B", "p", "p, Holm"], cells, caption)
 
 
-def _pairs(battle: Battle) -> list[Block]:
+def _pairs(attacks: Attacks) -> list[Block]:
     rows: list[list[str | float | None]] = []
-    for label, records in battle.records.items():
-        found = [worst_case(records, e, "pair_accuracy") for e in battle.eps]
+    for label, records in attacks.records.items():
+        found = [worst_case(records, e, "pair_accuracy") for e in attacks.eps]
         if any(i is not None for i in found):
             rows.append([label, *(None if i is None else i.mean for i in found)])
     if not rows:
         return []
-    header = ["", *("clean" if float(e) == 0 else f"{e}/255" for e in battle.eps)]
     caption = "Pair accuracy where one photograph of each pair is attacked; mean over seeds."
-    return [Table(header, rows, caption)]
+    return [Table(["", *attacks.radii], rows, caption)]
 
 
-def _each_attack(battle: Battle) -> Details:
+def _each_attack(attacks: Attacks) -> Details:
     rows: list[list[str | float | None]] = []
-    for label, records in battle.records.items():
+    for label, records in attacks.records.items():
         for name in records[0]["attacks"]:
             values = [
                 [r["attacks"][name][e]["recall_at_1"] for r in records if e in r["attacks"][name]]
-                for e in battle.eps
+                for e in attacks.eps
             ]
             seconds = sum(r["seconds"].get(name, 0.0) for r in records)
             means = [sum(v) / len(v) if v else None for v in values]
             rows.append([f"{label}: {name}", *means, f"{seconds:.0f}"])
-    cumulative = battle.first["rows"] == "cumulative"
+    cumulative = attacks.first["rows"] == "cumulative"
     caption = "R@1 under each attack, mean over seeds. " + (
         "Cumulative: an attack got only the queries that those above it left right."
         if cumulative
         else "Every attack got every query."
     )
-    names = [f"{e}/255" for e in battle.eps]
-    return Details("Every attack", Table(["", *names, "seconds"], rows, caption))
+    return Details("Every attack", Table(["", *attacks.radii, "seconds"], rows, caption))
 
 
-def _checks(battle: Battle) -> Block:
+def _checks(attacks: Attacks) -> Block:
     rows: list[list[str | float | None]] = [
         [
             f"{label}: {check['name']}",
             "not asked" if check["passed"] is None else "yes" if check["passed"] else "NO",
             check["text"],
         ]
-        for label, records in battle.records.items()
+        for label, records in attacks.records.items()
         for record in records
         for check in (record.get("audit") or {}).get("checks", [])
     ]
@@ -283,15 +274,10 @@ def _checks(battle: Battle) -> Block:
 
 
 def _sheets(setting: Setting) -> list[Block]:
-    """Queries that fell, as `flowerray attack` drew them, of the first seed of each variant."""
-    pictures: list[Block] = []
-    for variant in setting.variants:
-        drawn = [e for e in variant.entries if _drawn(e)]
-        for file in _drawn(drawn[0])[:SHEETS] if drawn else []:
-            text = f"{variant.label}, seed {drawn[0].seed}: {file.stem.replace('_', ' ')}."
-            pictures.append(Picture(file, f"Queries that an attack turned. {text}", text))
-    return pictures
-
-
-def _drawn(entry: Entry) -> list[Any]:
-    return sorted(entry.folder.plots.glob("worst_queries*.png"))
+    """Queries that an attack turned, as `flowerray attack` drew them."""
+    return [
+        Picture(file, f"Queries that an attack turned. {text}", text)
+        for name, _, files in setting.pictured("plots/worst_queries*.png")
+        for file in files[:SHEETS]
+        for text in [f"{name}: {file.stem.replace('_', ' ')}."]
+    ]

@@ -16,7 +16,7 @@ from flowerray.data.source import open_dataset
 from flowerray.description import flatten
 from flowerray.errors import UserError
 from flowerray.report import attacked, evidence, sections
-from flowerray.report.gather import Entry, Setting, find_runs, group, read_entry
+from flowerray.report.gather import Setting, StoredRun, find_runs, group, read_run
 from flowerray.retrieval.command import as_record, evaluate_frozen
 from flowerray.retrieval.measure import EvaluateConfig
 from flowerray.show.page import Note, Page
@@ -57,16 +57,16 @@ def write_report(
     if out.exists() and (not out.is_dir() or any(f.name not in OWN for f in out.iterdir())):
         raise UserError(f"{out} exists and is no report's folder: choose another --out.")
     files.refuse_unwritable(out)
-    settings = group([read_entry(path) for path in resolve(names)])
+    settings = group([read_run(path) for path in resolve(names)])
     if frozen:
         settings = [with_frozen(setting, device, quiet) for setting in settings]
     page = build(settings, title).write(out / PAGE)
     counts = {
-        "runs": sum(len(setting.entries) for setting in settings),
+        "runs": sum(len(setting.runs) for setting in settings),
         "variants": sum(len(setting.variants) for setting in settings),
         "settings": len(settings),
     }
-    params = {"runs": [str(e.folder.path) for setting in settings for e in setting.entries]}
+    params = {"runs": [str(e.folder.path) for setting in settings for e in setting.runs]}
     metrics = {f"report/{name}": float(count) for name, count in counts.items()}
     sync.log_folder(out, params, metrics, {"flowerray.kind": "report"})
     return {"page": str(page), "bytes": page.stat().st_size, **counts}
@@ -87,7 +87,7 @@ def resolve(names: Sequence[str]) -> list[Path]:
 
 def build(settings: Sequence[Setting], title: str) -> Page:
     """The page: a chapter a setting where there are several."""
-    num_runs = sum(len(setting.entries) for setting in settings)
+    num_runs = sum(len(setting.runs) for setting in settings)
     one = len(settings) == 1
     on = settings[0].title if one else f"{len(settings)} data sets or splits"
     page = Page(title, f"{counted(num_runs, 'run')} on {on}. Written {date.today():%d %B %Y}.")
@@ -99,12 +99,12 @@ def build(settings: Sequence[Setting], title: str) -> Page:
         page.section("Clean retrieval and verification", *sections.clean(setting))
         page.section("Under attack", *attacked.attacked(setting))
         page.section("Training curves", *sections.training(setting))
-        page.section("Cost", *sections.cost(setting, parameters(setting.entries)))
+        page.section("Cost", *sections.cost(setting, parameters(setting.runs)))
         page.section("Retrieval galleries", *evidence.galleries(setting))
         page.section("Worst failures", *evidence.failures(setting))
         page.section("Explanations", *evidence.explanations(setting))
         page.section("Data", *sections.data_card(setting))
-        page.section("How to reproduce", *sections.reproduce(setting, commands(setting.entries)))
+        page.section("How to reproduce", *sections.reproduce(setting, commands(setting.runs)))
     return page
 
 
@@ -113,20 +113,20 @@ def with_frozen(setting: Setting, device: torch.device, quiet: bool) -> Setting:
     image size; kept in `$FLOWERRAY_HOME/frozen` for the next report.
     """
     wanted = {
-        entry: record
-        for entry in setting.entries
-        for record in entry.evaluations.values()
+        stored: record
+        for stored in setting.runs
+        for record in stored.evaluations.values()
         if record["split"] == "test"
     }
     found: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
-    for entry, record in wanted.items():
+    for stored, record in wanted.items():
         try:
-            run = Run.from_dict(entry.folder.read())
-            if entry.floor not in found:
-                found[entry.floor] = _frozen_record(run, record.get("gallery"), device, quiet)
+            run = Run.from_dict(stored.folder.read())
+            if stored.floor not in found:
+                found[stored.floor] = _frozen_record(run, record.get("gallery"), device, quiet)
         except UserError as error:
-            notes.append(f"Frozen features of {entry.name} could not be measured: {error}")
+            notes.append(f"Frozen features of {stored.name} could not be measured: {error}")
     return replace(setting, frozen=found, notes=(*setting.notes, *dict.fromkeys(notes)))
 
 
@@ -152,30 +152,36 @@ def _frozen_record(
     return record
 
 
-def parameters(entries: Sequence[Entry]) -> dict[Entry, int]:
-    """Parameters of each run's exported embedder, of those that have one."""
+def parameters(runs: Sequence[StoredRun]) -> dict[StoredRun, int]:
+    """Parameters of each run's exported embedder, of those that have one; one of each shape is
+    opened.
+    """
+    counts: dict[str, int] = {}
     found = {}
-    for entry in entries:
-        if not entry.finished:
+    for stored in runs:
+        if not stored.finished:
             continue
-        weights = checkpoint.load_export(entry.folder.path)["embedder"]
-        found[entry] = sum(
-            value.numel()
-            for name, value in weights.items()
-            if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
-        )
+        shape = str({k: v for k, v in stored.options.items() if k.startswith("embedder.")})
+        if shape not in counts:
+            weights = checkpoint.load_export(stored.folder.path)["embedder"]
+            counts[shape] = sum(
+                value.numel()
+                for name, value in weights.items()
+                if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+            )
+        found[stored] = counts[shape]
     return found
 
 
-def commands(entries: Sequence[Entry]) -> dict[Entry, str]:
+def commands(runs: Sequence[StoredRun]) -> dict[StoredRun, str]:
     """The command that trains each run again; none for a run that this version cannot read."""
     found = {}
-    for entry in entries:
+    for stored in runs:
         try:
-            run = Run.from_dict(entry.folder.read())
+            run = Run.from_dict(stored.folder.read())
         except UserError:
             continue
-        found[entry] = f"flowerray train {run.method_name} {' '.join(words(run))}".rstrip()
+        found[stored] = f"flowerray train {run.method_name} {' '.join(words(run))}".rstrip()
     return found
 
 

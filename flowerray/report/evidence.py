@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowerray.errors import UserError
-from flowerray.report.gather import Entry, Setting, read_json
-from flowerray.report.numbers import FROZEN, Measured, measured
+from flowerray.report.gather import Setting, read_json
+from flowerray.report.numbers import FROZEN, Evaluations, evaluations
 from flowerray.report.sections import missing
+from flowerray.show.contact import Group, Tile, draw_sheet
 from flowerray.show.interval import words
 from flowerray.show.page import Block, Note, Picture, Pictures, Table, Text
 
@@ -25,7 +26,6 @@ MAP_METRICS = {
     "insertion": "insertion",
     "road_morf": "ROAD drop",
 }
-_SIDE, _GAP = 200, 6
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,19 @@ class Failure:
 
 
 def galleries(setting: Setting) -> list[Block]:
-    """What the first seed of every variant found."""
+    """What the first seed of the shown variants found."""
     blocks: list[Block] = []
-    for variant in setting.variants:
-        drawn = [entry for entry in variant.entries if _sheets(entry)]
-        for path in _sheets(drawn[0]) if drawn else []:
-            about = f"{variant.label}, seed {drawn[0].seed}: {_words(path.stem)}"
-            alt = f"Queries and their nearest gallery images, {about}; hits green, misses red."
-            blocks.append(Picture(path, alt, f"{about}."))
+    for name, _, files in setting.pictured("plots/retrieval_*.png"):
+        for file in files:
+            about = f"{name}: {_words(file.stem)}"
+            alt = f"Queries and their nearest gallery images, {about}; hits green, misses orange."
+            blocks.append(Picture(file, alt, f"{about}."))
     if not blocks:
         return [missing("No retrieval gallery was drawn", "flowerray evaluate RUN --split test")]
     text = (
-        "The first seed of each variant; the other seeds' pictures are in `RUN/plots/`. Queries "
-        "are drawn at random, half of them misses as far as there are any. Green with a tick: the "
-        "query's class; red with a cross: another."
+        "One seed of each variant; the other seeds' pictures are in `RUN/plots/`. Queries are "
+        "drawn at random, half of them misses as far as there are any. Green with a tick: the "
+        "query's class; orange with a cross: another."
     )
     return [Text(text), *blocks]
 
@@ -67,7 +66,7 @@ def galleries(setting: Setting) -> list[Block]:
 def failures(setting: Setting) -> list[Block]:
     """The classes and the queries that go wrong most, over all trained runs."""
     blocks: list[Block] = []
-    for table in measured(setting):
+    for table in evaluations(setting):
         records = [
             record
             for name, rows in table.records.items()
@@ -114,7 +113,7 @@ def find_failures(records: Sequence[dict]) -> list[Failure]:
     return sorted(found, key=lambda f: (-f.missed / f.runs, -f.similarity, f.query))
 
 
-def _worst_classes(records: Sequence[dict], table: Measured) -> Block:
+def _worst_classes(records: Sequence[dict], table: Evaluations) -> Block:
     hits: dict[str, list[int]] = {}
     taken: dict[str, Counter[str]] = {}
     for record in records:
@@ -176,34 +175,24 @@ def side_by_side(first: Path, second: Path) -> bytes:
     Raises:
         UserError: one cannot be read.
     """
-    from PIL import Image
-
-    from flowerray.data.images import thumbnail
-
-    sheet = Image.new("RGB", (2 * _SIDE + _GAP, _SIDE), "white")
-    for number, path in enumerate((first, second)):
-        sheet.paste(thumbnail(path, _SIDE), (number * (_SIDE + _GAP), 0))
     buffer = io.BytesIO()
-    sheet.save(buffer, "JPEG", quality=88)
+    draw_sheet([[Group("", (Tile(first), Tile(second)))]]).save(buffer, "JPEG", quality=88)
     return buffer.getvalue()
 
 
 def explanations(setting: Setting) -> list[Block]:
     """RUN/explanations/: how well the heat maps say what the model looks at, and pictures."""
     blocks: list[Block] = []
-    for variant in setting.variants:
-        for entry in variant.entries:
-            folder = entry.folder.path / "explanations"
-            files = sorted(folder.rglob("*.png"))
-            judged = folder / "faithfulness.json"
-            about = f"{variant.label}, seed {entry.seed}"
-            if judged.exists():
-                blocks += _faithfulness(about, read_json(judged))
-            for file in files[:EXPLANATIONS]:
-                text = f"{about}: {_words(file.stem)}."
-                blocks.append(Picture(file, f"Explanation, {text}", text))
-            if len(files) > EXPLANATIONS:
-                blocks.append(Text(f"{len(files) - EXPLANATIONS} more are in `{folder}`."))
+    for about, run, _ in setting.pictured("explanations/faithfulness.json"):
+        content = read_json(run.folder.path / "explanations" / "faithfulness.json")
+        blocks += _faithfulness(about, content)
+    for about, run, files in setting.pictured("explanations/**/*.png"):
+        for file in files[:EXPLANATIONS]:
+            text = f"{about}: {_words(file.stem)}."
+            blocks.append(Picture(file, f"Explanation, {text}", text))
+        if len(files) > EXPLANATIONS:
+            more = f"{len(files) - EXPLANATIONS} more are in"
+            blocks.append(Text(f"{more} `{run.folder.path / 'explanations'}`."))
     return blocks or [missing("No run has been explained", "flowerray explain RUN")]
 
 
@@ -237,7 +226,3 @@ def _faithfulness(about: str, content: dict) -> list[Block]:
 
 def _words(name: str) -> str:
     return name.replace("_", " ").replace("-", " ")
-
-
-def _sheets(entry: Entry) -> list[Path]:
-    return sorted(entry.folder.plots.glob("retrieval_*.png"))

@@ -5,7 +5,7 @@ variant is everything else but the seed; runs of a variant differ in their seed 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,15 @@ IGNORED = (
     "train.checkpoint_every",
 )  # fmt: skip
 """Options that make no other variant: the setting's, and those that do not change the result."""
-SHOWN = 3
+NAMED = 3
 """Options that a variant's label names at most."""
+MOST = 8
+"""Variants that pictures show: of more, those that retrieve best and worst."""
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
-    """One RUN folder; equal to itself alone, so that it can be a key."""
+class StoredRun:
+    """What one RUN folder holds; equal to itself alone, so that it can be a key."""
 
     folder: RunDir
     options: dict[str, Any]
@@ -91,18 +93,25 @@ class Variant:
     """The seeds of one choice of method, network and options."""
 
     label: str
-    entries: tuple[Entry, ...]
+    runs: tuple[StoredRun, ...]
     """By seed."""
 
     @property
     def method(self) -> str:
         """triplet, siamese, ..."""
-        return self.entries[0].method
+        return self.runs[0].method
 
     @property
     def robust(self) -> bool:
         """Trained against attacks."""
-        return self.entries[0].hardening != "none"
+        return self.runs[0].hardening != "none"
+
+    @property
+    def recall(self) -> float | None:
+        """Mean R@1 of its evaluations on test; None where there is none."""
+        found = [r.evaluations["test"] for r in self.runs if "test" in r.evaluations]
+        values = [record["metrics"]["recall_at_1"] for record in found]
+        return sum(values) / len(values) if values else None
 
 
 @dataclass(frozen=True)
@@ -112,14 +121,31 @@ class Setting:
     title: str
     variants: tuple[Variant, ...]
     frozen: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """`Entry.floor` -> the record of the backbone's features as they came, as an evaluation's."""
+    """`StoredRun.floor` -> the record of the backbone's features as they came."""
     notes: tuple[str, ...] = ()
     """What could not be had, in whole sentences."""
 
     @property
-    def entries(self) -> list[Entry]:
+    def runs(self) -> list[StoredRun]:
         """All runs, a variant after the other."""
-        return [entry for variant in self.variants for entry in variant.entries]
+        return [run for variant in self.variants for run in variant.runs]
+
+    @property
+    def shown(self) -> list[Variant]:
+        """The variants that pictures show and tests compare: the best and the worst of many."""
+        ranked = sorted(self.variants, key=lambda v: -1.0 if v.recall is None else v.recall)
+        if len(ranked) > MOST:
+            measured = [v for v in ranked if v.recall is not None] or ranked
+            ranked = [*measured[: MOST // 2], *measured[MOST // 2 :][-MOST // 2 :]]
+        return [variant for variant in self.variants if variant in ranked]
+
+    def pictured(self, pattern: str) -> Iterator[tuple[str, StoredRun, list[Path]]]:
+        """Of each shown variant the first seed that has such files: its name, run and files."""
+        for variant in self.shown:
+            for run in variant.runs:
+                if files := sorted(run.folder.path.glob(pattern)):
+                    yield f"{variant.label}, seed {run.seed}", run, files
+                    break
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -142,7 +168,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(path.resolve() for path in found))
 
 
-def read_entry(path: Path) -> Entry:
+def read_run(path: Path) -> StoredRun:
     """Reads a RUN folder.
 
     Raises:
@@ -158,7 +184,7 @@ def read_entry(path: Path) -> Entry:
     for file in sorted((folder.path / "evaluation").glob("*.json")):
         evaluations[file.stem] = read_json(file)
     robustness = folder.path / "robustness.json"
-    return Entry(
+    return StoredRun(
         folder, options, records, note.tags, note.finished, evaluations,
         read_json(robustness) if robustness.exists() else None,
     )  # fmt: skip
@@ -179,11 +205,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def group(entries: Sequence[Entry]) -> list[Setting]:
+def group(runs: Sequence[StoredRun]) -> list[Setting]:
     """Entries by setting, variant and seed, in the order given; standard before robust."""
-    settings: dict[str, list[Entry]] = {}
-    for entry in entries:
-        settings.setdefault(entry.setting, []).append(entry)
+    settings: dict[str, list[StoredRun]] = {}
+    for run in runs:
+        settings.setdefault(run.setting, []).append(run)
     found = []
     for part in settings.values():
         kept, notes = _one_a_seed(part)
@@ -191,31 +217,31 @@ def group(entries: Sequence[Entry]) -> list[Setting]:
     return found
 
 
-def _one_a_seed(entries: list[Entry]) -> tuple[list[Entry], tuple[str, ...]]:
+def _one_a_seed(runs: list[StoredRun]) -> tuple[list[StoredRun], tuple[str, ...]]:
     """One run of each choice and seed, the finished, measured and newest one, and a note on the
     others: a training repeats itself exactly, so that a copy would pass for a seed and narrow the
     interval.
     """
 
-    def rank(entry: Entry) -> tuple[bool, int, float]:
-        measured = len(entry.evaluations) + bool(entry.robustness)
-        return entry.finished, measured, entry.folder.run_json.stat().st_mtime
+    def rank(run: StoredRun) -> tuple[bool, int, float]:
+        measured = len(run.evaluations) + bool(run.robustness)
+        return run.finished, measured, run.folder.run_json.stat().st_mtime
 
-    best: dict[tuple[str, int], Entry] = {}
-    for entry in entries:
-        key = json.dumps(_choices(entry), sort_keys=True), entry.seed
-        best[key] = max(best.get(key, entry), entry, key=rank)
-    kept = [entry for entry in entries if entry in best.values()]
-    if len(kept) == len(entries):
+    best: dict[tuple[str, int], StoredRun] = {}
+    for run in runs:
+        key = json.dumps(_choices(run), sort_keys=True), run.seed
+        best[key] = max(best.get(key, run), run, key=rank)
+    kept = [run for run in runs if run in best.values()]
+    if len(kept) == len(runs):
         return kept, ()
-    names = ", ".join(str(entry.folder.path) for entry in entries if entry not in kept)
+    names = ", ".join(str(run.folder.path) for run in runs if run not in kept)
     return kept, (f"Left out, since another run has the same options and seed: {names}.",)
 
 
-def _variants(entries: list[Entry]) -> tuple[Variant, ...]:
-    found: dict[str, list[Entry]] = {}
-    for entry in entries:
-        found.setdefault(json.dumps(_choices(entry), sort_keys=True), []).append(entry)
+def _variants(runs: list[StoredRun]) -> tuple[Variant, ...]:
+    found: dict[str, list[StoredRun]] = {}
+    for run in runs:
+        found.setdefault(json.dumps(_choices(run), sort_keys=True), []).append(run)
     groups = [sorted(group, key=lambda e: e.seed) for group in found.values()]
     groups.sort(key=lambda group: (group[0].method, group[0].hardening != "none"))
     labels = _labels([group[0] for group in groups])
@@ -224,28 +250,28 @@ def _variants(entries: list[Entry]) -> tuple[Variant, ...]:
     )  # fmt: skip
 
 
-def _choices(entry: Entry) -> dict[str, Any]:
+def _choices(run: StoredRun) -> dict[str, Any]:
     """What makes the variant. Of a standard run `harden` says nothing; older ones have none."""
-    ignored = (*IGNORED, "harden.") if entry.hardening == "none" else IGNORED
-    found = {k: v for k, v in entry.options.items() if not k.startswith(ignored)}
+    ignored = (*IGNORED, "harden.") if run.hardening == "none" else IGNORED
+    found = {k: v for k, v in run.options.items() if not k.startswith(ignored)}
     # The run that a training started from differs from seed to seed.
     return {**found, "init": "run" if found.get("init") else "backbone"}
 
 
-def _labels(entries: list[Entry]) -> list[str]:
+def _labels(runs: list[StoredRun]) -> list[str]:
     """Method and hardening of each, and the options in which those of one method differ."""
     labels: list[str] = []
-    for entry in entries:
-        alike = [e for e in entries if (e.method, e.hardening) == (entry.method, entry.hardening)]
+    for run in runs:
+        alike = [e for e in runs if (e.method, e.hardening) == (run.method, run.hardening)]
         choices = [_choices(e) for e in alike]
         names = dict.fromkeys(name for choice in choices for name in choice)
         differ = [n for n in names if len({json.dumps(c.get(n, "–")) for c in choices}) > 1]
-        own = _choices(entry)
+        own = _choices(run)
         texts = [f"{n.rpartition('.')[2].replace('_', ' ')} {_short(own.get(n))}" for n in differ]
-        if len(texts) > SHOWN:
-            texts = [*texts[: SHOWN - 1], f"{len(texts) - SHOWN + 1} more"]
-        hardening = [] if entry.hardening == "none" else [f"robust ({entry.hardening})"]
-        label = ", ".join([" ".join([entry.method, *hardening]), *texts])
+        if len(texts) > NAMED:
+            texts = [*texts[: NAMED - 1], f"{len(texts) - NAMED + 1} more"]
+        hardening = [] if run.hardening == "none" else [f"robust ({run.hardening})"]
+        label = ", ".join([" ".join([run.method, *hardening]), *texts])
         taken = sum(other.partition(" (no. ")[0] == label for other in labels)
         labels.append(f"{label} (no. {taken + 1})" if taken else label)
     return labels
@@ -255,9 +281,9 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _title(entries: list[Entry]) -> str:
+def _title(runs: list[StoredRun]) -> str:
     """The data in a few words."""
-    options, tags = entries[0].options, entries[0].tags
+    options, tags = runs[0].options, runs[0].tags
     root = options.get("data.root")
     parts = [Path(root).name if root else "rendered flowers"]
     if "dataset/classes" in tags:

@@ -31,7 +31,7 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Measured:
+class Evaluations:
     """Evaluations with the same queries and the same gallery."""
 
     split: str
@@ -60,7 +60,7 @@ class Comparison:
     """The p-value of R@1, corrected for all comparisons of the table."""
 
 
-def measured(setting: Setting) -> list[Measured]:
+def evaluations(setting: Setting) -> list[Evaluations]:
     """The setting's evaluations by queries and gallery."""
     found: dict[tuple[str, int, int], dict[str, list[Record]]] = {}
 
@@ -69,15 +69,15 @@ def measured(setting: Setting) -> list[Measured]:
         key = (record["split"], int(m["num_queries"]), int(m["num_gallery"]))
         found.setdefault(key, {}).setdefault(label, []).append(record)
 
-    several = len({entry.floor for v in setting.variants for entry in v.entries}) > 1
+    several = len({run.floor for v in setting.variants for run in v.runs}) > 1
     for floor, record in setting.frozen.items():
         add(f"{FROZEN} ({floor})" if several else FROZEN, record)
     for variant in setting.variants:
-        for entry in variant.entries:
-            for record in entry.evaluations.values():
-                add(variant.label, {**record, "seed": entry.seed})
+        for run in variant.runs:
+            for record in run.evaluations.values():
+                add(variant.label, {**record, "seed": run.seed})
     kept = {key: rows for key, rows in found.items() if any(FROZEN not in name for name in rows)}
-    return [Measured(*key, rows) for key, rows in kept.items()]
+    return [Evaluations(*key, rows) for key, rows in kept.items()]
 
 
 def summary(records: Sequence[Record], metric: str) -> Interval | None:
@@ -99,14 +99,14 @@ def scores(records: Sequence[Record], metric: str) -> NDArray[np.float64]:
     return np.array([r["per_query"][PER_QUERY[metric]] for r in records], float)[:, counted]
 
 
-def comparisons(setting: Setting, table: Measured) -> list[Comparison]:
-    """Every trained row against its frozen features, every robust one against the standard ones of
-    its method, and the standard ones among each other.
+def comparisons(setting: Setting, table: Evaluations) -> list[Comparison]:
+    """Of the shown variants every one against its frozen features, every robust one against the
+    standard ones of its method, and the standard ones among each other.
     """
     rows = {name: [r for r in found if "per_query" in r] for name, found in table.records.items()}
     rows = {name: found for name, found in rows.items() if found}
     found = []
-    for first, second in _pairs(setting.variants, rows):
+    for first, second in _pairs(setting.shown, rows):
         if (compared := compare(first, rows[first], second, rows[second])) is not None:
             found.append(compared)
     return corrected(found)
@@ -160,7 +160,7 @@ def _pairs(
     known = [v for v in variants if v.label in rows]
     pairs = []
     for variant in known:
-        floor = variant.entries[0].floor
+        floor = variant.runs[0].floor
         floors = [name for name in (FROZEN, f"{FROZEN} ({floor})") if name in rows]
         pairs += [(variant.label, name) for name in floors]
     standard = [v for v in known if not v.robust]

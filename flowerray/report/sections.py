@@ -5,8 +5,15 @@ and how to make it all again. Each returns blocks; one that lacks its data says 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from flowerray.report.gather import Entry, Setting, Variant
-from flowerray.report.numbers import FROZEN, Comparison, Measured, comparisons, measured, summary
+from flowerray.report.gather import Setting, StoredRun, Variant
+from flowerray.report.numbers import (
+    FROZEN,
+    Comparison,
+    Evaluations,
+    comparisons,
+    evaluations,
+    summary,
+)
 from flowerray.show import charts
 from flowerray.show.interval import words
 from flowerray.show.page import Block, Bold, Commands, Details, Note, Picture, Table, Text
@@ -41,14 +48,14 @@ DATA_FACTS = {
 
 def summary_of(setting: Setting) -> list[Block]:
     """What was run and what came out, in a few sentences."""
-    seeds = sorted({len(variant.entries) for variant in setting.variants})
+    seeds = sorted({len(variant.runs) for variant in setting.variants})
     times = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     said = [
-        f"{counted(len(setting.entries), 'run')}: "
+        f"{counted(len(setting.runs), 'run')}: "
         f"{counted(len(setting.variants), 'variant')} with {times} "
         f"seed{'' if seeds[-1] == 1 else 's'} each."
     ]
-    for table in measured(setting):
+    for table in evaluations(setting):
         found = {name: summary(records, "recall_at_1") for name, records in table.records.items()}
         trained = {n: i for n, i in found.items() if i is not None and not n.startswith(FROZEN)}
         best = max(trained, key=lambda name: trained[name].mean)
@@ -56,6 +63,8 @@ def summary_of(setting: Setting) -> list[Block]:
         frozen = [i for n, i in found.items() if i is not None and n.startswith(FROZEN)]
         if frozen:
             said[-1] += f" Frozen features: {', '.join(str(cell(i)) for i in frozen)}."
+    if len(setting.shown) < len(setting.variants):
+        said.append(f"Pictures and paired tests are of {_selection(setting)}; tables are of all.")
     robust = [variant.label for variant in setting.variants if variant.robust]
     if robust:
         said.append(f"Trained against attacks: {', '.join(robust)}.")
@@ -64,12 +73,12 @@ def summary_of(setting: Setting) -> list[Block]:
 
 def clean(setting: Setting) -> list[Block]:
     """Retrieval and verification on clean photographs, with paired tests."""
-    tables = measured(setting)
+    tables = evaluations(setting)
     if not tables:
         return [missing("No run has been evaluated", "flowerray evaluate RUN --split test")]
     blocks: list[Block] = []
     for table in tables:
-        blocks += _clean_table(table)
+        blocks += _clean_table(table, setting.shown)
         rows = comparisons(setting, table)
         if rows:
             blocks.append(_paired(rows))
@@ -83,7 +92,7 @@ def clean(setting: Setting) -> list[Block]:
     return blocks
 
 
-def _clean_table(table: Measured) -> list[Block]:
+def _clean_table(table: Evaluations, shown: Sequence[Variant]) -> list[Block]:
     metrics = {
         key: label
         for key, label in METRICS.items()
@@ -103,13 +112,14 @@ def _clean_table(table: Measured) -> list[Block]:
         f"{table.title}. Mean and 95 % interval: Student's t over seeds; with one seed the "
         "bootstrap over queries, where their scores were kept. The best mean of a column is bold."
     )
+    drawn = [n for n in found if n.startswith(FROZEN) or any(n == v.label for v in shown)]
     picture = charts.forest(
         {
-            metrics[key]: {name: i for name, row in found.items() if (i := row[key]) is not None}
+            metrics[key]: {name: i for name in drawn if (i := found[name][key]) is not None}
             for key in ("recall_at_1", "map_at_r")
             if key in metrics
         },
-        {name: GREY for name in found if name.startswith(FROZEN)},
+        {name: GREY for name in drawn if name.startswith(FROZEN)},
     )
     alt = "R@1 and MAP@R of each variant with intervals, as in the table above."
     return [
@@ -137,24 +147,32 @@ def _paired(rows: Sequence[Comparison]) -> Table:
 
 def training(setting: Setting) -> list[Block]:
     """Validation and loss by epoch, all runs overlaid."""
+    shown = {variant.label for variant in setting.shown}
     panels: dict[str, dict[str, list[charts.Curve]]] = {}
+    others: dict[str, list[charts.Curve]] = {}
     for metric, title in CURVES.items():
         for variant in setting.variants:
-            seeds: list[charts.Curve] = [
-                series for entry in variant.entries if (series := entry.series(metric))
-            ]
-            if seeds:
+            seeds: list[charts.Curve] = [s for run in variant.runs if (s := run.series(metric))]
+            if seeds and variant.label in shown:
                 panels.setdefault(title, {})[variant.label] = seeds
+            others.setdefault(title, []).extend(seeds if variant.label not in shown else [])
     if not panels:
         return [missing("No run has finished an epoch", "flowerray train METHOD --resume RUN")]
     caption = (
         "By epoch. Faint lines are single seeds, the marked line is their mean. Losses of "
         "different methods are on different scales: compare a method with itself only."
     )
-    return [Picture(charts.curves(panels, "epoch"), "Training curves by epoch.", caption)]
+    if len(shown) < len(setting.variants):
+        caption += f" In colour: {_selection(setting)}; grey: the others."
+    figure = charts.curves(panels, "epoch", others=others)
+    return [Picture(figure, "Training curves by epoch.", caption)]
 
 
-def cost(setting: Setting, parameters: Mapping[Entry, int]) -> list[Block]:
+def _selection(setting: Setting) -> str:
+    return f"the {len(setting.shown)} variants with the highest and the lowest R@1"
+
+
+def cost(setting: Setting, parameters: Mapping[StoredRun, int]) -> list[Block]:
     """Time, throughput and size of each variant; and the runs themselves.
 
     Args:
@@ -185,11 +203,11 @@ def cost(setting: Setting, parameters: Mapping[Entry, int]) -> list[Block]:
                 max((v for _, v in e.series("val/map_at_r")), default=None), str(e.folder.path),
             ]
             for variant in setting.variants
-            for e in variant.entries
+            for e in variant.runs
         ],
     )  # fmt: skip
     blocks: list[Block] = [Table(header, rows, caption)]
-    unfinished = [e.name for e in setting.entries if not e.finished]
+    unfinished = [e.name for e in setting.runs if not e.finished]
     if unfinished:
         blocks.append(
             Note(
@@ -203,47 +221,47 @@ def cost(setting: Setting, parameters: Mapping[Entry, int]) -> list[Block]:
 
 def data_card(setting: Setting) -> list[Block]:
     """What is known of the data, without opening it."""
-    entry = setting.entries[0]
+    run = setting.runs[0]
     rows: list[list[str | float | None]] = []
     for key, label in DATA_FACTS.items():
-        if key in entry.tags:
-            rows.append([label, entry.tags[key]])
+        if key in run.tags:
+            rows.append([label, run.tags[key]])
     known = {*DATA_FACTS, "dataset/protocol"}
-    for key, value in entry.tags.items():
+    for key, value in run.tags.items():
         if key.startswith("dataset/") and key not in known:
             rows.append([key.removeprefix("dataset/").replace("_", " "), value])
-    options = entry.options
+    options = run.options
     hidden = "data.synthetic." if options.get("data.root") else "data.root"
     for key, value in options.items():
         if key.startswith("data.") and not key.startswith(hidden):
             rows.append([key.removeprefix("data.").replace("_", " "), str(value)])
     blocks: list[Block] = [Table(["fact", "value"], rows)]
-    if not any(key.startswith("dataset/") for key in entry.tags):
+    if not any(key.startswith("dataset/") for key in run.tags):
         blocks.append(
             missing("The data's counts were not noted with these runs", "flowerray explore DIR")
         )
     return blocks
 
 
-def reproduce(setting: Setting, commands: Mapping[Entry, str]) -> list[Block]:
+def reproduce(setting: Setting, commands: Mapping[StoredRun, str]) -> list[Block]:
     """The command of every run, and the versions that it ran with.
 
     Args:
         commands: of the runs that this version understands.
     """
-    lines = [commands[e] for e in setting.entries if e in commands]
+    lines = [commands[e] for e in setting.runs if e in commands]
     blocks: list[Block] = []
     if lines:
         blocks.append(Commands("\n".join(lines)))
-    unknown = [e.name for e in setting.entries if e not in commands]
+    unknown = [e.name for e in setting.runs if e not in commands]
     if unknown:
         blocks.append(Note(f"Written by another version, so without a command: {unknown}.", "warn"))
     versions: dict[str, dict[str, list[str]]] = {}
-    for entry in setting.entries:
-        for key, value in entry.tags.items():
+    for run in setting.runs:
+        for key, value in run.tags.items():
             if key.startswith("version.") or key == "git_commit":
                 name = key.removeprefix("version.").replace("git_commit", "commit")
-                versions.setdefault(name, {}).setdefault(value, []).append(entry.name)
+                versions.setdefault(name, {}).setdefault(value, []).append(run.name)
     if not versions:
         return [*blocks, Text("The versions were not noted with these runs.")]
     rows: list[list[str | float | None]] = [
@@ -283,11 +301,11 @@ def p_text(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _middle(variant: Variant, of: Callable[[Entry], float | None], spec: str = ",.0f") -> str:
-    values = [value for entry in variant.entries if (value := of(entry)) is not None]
+def _middle(variant: Variant, of: Callable[[StoredRun], float | None], spec: str = ",.0f") -> str:
+    values = [value for run in variant.runs if (value := of(run)) is not None]
     return format(statistics.median(values), spec) if values else "–"
 
 
-def _throughput(entry: Entry) -> float | None:
-    found = [value for _, value in entry.series("train/images_per_second")]
+def _throughput(run: StoredRun) -> float | None:
+    found = [value for _, value in run.series("train/images_per_second")]
     return statistics.median(found) if found else None

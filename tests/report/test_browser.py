@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from flowerray.report.command import PAGE, build
-from flowerray.report.gather import group, read_entry
+from flowerray.report.gather import group, read_run
 from tests.report.runs import make_run, photographs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -43,7 +43,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for robust in (False, True)
         for s in range(2)
     ]
-    settings = group([read_entry(path) for path in runs])
+    settings = group([read_run(path) for path in runs])
     return build(settings, "A report").write(folder / PAGE)
 
 

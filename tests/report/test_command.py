@@ -78,7 +78,7 @@ def test_frozen_features_are_measured_once(
 ) -> None:
     monkeypatch.setenv("FLOWERRAY_HOME", str(tmp_path / "home"))
     from flowerray.report import command as report
-    from flowerray.report.gather import group, read_entry
+    from flowerray.report.gather import group, read_run
 
     calls = []
 
@@ -87,7 +87,7 @@ def test_frozen_features_are_measured_once(
         return measuring.evaluate_frozen(*arguments, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(report, "evaluate_frozen", counted)
-    (setting,) = group([read_entry(path) for path in resolve([str(runs)])])
+    (setting,) = group([read_run(path) for path in resolve([str(runs)])])
     first = report.with_frozen(setting, CPU, quiet=True)
     again = report.with_frozen(setting, CPU, quiet=True)
     assert len(calls) == 1 and first.frozen == again.frozen and first.notes == ()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flowerray.errors import UserError
-from flowerray.report.gather import find_runs, group, read_entry
+from flowerray.report.gather import find_runs, group, read_run
 from flowerray.training.rundir import FolderReporter
 from tests.report.runs import make_run
 
@@ -28,8 +28,8 @@ def test_runs_are_found_in_folders(tmp_path: Path) -> None:
 
 
 def labels(*paths: Path) -> list[list[tuple[str, list[int]]]]:
-    settings = group([read_entry(path) for path in paths])
-    return [[(v.label, [e.seed for e in v.entries]) for v in s.variants] for s in settings]
+    settings = group([read_run(path) for path in paths])
+    return [[(v.label, [e.seed for e in v.runs]) for v in s.variants] for s in settings]
 
 
 def test_seeds_make_a_variant_and_options_part_them(tmp_path: Path) -> None:
@@ -57,17 +57,17 @@ def test_a_copy_of_a_run_is_no_other_seed(tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", seed=1, hits=0.5)
     os.utime(again / "run.json", (2e9, 2e9))
     assert labels(first, again, other) == [[("triplet", [0, 1])]]
-    (setting,) = group([read_entry(path) for path in (again, first, other)])
-    assert [entry.folder.path for entry in setting.entries] == [again, other]
+    (setting,) = group([read_run(path) for path in (again, first, other)])
+    assert [run.folder.path for run in setting.runs] == [again, other]
     assert f"Left out, since another run has the same options and seed: {first}." in setting.notes
     (first / "evaluation").mkdir(exist_ok=True)
     (first / "evaluation" / "val.json").write_text("{}")  # that one was measured once more
-    (setting,) = group([read_entry(path) for path in (again, first, other)])
-    assert [entry.folder.path for entry in setting.entries] == [first, other]
+    (setting,) = group([read_run(path) for path in (again, first, other)])
+    assert [run.folder.path for run in setting.runs] == [first, other]
     (first / "evaluation" / "val.json").unlink()
     (first / "best_model_triplet_loss.pth").touch()  # that one came to its end
-    (setting,) = group([read_entry(path) for path in (again, first, other)])
-    assert [entry.folder.path for entry in setting.entries] == [first, other]
+    (setting,) = group([read_run(path) for path in (again, first, other)])
+    assert [run.folder.path for run in setting.runs] == [first, other]
 
 
 def test_the_copies_that_mlflow_keeps_are_no_runs(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_other_data_or_another_split_is_another_setting(tmp_path: Path) -> None:
         make_run(tmp_path / "c", fingerprint="one", root=tmp_path / "moved", seed=1),
     ]
     assert labels(*runs) == [[("triplet", [0, 1])], [("triplet", [0])]]
-    settings = group([read_entry(path) for path in runs])
+    settings = group([read_run(path) for path in runs])
     assert settings[0].title == "flowers: 2 classes, 1,234 images, protocol official"
     (runs[0] / "mlflow.json").unlink()  # without tags the data's options decide
     (runs[2] / "mlflow.json").unlink()
@@ -118,22 +118,22 @@ def test_labels_never_collide(tmp_path: Path) -> None:
 
 def test_metrics_of_an_older_evaluation_are_taken_from_the_log(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
-    assert read_entry(run).evaluations == {}
+    assert read_run(run).evaluations == {}
     for value in (0.5, 0.75):
         numbers = {"test/recall_at_1": value, "test/num_queries": 20.0, "test/num_gallery": 10.0}
         FolderReporter(run).report(20, 2, numbers)
-    (record,) = read_entry(run).evaluations.values()
+    (record,) = read_run(run).evaluations.values()
     assert record["metrics"]["recall_at_1"] == 0.75 and "per_query" not in record
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no run\.json"):
-        read_entry(tmp_path)
+        read_run(tmp_path)
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(UserError, match="names no method"):
-        read_entry(tmp_path)
+        read_run(tmp_path)
     run = make_run(tmp_path / "run")
     for text in ("[]", "{"):
         (run / "robustness.json").write_text(text)
         with pytest.raises(UserError, match="JSON"):
-            read_entry(run)
+            read_run(run)

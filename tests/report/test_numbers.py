@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from flowerray.report.gather import group, read_entry
-from flowerray.report.numbers import FROZEN, compare, comparisons, measured, scores, summary
+from flowerray.report.gather import group, read_run
+from flowerray.report.numbers import FROZEN, compare, comparisons, evaluations, scores, summary
 from tests.report.runs import QUERIES, draw, evaluation, make_run, read
 
 ROOT = Path("flowers")
@@ -57,14 +57,14 @@ def test_trained_rows_are_paired_by_the_seeds_that_both_have() -> None:
 
 def test_a_row_is_not_compared_with_another_backbones_floor(tmp_path: Path) -> None:
     """That of its own could not be measured."""
-    runs = [make_run(tmp_path / f"r{seed}", "triplet", seed, hits=0.9) for seed in range(2)]
-    entries = [read_entry(path) for path in runs]
-    entries[1].options["embedder.backbone"] = "resnet50"
-    (setting,) = group(entries)
-    floors = [entry.floor for entry in setting.entries]
+    paths = [make_run(tmp_path / f"r{seed}", "triplet", seed, hits=0.9) for seed in range(2)]
+    runs = [read_run(path) for path in paths]
+    runs[1].options["embedder.backbone"] = "resnet50"
+    (setting,) = group(runs)
+    floors = [run.floor for run in setting.runs]
     assert len(set(floors)) == 2
     setting.frozen[floors[0]] = evaluation(0.4, 5, ROOT)
-    (table,) = measured(setting)
+    (table,) = evaluations(setting)
     against = [(c.first, c.second) for c in comparisons(setting, table) if FROZEN in c.second]
     assert len(against) == 1 and floors[0] in against[0][1]
 
@@ -77,10 +77,10 @@ def test_robust_is_compared_with_standard_and_both_with_frozen(tmp_path: Path) -
         )
         for seed in range(2)
     ]  # fmt: skip
-    (setting,) = group([read_entry(path) for path in runs])
-    floor = setting.entries[0].floor
+    (setting,) = group([read_run(path) for path in runs])
+    floor = setting.runs[0].floor
     setting.frozen[floor] = evaluation(0.4, 5, ROOT)
-    (table,) = measured(setting)
+    (table,) = evaluations(setting)
     assert table.title == f"{QUERIES} test queries, 10 gallery images"
     assert list(table.records) == [FROZEN, "siamese", "triplet", "triplet robust (pgd)"]
     found = {(c.first, c.second): c for c in comparisons(setting, table)}
@@ -101,8 +101,8 @@ def test_one_run_against_one_is_mcnemars_test(tmp_path: Path) -> None:
         make_run(tmp_path / "t", hits=0.8),
         make_run(tmp_path / "s", "siamese", hits=0.4),
     ]
-    (setting,) = group([read_entry(path) for path in runs])
-    (table,) = measured(setting)
+    (setting,) = group([read_run(path) for path in runs])
+    (table,) = evaluations(setting)
     (found,) = comparisons(setting, table)
     assert (found.first, found.second) == ("siamese", "triplet")
     # Of one seed, so the hits of one are among the hits of the other: 8 queries differ.
@@ -118,9 +118,9 @@ def test_other_queries_or_galleries_are_not_compared(tmp_path: Path) -> None:
     record = read(file)
     text = file.read_text()
     file.write_text(text.replace(record["queries"][0], "another"))
-    (setting,) = group([read_entry(path) for path in runs])
-    (table,) = measured(setting)
+    (setting,) = group([read_run(path) for path in runs])
+    (table,) = evaluations(setting)
     assert comparisons(setting, table) == []
     file.write_text(text.replace('"num_gallery": 10', '"num_gallery": 11'))
-    (setting,) = group([read_entry(path) for path in runs])
-    assert len(measured(setting)) == 2
+    (setting,) = group([read_run(path) for path in runs])
+    assert len(evaluations(setting)) == 2

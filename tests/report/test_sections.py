@@ -1,6 +1,7 @@
 """What the report's sections say, from runs made by hand."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -8,10 +9,21 @@ import pytest
 
 from flowerray.files import write_json
 from flowerray.report import attacked, evidence, sections
-from flowerray.report.gather import Setting, group, read_entry
-from flowerray.show.page import Block, Commands, Details, Note, Page, Picture, Pictures, Table
-from tests.report.runs import evaluation, make_run, photographs, read
-from tests.show.test_page import check_page
+from flowerray.report.gather import MOST, Setting, group, read_run
+from flowerray.show.page import (
+    MAX_BYTES,
+    Block,
+    Commands,
+    Details,
+    Note,
+    Page,
+    Picture,
+    Pictures,
+    Table,
+)
+from flowerray.show.style import PALE
+from tests.report.runs import QUERIES, evaluation, make_run, photographs, read
+from tests.show.test_page import check_page, noise, png
 
 ALL = (
     sections.summary_of, sections.clean, attacked.attacked, sections.training,
@@ -21,7 +33,7 @@ ALL = (
 
 
 def setting(*paths: Path) -> Setting:
-    (found,) = group([read_entry(path) for path in paths])
+    (found,) = group([read_run(path) for path in paths])
     return found
 
 
@@ -60,7 +72,7 @@ def test_clean_results(tmp_path: Path) -> None:
         for s in range(2)
     ]
     found = setting(*runs)
-    found.frozen[found.entries[0].floor] = evaluation(0.5, 3, Path("flowers"))
+    found.frozen[found.runs[0].floor] = evaluation(0.5, 3, Path("flowers"))
     blocks = sections.clean(found)
     clean, paired = tables(blocks)
     assert [row[0] for row in clean.rows] == ["frozen features", "siamese", "triplet"]
@@ -129,7 +141,7 @@ def test_attacks_of_another_kind_are_another_table(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "t", right=0.1), make_run(tmp_path / "s", "siamese", right=0.1)]
     file = runs[1] / "robustness.json"
     file.write_text(file.read_text().replace('"steps": 20', '"steps": 40'))
-    assert len(attacked.battles(setting(*runs))) == 2
+    assert len(attacked.attacks_of(setting(*runs))) == 2
 
 
 def test_robust_and_standard_are_paired_by_seed_and_each_run_counts_once(tmp_path: Path) -> None:
@@ -141,20 +153,20 @@ def test_robust_and_standard_are_paired_by_seed_and_each_run_counts_once(tmp_pat
     part = {**whole, "worst_case": {"2": whole["worst_case"]["2"]}, "time": 5.0}
     write_json(file, {"results": [whole, part]})
     found = setting(*robust, *standard)
-    (battle,) = attacked.battles(found)
-    assert sorted(len(rows) for rows in battle.records.values()) == [2, 3]
-    assert all("0" in r["worst_case"] for rows in battle.records.values() for r in rows)
-    ((eps, compared),) = attacked._comparisons(found, battle)
+    (attacks,) = attacked.attacks_of(found)
+    assert sorted(len(rows) for rows in attacks.records.values()) == [2, 3]
+    assert all("0" in r["worst_case"] for rows in attacks.records.values() for r in rows)
+    ((eps, compared),) = attacked.comparisons(found, attacks)
     assert eps == "2" and compared.recall.mean == pytest.approx(0.5)
     strangers = setting(robust[0], standard[0])
-    assert attacked._comparisons(strangers, attacked.battles(strangers)[0]) == []
+    assert attacked.comparisons(strangers, attacked.attacks_of(strangers)[0]) == []
 
 
 def test_failures_name_what_was_taken_for_what(tmp_path: Path) -> None:
     root = photographs(tmp_path / "flowers")
     runs = [make_run(tmp_path / f"{s}", seed=s, hits=0.8, root=root) for s in range(3)]
     found = setting(*runs)
-    records = [entry.evaluations["test"] for entry in found.entries]
+    records = [run.evaluations["test"] for run in found.runs]
     failures = evidence.find_failures(records)
     missed = {f.query: f.missed for f in failures}
     hand = {
@@ -204,19 +216,48 @@ def test_explanations(tmp_path: Path) -> None:
     assert len(pictures) == evidence.EXPLANATIONS and "14 more" in said(blocks)
 
 
+def test_many_runs_make_a_small_page(tmp_path: Path) -> None:
+    """Pictures and tests are of the best and the worst variants, tables of all."""
+    sheet = tmp_path / "sheet.png"
+    sheet.write_bytes(png(noise(400, 300)))
+    runs = []
+    for n in range(QUERIES):
+        share, margin = n / QUERIES, (n + 1) / 100
+        run = make_run(tmp_path / f"{n}", hits=share, right=share / 2, margin=margin)
+        for name in ("plots/retrieval_test.png", "plots/worst_queries.png", "explanations/a.png"):
+            (run / name).parent.mkdir(exist_ok=True)
+            os.link(sheet, run / name)
+        runs.append(run)
+    found = setting(*runs)
+    kept = [n / QUERIES for n in (0, 1, 2, 3, 16, 17, 18, 19)]
+    assert [v.recall for v in found.shown] == kept and len(found.variants) == QUERIES
+    page = Page("t")
+    for section in ALL:
+        page.section("s", *section(found))
+    text = page.html()
+    reader = check_page(text)
+    assert len(text) < MAX_BYTES and len(reader.all("img")) == 3 * MOST
+    assert "8 variants with the highest" in reader.text
+    clean, paired = tables(sections.clean(found))
+    assert len(clean.rows) == QUERIES and len(paired.rows) == 8 * 7 / 2
+    (curve,) = (b.source for b in sections.training(found) if isinstance(b, Picture))
+    colours = [line.get_color() for line in curve.axes[0].lines]
+    assert colours.count(PALE) == 12 and len(colours) == QUERIES
+
+
 def test_cost_data_and_commands(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a")
-    (run / "best_model_triplet_loss.pth").touch()
-    found = setting(run)
-    (entry,) = found.entries
-    blocks = sections.cost(found, {entry: 3_530_000})
+    path = make_run(tmp_path / "a")
+    (path / "best_model_triplet_loss.pth").touch()
+    found = setting(path)
+    (run,) = found.runs
+    blocks = sections.cost(found, {run: 3_530_000})
     (table,) = tables(blocks)
     assert list(table.rows[0]) == ["triplet", "2", "20", "12", "40", "3.53"]
     assert isinstance(blocks[-1], Details)
     card = {row[0]: row[1] for row in tables(sections.data_card(found))[0].rows}
     assert card["classes"] == "2" and card["root"] == "flowers" and card["protocol"] == "official"
     assert not any(key.startswith("synthetic") for key in map(str, card))
-    blocks = sections.reproduce(found, {entry: "flowerray train triplet"})
+    blocks = sections.reproduce(found, {run: "flowerray train triplet"})
     assert blocks[0] == Commands("flowerray train triplet")
     assert any(row[0] == "torch" for row in tables(blocks)[0].rows)
     assert isinstance(sections.reproduce(found, {})[0], Note)
