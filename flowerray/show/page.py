@@ -7,7 +7,7 @@ text is escaped, and words between backticks are set as code.
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -20,7 +20,7 @@ from flowerray.show.charts import svg
 from flowerray.show.interval import MISSING
 from flowerray.show.style import SERIES, SERIES_ON_DARK
 
-WIDTHS = (1800, 1200, 800, 500)
+WIDTHS = (1800, 1000, 600, 320)
 """Pixels; wider pictures are scaled down to the first, or to the next where the page is too big."""
 MAX_BYTES = 4_800_000
 """Of a page."""
@@ -172,18 +172,18 @@ class Page:
         Raises:
             UserError: a picture that cannot be read.
         """
-        text = ""
+        text, drawn = "", cache(svg)
         for width in WIDTHS:
-            text = self._render(width)
+            text = self._render(width, drawn)
             if len(text.encode()) <= MAX_BYTES:
                 break
         return text
 
-    def _render(self, width: int) -> str:
+    def _render(self, width: int, drawn: Callable[[Any], str]) -> str:
         numbers = count()
 
         def figure(picture: Picture) -> Any:
-            return _figure(picture, next(numbers), width)
+            return _figure(picture, next(numbers), width, drawn)
 
         css = _environment().loader.get_source(_environment(), "page.css")[0]
         light, dark = (
@@ -249,13 +249,13 @@ def _cell(value: str | float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
 
-def _figure(picture: Picture, number: int, most: int) -> Any:
+def _figure(picture: Picture, number: int, most: int, drawn: Callable[[Any], str]) -> Any:
     """The picture's element: inline SVG, or an image, not wider than that, in a data address."""
     from markupsafe import Markup, escape
 
     source = picture.source
     if not isinstance(source, Path | bytes):
-        text = source if isinstance(source, str) else svg(source)
+        text = source if isinstance(source, str) else drawn(source)
         return Markup(_inline(text, str(escape(picture.alt)), f"v{number}-"))
     data, kind, (width, height) = _bitmap(source, most)
     address = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
