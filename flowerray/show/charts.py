@@ -147,7 +147,7 @@ def forest(
                 continue
             colour = given[name] if name in given else group_look(free.index(name))["color"]
             dots = (values or {}).get(title, {}).get(name, ())
-            axes.plot(dots, [place] * len(dots), "o", color=colour, alpha=0.3, linewidth=0)
+            axes.plot(dots, [place] * len(dots), "o", color=colour, alpha=0.4, markersize=4)
             axes.plot([found.low, found.high], [place, place], linewidth=2.2, color=colour)
             axes.plot([found.mean], [place], "o", markersize=6, color=colour)
         axes.set_yticks(range(len(names)), names)

@@ -36,6 +36,7 @@ class Group:
     """Photographs side by side under a heading."""
 
     heading: str
+    """Folded into two lines and cut where it is wider than they are."""
     tiles: tuple[Tile, ...]
 
 
@@ -63,31 +64,33 @@ def draw_sheet(rows: Sequence[Row], title: str = "", whole: bool = False) -> Ima
     """
     assert rows, "a sheet without rows"
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    widths = [0] * max(map(len, rows))
+    widths = [TILE] * max(map(len, rows))
     for row in rows:
         for column, group in enumerate(row):
-            words = min(2 * TILE + _GAP, round(_length(pen, group.heading, 14)))
-            photographs = len(group.tiles) * (TILE + _GAP) - _GAP
-            widths[column] = max(widths[column], words, photographs)
+            widths[column] = max(widths[column], len(group.tiles) * (TILE + _GAP) - _GAP)
     lefts = [_GAP + sum(w + _GROUP_GAP for w in widths[:n]) for n in range(len(widths))]
-    heads = [_LINE + 4 if any(group.heading for group in row) else 0 for row in rows]
+    headings = [
+        [_folded(pen, g.heading, w) for g, w in zip(row, widths, strict=False)] for row in rows
+    ]
+    heads = [_LINE * max(map(len, row)) + 4 * any(row) for row in headings]
     tails = [_LINE * max(len(t.captions) for g in row for t in g.tiles) + _GAP for row in rows]
     top = _GAP + (_LINE + _GAP) * bool(title)
     size = lefts[-1] + widths[-1] + _GAP, top + sum(heads) + len(rows) * TILE + sum(tails)
     sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
     _write(pen, (_GAP, _GAP), title, 15, INK, size[0] - 2 * _GAP)
-    for row, head, tail in zip(rows, heads, tails, strict=True):
-        for left, width, group in zip(lefts, widths, row, strict=False):
-            _write(pen, (left, top), group.heading, 14, INK, width)
+    for row, lines_of, head, tail in zip(rows, headings, heads, tails, strict=True):
+        for left, width, group, lines in zip(lefts, widths, row, lines_of, strict=False):
+            for n, line in enumerate(lines):
+                _write(pen, (left, top + n * _LINE), line, 14, INK, width)
             for column, tile in enumerate(group.tiles):
                 place = left + column * (TILE + _GAP), top + head
                 sheet.paste(_square(tile.picture, whole), place)
                 if tile.right is not None:
                     _mark(pen, place, tile.right)
-                for line, caption in enumerate(tile.captions):
-                    below = place[0], place[1] + TILE + 2 + _LINE * line
-                    _write(pen, below, caption, 13, GREY if line else INK, TILE)
+                for n, caption in enumerate(tile.captions):
+                    below = place[0], place[1] + TILE + 2 + _LINE * n
+                    _write(pen, below, caption, 13, GREY if n else INK, TILE)
         top += head + TILE + tail
     return sheet
 
@@ -131,6 +134,17 @@ def _write(
     for path, part in font_runs(text):
         pen.text((x, baseline), part, colour, _font(path, size), anchor="ls")
         x += pen.textlength(part, _font(path, size))
+
+
+def _folded(pen: ImageDraw.ImageDraw, heading: str, width: int) -> list[str]:
+    """A heading in at most two lines, parted at a space."""
+    if _length(pen, heading, 14) <= width:
+        return [heading] if heading else []
+    first, _, rest = heading.partition(" ")
+    while rest and _length(pen, f"{first} {rest.partition(' ')[0]}", 14) <= width:
+        word, _, rest = rest.partition(" ")
+        first += f" {word}"
+    return [first, rest] if rest else [first]
 
 
 def _length(pen: ImageDraw.ImageDraw, text: str, size: int) -> float:
