@@ -89,11 +89,6 @@ def plot_backbones(content: dict[str, Any], out_png: Path) -> Path:
     """R@1 with its interval against latency and against size, the fronts as lines, random weights
     hollow and named so; numbers at the points stand for the names at the side.
     """
-    return save(backbones_figure(content), out_png)
-
-
-def backbones_figure(content: dict[str, Any]) -> Any:
-    """The figure of `plot_backbones`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -143,7 +138,7 @@ def backbones_figure(content: dict[str, Any]) -> Any:
         points = [(row[cost] * scale, row["recall_at_1"]["mean"]) for row in rows]
         numbers = [str(number) for number in range(1, len(rows) + 1)]
         place_labels(canvas, axes, points, numbers)
-    return figure
+    return save(figure, out_png)
 
 
 def place_labels(

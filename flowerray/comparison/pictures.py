@@ -107,20 +107,16 @@ def plot_comparison(content: dict[str, Any], out_png: Path) -> Path:
     """Mean and interval of each row, its seeds as faint points: a column a protocol, a line a
     metric.
     """
-    return save(comparison_figure(content), out_png)
-
-
-def comparison_figure(content: dict[str, Any]) -> Any:
-    """The figure of `plot_comparison`."""
     shown = {
         f"{label}, {protocol}": {name: row[metric] for name, row in found["rows"].items()}
         for metric, label in METRICS.items()
         for protocol, found in content["protocols"].items()
     }
     rows = {name for panel in shown.values() for name in panel}
-    return forest(
+    figure = forest(
         {title: {name: read(one) for name, one in panel.items()} for title, panel in shown.items()},
         {name: ORANGE if name == FROZEN else BLUE for name in rows},
         len(content["protocols"]),
         {title: {n: one["values"] for n, one in panel.items()} for title, panel in shown.items()},
     )
+    return save(figure, out_png)

@@ -78,11 +78,6 @@ def draw_pair(pair: Pair, out_png: Path) -> Path:
     """Why two images are alike or not: regions that match, both heat maps on one scale with its
     bar, and the concepts that they share.
     """
-    return save(pair_figure(pair), out_png)
-
-
-def pair_figure(pair: Pair) -> Any:
-    """The figure of `draw_pair`."""
     from matplotlib.figure import Figure
 
     strips = len(pair.concepts)
@@ -113,7 +108,7 @@ def pair_figure(pair: Pair) -> Any:
         axes[0].set_xlabel("no exact matching of regions", fontsize=9, color=GREY, x=1.05)
     if strips:
         _strips(parts[1], pair)
-    return figure
+    return save(figure, out_png)
 
 
 def draw_sheet(
@@ -152,13 +147,6 @@ def draw_scores(
     out_png: Path,
 ) -> Path:
     """Each metric's means with 95 % intervals, methods from top to bottom, the first one marked."""
-    return save(scores_figure(title, table, labels), out_png)
-
-
-def scores_figure(
-    title: str, table: Mapping[str, Mapping[str, Interval]], labels: Mapping[str, str]
-) -> Any:
-    """The figure of `draw_scores`."""
     first = next(iter(table))
     colours = {name: ORANGE if name == first else BLUE for name in table}
     content = {
@@ -169,7 +157,7 @@ def scores_figure(
     for axes, metric in zip(figure.axes, labels, strict=False):
         axes.axvline(table[first][metric].mean, color=ORANGE, linewidth=0.6, alpha=0.6)
     figure.suptitle(title, fontsize=11, color=INK)
-    return figure
+    return save(figure, out_png)
 
 
 def _strips(part: Any, pair: Pair) -> None:

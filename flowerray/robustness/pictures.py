@@ -28,11 +28,6 @@ def plot_robustness(results: dict[str, dict[str, Any]], title: str, out_png: Pat
             is the model itself, whose single attacks are drawn thin.
         title: over the picture.
     """
-    return save(robustness_figure(results, title), out_png)
-
-
-def robustness_figure(results: dict[str, dict[str, Any]], title: str) -> Any:
-    """The figure of `plot_robustness`."""
     radii = sorted({eps for record in results.values() for eps in record["worst_case"]}, key=float)
     content = {}
     for name, record in results.items():
@@ -53,7 +48,7 @@ def robustness_figure(results: dict[str, dict[str, Any]], title: str) -> Any:
                 [score["recall_at_1"] for score in scores.values()],
                 color=group_look(0)["color"], alpha=0.4, linewidth=0.8, linestyle="--",
             )  # fmt: skip
-    return figure
+    return save(figure, out_png)
 
 
 @dataclass(frozen=True)

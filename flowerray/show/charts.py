@@ -70,6 +70,7 @@ def curves(
     figure, grid = panels(4.2 * len(content), 3.4, 1, len(content))
     for axes, (title, panel) in zip(grid[0], content.items(), strict=True):
         plain_axes(axes, title, x_label, y_label)
+        axes.locator_params(axis="x", nbins=6, integer=True)
         behind = (others or {}).get(title, ())
         count = len(behind) + sum(map(len, panel.values()))
         most = max(8, MOST_POINTS // max(count, 1))
@@ -152,6 +153,7 @@ def forest(
             axes.plot([found.mean], [place], "o", markersize=6, color=colour)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.locator_params(axis="x", nbins=5)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
     return figure

@@ -93,8 +93,10 @@ class Table:
     def numeric(self) -> list[bool]:
         """For each column, whether every value in it starts with a number."""
         columns = list(zip(*self.cells, strict=True)) or [()] * len(self.header)
-        filled = [[cell for cell in column if cell != MISSING] for column in columns]
-        return [bool(column) and all(map(_NUMBER.match, column)) for column in filled]
+        return [
+            bool(column) and all(_NUMBER.match(cell) for cell in column if cell != MISSING)
+            for column in columns
+        ]
 
 
 @dataclass(frozen=True)

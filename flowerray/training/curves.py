@@ -1,7 +1,6 @@
 """Training curves of one run as a picture."""
 
 from pathlib import Path
-from typing import Any
 
 from flowerray.show.charts import thinned
 from flowerray.show.style import BLUE, GREEN, ORANGE, panels, plain_axes, save
@@ -25,11 +24,6 @@ MOST_POINTS = 1000
 
 def plot_training(run: RunDir, out_png: Path) -> Path:
     """Loss, validation and collapse curves of metrics.jsonl, over training steps."""
-    return save(training_figure(run), out_png)
-
-
-def training_figure(run: RunDir) -> Any:
-    """The figure of `plot_training`."""
     figure, ((*grid,),) = panels(10.5, 3.4, 1, len(PANELS))
     for axes, ((title, unit), curves) in zip(grid, PANELS.items(), strict=True):
         plain_axes(axes, title, "step", unit)
@@ -50,4 +44,4 @@ def training_figure(run: RunDir) -> Any:
         axes.set_ylim(bottom=0)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
-    return figure
+    return save(figure, out_png)

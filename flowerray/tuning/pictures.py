@@ -72,6 +72,7 @@ def history_figure(rows: Sequence[Row], failed: int, label: str) -> Any:
     figure, ((axes,),) = panels(7, 3.6)
     title = f"Search history ({len(rows)} trials" + (f", {failed} more failed)" if failed else ")")
     plain_axes(axes, title, "trial", label)
+    axes.locator_params(axis="x", integer=True)
     _scatter(axes, rows, [row.number for row in rows], label="trial")
     complete = [row for row in rows if row.outcome == "complete"]
     best = [max(r.values[0] for r in complete[: i + 1]) for i in range(len(complete))]

@@ -256,7 +256,7 @@ def test_the_results_are_those_of_the_statistics(
     out = tmp_path / "out"
     content = compare(config(eight_classes, seeds=5), out, quiet=True)
     assert json.loads((out / "compare.json").read_text()) == content
-    assert (out / "compare.png").stat().st_size > 10_000
+    assert (out / "compare.png").exists()
     assert content["notes"] == [] and content["budget"]["images"] == 80
     for protocol in ("official", "disjoint"):
         found = content["protocols"][protocol]

@@ -12,13 +12,13 @@ from flowerray.explain.draw import (
     Pair,
     best_matches,
     draw_pair,
+    draw_scores,
     draw_sheet,
-    pair_figure,
-    scores_figure,
 )
 from flowerray.show.contact import Group
 from flowerray.show.style import BLUE, ORANGE
 from flowerray.statistics import Interval
+from tests.show.drawn import catch
 
 RNG = np.random.default_rng(0)
 PHOTOGRAPHS = RNG.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
@@ -34,7 +34,9 @@ def test_best_matches_use_each_region_once_and_none_below_zero() -> None:
 
 @pytest.mark.parametrize("strips", [0, 2])
 @pytest.mark.parametrize("similarity", [0.2, 0.8])
-def test_a_pair(tmp_path: Path, strips: int, similarity: float) -> None:
+def test_a_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strips: int, similarity: float
+) -> None:
     maps = RNG.normal(size=(2, 4, 4)).astype(np.float32)
     strip = ConceptStrip("concept 3", 0.1, (0.4, 0.0), np.abs(maps), PHOTOGRAPHS[:, :16, :16])
     matches = best_matches(RNG.normal(size=(16, 16)), (4, 4)) if strips else ()
@@ -42,16 +44,18 @@ def test_a_pair(tmp_path: Path, strips: int, similarity: float) -> None:
         PHOTOGRAPHS, ("a/1.jpg", "b/2.jpg"), maps, "gradcam at layer4", similarity, 0.5, matches,
         (4, 4), (strip,) * strips,
     )  # fmt: skip
-    figure = pair_figure(pair)
+    if strips and similarity > 0.5:
+        draw_pair(pair, tmp_path / "deep" / "pair.png")
+        assert [path.name for path in (tmp_path / "deep").iterdir()] == ["pair.png"]
+    figures = catch(monkeypatch, draw)
+    draw_pair(pair, tmp_path / "pair.png")
+    (figure,) = figures
     verdict = "same class" if similarity > 0.5 else "different classes"
     assert figure.get_suptitle().endswith(verdict)
     images = [axes for axes in figure.axes if axes.images]
     assert len(images) == 4 + strips * (2 + 2)
     np.testing.assert_array_equal(images[0].images[0].get_array(), PHOTOGRAPHS[0])
     assert len(images[0].patches) == 2 * len(matches)  # each box has a white rim
-    if strips and similarity > 0.5:
-        draw_pair(pair, tmp_path / "deep" / "pair.png")
-        assert [path.name for path in (tmp_path / "deep").iterdir()] == ["pair.png"]
 
 
 def test_maps_are_tiles_beside_their_photographs(
@@ -79,9 +83,11 @@ def test_maps_are_tiles_beside_their_photographs(
     assert (outlined == 255).all(2).sum() > 500 and (outlined == 34).all(2).sum() > 200
 
 
-def test_scores_with_and_without_an_interval() -> None:
+def test_scores_with_and_without_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"energy": Interval(9, 0.5, 0.4, 0.6), "iou": Interval(1, 0.5, np.nan, np.nan)}
-    figure = scores_figure("t", {"ours": rows, "edges": rows}, {"energy": "energy", "iou": "IoU"})
+    figures, labels = catch(monkeypatch, draw), {"energy": "energy", "iou": "IoU"}
+    draw_scores("t", {"ours": rows, "edges": rows}, labels, Path("scores.png"))
+    (figure,) = figures
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["energy", "IoU"]
     energy = figure.axes[0]
     assert [label.get_text() for label in energy.get_yticklabels()] == ["ours", "edges"]

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from flowerray.robustness import pictures
-from flowerray.robustness.pictures import Fallen, robustness_figure, worst_sheet
+from flowerray.robustness.pictures import Fallen, plot_robustness, worst_sheet
 from flowerray.show.contact import Group
 from flowerray.show.style import SERIES
+from tests.show.drawn import catch
 
 
 def record(scores: dict[str, float], **more: Any) -> dict[str, Any]:
@@ -17,13 +18,15 @@ def record(scores: dict[str, float], **more: Any) -> dict[str, Any]:
     return {"worst_case": worst, "attacks": {}, "rows": "cumulative", "audit": None, **more}
 
 
-def test_the_worst_case_over_the_radius() -> None:
+def test_the_worst_case_over_the_radius(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = {"attacks": {"fgsm": {"2": {"recall_at_1": 0.6}}}, "rows": "independent"}
     results = {
         "mine": record({"0": 0.9, "2": 0.5, "16": 0.1}, **alone),
         "other": record({"0": 0.8, "0.5": 0.7}, audit={"failed": ["gradients"]}),
     }
-    figure = robustness_figure(results, "64 queries")
+    figures = catch(monkeypatch, pictures)
+    plot_robustness(results, "64 queries", Path("robustness.png"))
+    (figure,) = figures
     (axes,) = figure.axes
     assert axes.get_title(loc="left") == "64 queries" and axes.get_ylim() == (-0.02, 1.02)
     assert [t.get_text() for t in axes.get_xticklabels()] == ["0", "0.5", "2", "16"]

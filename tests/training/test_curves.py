@@ -1,20 +1,30 @@
 """The picture of a training."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from flowerray.training.curves import plot_training, training_figure
+from flowerray.training import curves
+from flowerray.training.curves import plot_training
 from flowerray.training.rundir import FolderReporter, RunDir
+from tests.show.drawn import catch
+
+
+def draw(run: RunDir) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        figures = catch(patch, curves)
+        plot_training(run, run.plots / "training.png")
+    return figures[0]
 
 
 def lines(run: RunDir) -> list[dict[str, list]]:
     """For each panel its curves by label."""
     return [
         {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-        for axes in training_figure(run).axes
+        for axes in draw(run).axes
     ]
 
 
@@ -37,7 +47,7 @@ def test_curves_are_drawn(run: RunDir) -> None:
     np.testing.assert_allclose(loss.pop("epoch mean"), points)
     assert loss == {} and set(retrieval) == {"R@1"}
     assert set(spread) == {"different classes", "same class", "spread"}
-    figure = training_figure(run)
+    figure = draw(run)
     assert all(axes.get_ylim()[0] == 0 for axes in figure.axes)
     assert [axes.get_title(loc="left") for axes in figure.axes][0] == "Training loss"
 

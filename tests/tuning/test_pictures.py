@@ -11,7 +11,9 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from PIL import Image
 
+from flowerray.tuning import pictures
 from flowerray.tuning.pictures import Row, common_epoch, importances, plot_study, scale, study_table
+from tests.show.drawn import catch
 
 SPACE: dict[str, Any] = {
     "method.margin": FloatDistribution(0.03, 0.5, log=True),
@@ -49,8 +51,32 @@ def test_every_picture_is_drawn(tmp_path: Path) -> None:
     names = {path.name for path in drawn}
     assert names == {"history.png", "slice.png", "parallel.png", "importance.png", "front.png"}
     for path in drawn:
-        image = Image.open(path).convert("L")
-        assert min(image.size) > 150 and np.asarray(image).min() < 100, path
+        with Image.open(path) as image:
+            assert np.asarray(image.convert("L")).min() < 100, path
+
+
+def test_what_the_pictures_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = rows(24)
+    alive = [row for row in trials if row.outcome != "failed"]
+    complete = [row for row in alive if row.outcome == "complete"]
+    figures = catch(monkeypatch, pictures)
+    plot_study(trials, SPACE, LABELS, Path())
+    history, slices, parallel, importance, front = (figure.axes for figure in figures)
+    assert history[0].get_title(loc="left") == "Search history (23 trials, 1 more failed)"
+    (best,) = history[0].lines
+    values = [row.values[0] for row in complete]
+    assert list(best.get_ydata()) == [max(values[: i + 1]) for i in range(len(values))]
+    dots = history[0].collections[0].get_offsets().tolist()
+    assert dots == [[row.number, row.values[0]] for row in complete]
+    assert [axes.get_xlabel() for axes in slices] == list(SPACE)
+    stopped = slices[0].collections[1].get_offsets()[:, 0]
+    expected = [math.log10(r.params["method.margin"]) for r in alive if r.outcome == "stopped"]
+    np.testing.assert_allclose(stopped, expected)
+    heights = [line.get_ydata() for line in parallel[0].lines if len(line.get_xdata()) == 4]
+    assert len(heights) == len(alive) and 0 <= np.min(heights) <= np.max(heights) <= 1
+    assert importance[0].get_yticklabels()[-1].get_text() == "method.miner"
+    ends = front[0].lines[-1].get_xydata()
+    assert (np.diff(ends[:, 0]) > 0).all() and (np.diff(ends[:, 1]) <= 0).all()
 
 
 def test_few_or_failed_trials_draw_what_they_can(tmp_path: Path) -> None:
