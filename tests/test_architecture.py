@@ -29,7 +29,7 @@ FLOORS = [
     "tracking: server state sync",
     "opening",
     "retrieval: search pairs embed measure pictures table command",
-    "robustness: config subject checks attack verification gallery score audit guard record table"
+    "robustness: config subject attack checks verification gallery score audit guard record table"
     " pictures command",
     "explain: layers baselines decompose cam faithfulness localise sanity judge concepts tcav"
     " draw table examples pictures pair named command",

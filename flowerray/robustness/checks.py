@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flowerray.robustness.attack import Robustness
+
 
 @dataclass(frozen=True)
 class Check:
@@ -64,3 +66,12 @@ def beyond_chance(weak_right_Q: NDArray, strong_right_Q: NDArray) -> tuple[float
     gap = only_weak - only_strong
     too_much = gap > max(1.0, 1.64 * np.sqrt(only_weak + only_strong))
     return gap / len(weak_right_Q), bool(too_much)
+
+
+def telling_eps(result: Robustness) -> float:
+    """The radius > 0 whose worst case is nearest to half the clean R@1: there, neither a floor nor
+    a ceiling hides a difference.
+    """
+    half = result.clean.recall_at_1 / 2
+    radii = [eps for eps in result.alone if eps > 0]
+    return min(radii, key=lambda eps: abs(result.alone[eps].recall_at_1 - half), default=2.0)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flowerray.attacks.logits import MaxSimLogits
 from flowerray.attacks.objectives import cross_entropy, margin, match, shift
-from flowerray.attacks.pgd import Objective, PGDConfig, noise, pgd, project, quiet
+from flowerray.attacks.pgd import Objective, PGDConfig, checkpoints, noise, pgd, project, quiet
 from flowerray.errors import UserError
 from tests.attacks.batch import Batch, Linear, batch, marked, tiny, traces
 
@@ -115,6 +115,85 @@ def test_more_steps_and_restarts_are_not_weaker(linear: Batch) -> None:
     assert means[0] < means[1] <= means[2] + 1e-6
     assert (value(steps=5, restarts=3) >= value(steps=5)).all()  # the first start is the same
     assert (value(steps=5, restarts=3) > value(steps=5)).any()
+
+
+def test_checkpoints_are_those_of_the_paper() -> None:
+    assert checkpoints(100) == (22, 41, 57, 70, 80, 87, 93, 99)
+    assert checkpoints(20) == (5, 9, 12, 14, 16, 18, 19, 20)
+
+
+def hill(images: Tensor) -> Callable[[Tensor], Tensor]:
+    """Minus the squared distance to a point nearby, steep in some pixels and flat in others."""
+    generator = torch.Generator().manual_seed(0)
+    goal = images + 0.004 * torch.randn(images.shape, generator=generator, dtype=torch.float64)
+    steep = torch.logspace(-1, 1, images[0].numel(), dtype=torch.float64).view(images[0].shape)
+    return lambda points: -(steep * (points - goal)).square().flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_adaptive_step_goes_on_where_a_fixed_one_has_ended(norm: Any) -> None:
+    images = torch.full((4, 3, 8, 8), 0.5, dtype=torch.float64)
+    value = hill(images)
+    epsilon = 8.0 if norm == "linf" else 60.0
+    fixed, few, many = (
+        pgd(value, images, PGDConfig(norm=norm, epsilon=epsilon, steps=steps, alpha_ratio=ratio))
+        for steps, ratio in ((20, 2.5), (20, None), (100, None))
+    )
+    assert (few.value_B > fixed.value_B).all()
+    assert (many.value_B > 0.5 * few.value_B).all()  # values are negative
+
+
+def test_apgd_image_by_image() -> None:
+    """Algorithm 1 of Croce & Hein 2020, written image by image."""
+    images = torch.full((4, 3, 8, 8), 0.5, dtype=torch.float64)
+    value = hill(images)
+    config = PGDConfig(epsilon=8, steps=30)
+    found = pgd(value, images, config, seed=(5,), positions=[3, 1, 4, 1])
+    starts = noise((5, 0), [3, 1, 4, 1], (3, 8, 8), "linf").double()
+    start = images + config.radius * starts
+    for row in range(len(images)):
+
+        def own(point: Tensor, row: int = row) -> Tensor:
+            return value(point.expand(4, -1, -1, -1))[row]
+
+        best, best_value = climbed(own, images[row], start[row], config)
+        assert float(found.value_B[row]) == pytest.approx(best_value, rel=1e-9)
+        torch.testing.assert_close(found.images_BCHW[row], best)
+
+
+def climbed(
+    value: Callable[[Tensor], Tensor], image: Tensor, start: Tensor, config: PGDConfig
+) -> tuple[Tensor, float]:
+    def slope(point: Tensor) -> Tensor:
+        point = point.detach().requires_grad_()
+        return torch.autograd.grad(value(point), point)[0]
+
+    def inside(point: Tensor) -> Tensor:
+        return point.clamp(image - config.radius, image + config.radius).clamp(0, 1)
+
+    eta, points = 2 * config.radius, [start]
+    points.append(inside(start + eta * slope(start).sign()))
+    values = [float(value(point)) for point in points]
+    marks, checked, halved = [0, *checkpoints(config.steps)], -float("inf"), False
+    tops = list(points)
+    for k in range(1, config.steps + 1):
+        top = max(range(len(values)), key=values.__getitem__)
+        now, before = points[-1], points[-2]
+        if k in marks:
+            last = marks[marks.index(k) - 1]
+            rises = sum(values[i + 1] > values[i] for i in range(last, k))
+            halved = rises < 0.75 * (k - last) or (not halved and checked == values[top])
+            checked = values[top]
+            if halved:
+                eta, now = eta / 2, tops[top]
+                points[-1] = now
+        if k == config.steps:
+            return tops[top], values[top]
+        step = inside(now + eta * slope(now).sign())
+        points.append(inside(now + 0.75 * (step - now) + 0.25 * (now - before)))
+        tops.append(points[-1])
+        values.append(float(value(points[-1])))
+    raise AssertionError
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -30,6 +30,13 @@ class Colours(nn.Module):
         return nn.functional.normalize((quarters_BF - 0.5) @ self.mix.T * self.scale, dim=1)
 
 
+class Rippled(Colours):
+    """A landscape of many small hills: short steps stay on the first one."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return super().forward(images_BCHW + 0.01 * (200 * images_BCHW).sin())
+
+
 class Masked(Colours):
     """The planted fault of defences that mask: what counts has no gradient, what has one is
     saturated, so that it vanishes in float32.

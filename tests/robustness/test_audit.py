@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from flowerray.attacks import bank
+from flowerray.attacks.bank import BankConfig
 from flowerray.attacks.logits import MaxSimLogits
-from flowerray.attacks.pgd import Attacked
+from flowerray.attacks.pgd import Attacked, PGDConfig
 from flowerray.robustness import audit as module
 from flowerray.robustness.attack import Robustness, Score, attack
-from flowerray.robustness.audit import Auditor, telling_eps
-from flowerray.robustness.checks import Check, beyond_chance
+from flowerray.robustness.audit import Auditor
+from flowerray.robustness.checks import Check, beyond_chance, telling_eps
 from flowerray.robustness.config import AttackConfig
-from flowerray.robustness.subject import narrow
-from tests.robustness.arena import Colours, Constant, Leaking, Masked, arena_of
+from flowerray.robustness.subject import Arena, narrow
+from tests.robustness.arena import Colours, Constant, Leaking, Masked, Rippled, arena_of
 
 CONFIG = AttackConfig(
     attacks=("margin", "apgd-ce"), eps=(0, 8, 16, 32), steps=10, restarts=1, black_box_queries=100
@@ -128,17 +129,27 @@ def test_a_batch_that_leaks() -> None:
     assert not failed(faulty(Colours()).batches())
 
 
+def turned(arena: Arena, batch: Any) -> tuple[Tensor, Tensor]:
+    """Each photograph, and another one in its place."""
+    images = arena.images(arena.chosen_Q[batch])
+    return images, images.flip(0)
+
+
 def test_noise_that_kills(auditor: Auditor, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not failed(auditor.noise())
-    monkeypatch.setattr(auditor, "_noisy", lambda images, batch: images.flip(0))
+    monkeypatch.setattr(module, "perturb", lambda arena, name, batch, *_: turned(arena, batch))
     assert failed(auditor.noise())
 
 
 def test_a_standard_model_that_stands(auditor: Auditor, measured: Robustness) -> None:
+    """It does so because the attack was weak; or, a small one at a small radius, by itself."""
     assert not failed(auditor.undefended())
     strong = Score(np.ones(24, bool), np.ones(24))
-    auditor.standard_result = replace(measured, worst={0.0: strong, 4.0: strong})
+    auditor.standard_result = replace(measured, worst={0.0: strong, 16.0: strong})
     assert failed(auditor.undefended())
+    auditor.standard_result = replace(measured, worst={0.0: strong, 4.0: strong})
+    (check,) = auditor.undefended()
+    assert check.passed and "is 1.000, 50 steps of APGD break 1 of 24" in check.text
     auditor.standard_result = replace(measured, worst={0.0: strong, 2.0: strong})
     assert auditor.undefended()[0].passed is None
 
@@ -183,9 +194,25 @@ def test_an_attack_that_does_nothing(auditor: Auditor, monkeypatch: pytest.Monke
 
 def test_steps_that_weaken(auditor: Auditor, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not failed(auditor.more_steps())
-    real = auditor._margin
-    monkeypatch.setattr(auditor, "_margin", lambda eps, steps: real(eps / steps, 5))
+    real = auditor._pgd
+    monkeypatch.setattr(
+        auditor, "_pgd", lambda a, eps, steps, *rest: real(a, eps / steps, 5, *rest)
+    )
     assert failed(auditor.more_steps())
+
+
+def test_an_attack_whose_budget_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: the fixed step of 0.1.0, with which more steps were only smaller steps."""
+    arena = arena_of(Rippled(), queries=64, per_class=12)
+    config = AttackConfig(attacks=("margin",), eps=(0, 16), restarts=1)
+    assert not failed(Auditor(arena, attack(arena, config)).survivors())
+
+    def fixed(self: BankConfig, norm: Any, epsilon: float, _: float | None = None) -> PGDConfig:
+        return PGDConfig(norm=norm, epsilon=epsilon, steps=self.steps, alpha_ratio=2.5)
+
+    monkeypatch.setattr(BankConfig, "pgd", fixed)
+    (check,) = Auditor(arena, attack(arena, config)).survivors()
+    assert check.passed is False and "100 steps of APGD break 5 of 64 at 16/255" in check.text
 
 
 @pytest.mark.parametrize("name", ["pgd", "apgd-ce"])
@@ -238,8 +265,8 @@ def test_restarts_that_matter(auditor: Auditor, monkeypatch: pytest.MonkeyPatch)
     assert not failed(auditor.restarts())
     rng = np.random.default_rng(0)
 
-    def luck(*_: Any, **__: Any) -> tuple[Any, float]:
-        return rng.random(len(auditor.clean_Q)) < 0.7, 0.0
+    def luck(eps: float, steps: int, left_Q: Any, *_: Any) -> Any:
+        return left_Q & (rng.random(len(left_Q)) < 0.7)
 
     monkeypatch.setattr(auditor, "_margin", luck)
     assert failed(auditor.restarts())

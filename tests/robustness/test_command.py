@@ -311,7 +311,7 @@ def test_an_audit_on_a_terminal_and_one_that_is_interrupted(
     config = QUICK.model_copy(update={"eps": (0.0, 8.0), "max_pairs": 0, "black_box_queries": 20})
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
     content = attack_model(model, config, audit=True, audit_queries=8)
-    assert content["audit"] is not None and "15/15" in terminal.getvalue()
+    assert content["audit"] is not None and "16/16" in terminal.getvalue()
     (run.path / "robustness.json").unlink()
 
     def stop(*_: Any) -> None:
