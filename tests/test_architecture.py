@@ -33,7 +33,7 @@ FLOORS = [
     " pictures command",
     "explain: layers baselines decompose cam faithfulness localise sanity judge concepts tcav"
     " draw table examples pictures pair named command",
-    "explore: scan counts align duplicates likeness leaks maps exploration pictures results"
+    "explore: align scan counts duplicates likeness leaks maps exploration pictures results"
     " chapters command",
     "report: gather numbers sections attacked evidence command",
     "cluster: session worker trainer fit tasks",

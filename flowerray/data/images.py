@@ -3,6 +3,7 @@
 Letters: H W C an image. Pillow and numpy are all it imports, so that decoding processes start fast.
 """
 
+import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -34,6 +35,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> what sets the image upright."""
+MAX_BYTES = 2**29
+"""Of a file that is read as an image."""
 _WORTH_A_POOL = 1000  # fewer images are decoded before new processes have started
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata and large images, to users
@@ -57,20 +60,50 @@ def decode(source: Path | bytes) -> Image.Image:
     if isinstance(image, str):
         name = "The given bytes" if isinstance(source, bytes) else str(source)
         if not isinstance(source, bytes) and not Path(source).is_file():
-            what = "is a folder" if Path(source).is_dir() else "is not there"
+            there = Path(source).exists()
+            what = f"is {unlike_file(Path(source).stat().st_mode)}" if there else "is not there"
             raise UserError(f"{source} {what}: give the path of a photograph.")
         raise UserError(f"{name} cannot be read as an image ({image}); replace or remove it.")
     return image
 
 
+def read_image(path: Path) -> tuple[str, Image.Image | str]:
+    """Hash of a file's bytes, and its upright RGB image, or why it is none, as a short clause."""
+    data = read_file(path)
+    if isinstance(data, str):
+        return "", data
+    return blake2b(data, digest_size=16).hexdigest(), _decode(data)
+
+
 def examine(path: Path) -> tuple[str, str | None]:
     """Hash of a file's bytes, and why it is not a whole image, as a short clause, or None."""
+    digest, image = read_image(path)
+    return digest, image if isinstance(image, str) else None
+
+
+def read_file(path: Path) -> bytes | str:
+    """A regular file's bytes, or why there are none: a pipe would never end, nor a device."""
     try:
-        data = path.read_bytes()
+        found = path.stat()
+        if (kind := unlike_file(found.st_mode)) is not None:
+            return f"it is {kind}"
+        if found.st_size > MAX_BYTES:
+            return f"it has {found.st_size / 2**20:,.0f} MB, more than {MAX_BYTES // 2**20}"
+        return path.read_bytes()
     except OSError as error:
-        return "", _reason(error)
-    image = _decode(data)
-    return blake2b(data, digest_size=16).hexdigest(), image if isinstance(image, str) else None
+        return _reason(error)
+
+
+def unlike_file(mode: int) -> str | None:
+    """What a path's `st_mode` says that it is, where it is no regular file."""
+    kinds = (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    )
+    return next((name for is_kind, name in kinds if is_kind(mode)), None)
 
 
 def load_image(source: Path | bytes, shorter_side: int) -> NDArray[np.uint8]:
@@ -112,8 +145,12 @@ def eval_image(source: Path | bytes, size: int) -> NDArray[np.uint8]:
     Raises:
         UserError: see `decode`.
     """
-    crop_HWC = centre_crop(load_image(source, resize_side(size)), size)
-    return np.ascontiguousarray(crop_HWC.transpose(2, 0, 1))
+    return np.ascontiguousarray(eval_crop(decode(source), size).transpose(2, 0, 1))
+
+
+def eval_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """The same of a decoded image; uint8 HWC."""
+    return centre_crop(_resize(image, resize_side(size)), size)
 
 
 def thumbnail(path: Path, side: int) -> Image.Image:
@@ -161,10 +198,9 @@ def _map_ahead(
 
 
 def _decode(source: Path | bytes) -> Image.Image | str:
-    try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    except OSError as error:
-        return _reason(error)
+    data = source if isinstance(source, bytes) else read_file(Path(source))
+    if isinstance(data, str):
+        return data
     if (fault := _unnoticed_fault(data)) is not None:
         return fault
     try:
@@ -202,6 +238,11 @@ def _unnoticed_fault(data: bytes) -> str | None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode == "I" and not _fits(image):
+        raise ValueError(
+            "its pixels are 32-bit numbers, of which nothing says what is white: save it with 8 or "
+            "16 bits"
+        )
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 instead of scaling them
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
@@ -209,6 +250,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _fits(image: Image.Image) -> bool:
+    low, high = image.getextrema()
+    return 0 <= low and high <= 255  # type: ignore[operator]
 
 
 def _reason(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """From one configuration to a data set, whatever its kind; and the check of a set on disk."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,7 +71,9 @@ def open_all(root: Path, beside: bool = False) -> Dataset:
     return replace(dataset, splits={"test": np.arange(len(dataset.paths))})
 
 
-def check_dataset(root: Path, progress: bool = True) -> list[str]:
+def check_dataset(
+    root: Path, progress: bool = True, examined: Mapping[Path, tuple[str, str | None]] | None = None
+) -> list[str]:
     """Reads every file of a set and lists what is wrong with it, by file name.
 
     Unreadable and truncated images, labels or splits that break the layout's rules, a class with
@@ -80,6 +83,7 @@ def check_dataset(root: Path, progress: bool = True) -> list[str]:
     Args:
         root: a set in the Oxford layout, or class folders.
         progress: show a progress bar.
+        examined: what `examine` found in files that were read before.
 
     Raises:
         UserError: there is nothing that could be checked.
@@ -95,20 +99,29 @@ def check_dataset(root: Path, progress: bool = True) -> list[str]:
         listed = [(path, name, "") for name, paths in found.items() for path in paths]
     count = Counter(name for _, name, _ in listed)
     problems += [f"{name} has a single image" for name in sorted(count) if count[name] == 1]
-    return problems + _file_problems(root, listed, progress)
+    return problems + _file_problems(root, listed, progress, examined or {})
 
 
-def _file_problems(root: Path, listed: list[tuple[Path, str, str]], progress: bool) -> list[str]:
+def _file_problems(
+    root: Path,
+    listed: list[tuple[Path, str, str]],
+    progress: bool,
+    examined: Mapping[Path, tuple[str, str | None]],
+) -> list[str]:
     """Damaged files, and equal files where they do harm; `listed` holds path, class and split."""
     problems = []
     first: dict[str, tuple[Path, str, str]] = {}
+    new = [path for path, _, _ in listed if path not in examined]
     bar = tqdm(
-        total=len(listed), desc="checking images", unit="img", disable=None if progress else True
+        total=len(new), desc="checking images", unit="img", disable=None if progress else True
     )
-    with bar, decoding_map(len(listed)) as run:
-        results = run(examine, [path for path, _, _ in listed])
-        for (path, name, split), (digest, fault) in zip(listed, results, strict=True):
-            bar.update()
+    with bar, decoding_map(len(new)) as run:
+        results = iter(run(examine, new))
+        for path, name, split in listed:
+            if (result := examined.get(path)) is None:
+                result = next(results)
+                bar.update()
+            digest, fault = result
             short = path.relative_to(root).as_posix()
             if fault is not None:
                 problems.append(f"{short} cannot be read as an image ({fault})")

@@ -209,16 +209,16 @@ def _maps(found: Exploration, facts: dict[str, Any], out: Path) -> list[Block]:
 def _duplicates(found: Exploration, facts: dict[str, Any], out: Path) -> list[Block]:
     blocks: list[Block] = [
         Text(
-            "The same photograph twice: recompressed, resized, cropped (up to 10 % of the area) or "
-            "mirrored. Candidates come from a perceptual hash and from the cosine of frozen "
-            "features; a candidate counts where its structure, once aligned, correlates with "
-            f"at least {MIN_SCORE}."
+            "The same photograph twice: recompressed, resized, stretched, in other light, "
+            "watermarked, mirrored, turned, cropped or framed. Candidates share local features; a "
+            "candidate counts where its structure, once aligned, correlates with at least "
+            f"{MIN_SCORE}."
         )
     ]
     if not found.duplicates:
         return [*blocks, Text("None found.")]
     shown, leaks = found.leaks_first(), facts["duplicates"]["across_splits"]
-    header = ["first", "second", "splits", "classes", "score", "cosine", "bits", "mirrored"]
+    header = ["first", "second", "splits", "classes", "score", "change"]
     table = Table(header, [_pair_row(found, p) for p in shown[:LISTED]])
     pairs = _count(len(shown), "pair")
     blocks += [
@@ -260,9 +260,7 @@ def _pair_row(found: Exploration, pair: DuplicatePair) -> list[str | float | Non
         f"{split_N[pair.first]}, {split_N[pair.second]}",
         one if one == two else f"{one} and {two}",
         pair.score,
-        pair.cosine,
-        pair.hash_distance,
-        "yes" if pair.mirrored else "no",
+        pair.change(),
     ]
 
 

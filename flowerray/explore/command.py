@@ -11,19 +11,17 @@ from tqdm import tqdm
 
 from flowerray.data import folder, oxford
 from flowerray.data.dataset import Dataset
-from flowerray.data.images import resize_side
 from flowerray.data.source import DataConfig, check_dataset, open_all, open_dataset
-from flowerray.data.store import build_store
 from flowerray.errors import UserError
 from flowerray.explore.chapters import build_page
 from flowerray.explore.exploration import explore
 from flowerray.explore.maps import MapConfig
 from flowerray.explore.results import write_pictures, write_tables
-from flowerray.explore.scan import Survey, take_survey
-from flowerray.files import refuse_unwritable, write_json
+from flowerray.explore.scan import take_survey
+from flowerray.files import atomic_folder, refuse_unwritable, write_json, writing
 from flowerray.model.embedder import Embedder, EmbedderConfig
 from flowerray.opening import open_model
-from flowerray.retrieval.embed import embed, frozen_features
+from flowerray.retrieval.embed import embed
 from flowerray.tracking import sync
 
 
@@ -43,7 +41,7 @@ def explore_dataset(
         data: the set; `root` is needed.
         out: a new folder: index.html, explore.json, images.csv, classes.csv, duplicates.csv, PNGs.
         run: a trained model for maps, look-alikes and Recall@1; None = the frozen backbone.
-        embedder: the frozen backbone, also for the near-duplicates.
+        embedder: the frozen backbone.
         maps: size of the maps.
         device: where images are embedded.
         quiet: no progress bars.
@@ -58,20 +56,22 @@ def explore_dataset(
     assert data.root is not None
     _refuse_out(out, data.root)
     maps = maps or MapConfig()
-    model = None if run is None else open_model(run, device)
+    if run is not None:
+        model = open_model(run, device)
+        network, title = model.embedder, f"{model.run.method_name} model {model.name}"
+    else:
+        network = Embedder(embedder or EmbedderConfig()).to(device)
+        title = f"{network.config.backbone}, frozen, {network.image_size} px"
     dataset, note = open_for_exploring(data)
-    survey = take_survey(dataset, progress=not quiet)
+
+    def embed_crops(crops_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return embed(network, Crops(crops_BHWC), frozen=run is None)
+
+    survey = take_survey(dataset, network.image_size, embed_crops, progress=not quiet)
     if oxford.is_oxford(data.root) or any(folder.class_files(data.root).values()):
-        problems = check_dataset(data.root, progress=not quiet)
+        problems = check_dataset(data.root, not quiet, survey.examined())
     else:  # a flat folder is no set to train on, and is looked at all the same
         problems = [f"{path.name} is left out: {why}" for path, why in survey.unreadable]
-    backbone = Embedder(embedder or EmbedderConfig()).to(device)
-    features_NF = _embed(backbone, survey, frozen=True, quiet=quiet)
-    title = f"{backbone.config.backbone}, frozen, {backbone.image_size} px"
-    emb_ND = features_NF
-    if model is not None:
-        emb_ND = _embed(model.embedder, survey, frozen=False, quiet=quiet)
-        title = f"{model.run.method_name} model {model.name}"
     with tqdm(desc="drawing maps", unit="", disable=quiet or None) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -79,13 +79,14 @@ def explore_dataset(
             bar.total = total
             bar.update(done - bar.n)
 
-        found = explore(survey, problems, emb_ND, features_NF, title, maps, progress)
-    out.mkdir(parents=True, exist_ok=True)
-    write_tables(found, out)
-    charts = write_pictures(found, out)
-    facts = found.facts() | {"note": note, "seconds": round(time.monotonic() - started, 1)}
-    write_json(out / "explore.json", facts)
-    build_page(found, facts, charts, out).write(out / "index.html")
+        found = explore(survey, problems, title, maps, progress)
+    facts = found.facts() | {"note": note}
+    with writing(out), atomic_folder(out) as made:
+        write_tables(found, made)
+        charts = write_pictures(found, made)
+        facts["seconds"] = round(time.monotonic() - started, 1)
+        write_json(made / "explore.json", facts)
+        build_page(found, facts, charts, made).write(made / "index.html")
     params = {"data": data.model_dump(mode="json"), "maps": maps.model_dump(), "model": title}
     sync.log_folder(out, params, _metrics(facts), dataset.tags | {"flowerray.kind": "explore"})
     return facts
@@ -130,13 +131,19 @@ def _refuse_out(out: Path, root: Path) -> None:
     refuse_unwritable(out)
 
 
-def _embed(embedder: Embedder, survey: Survey, frozen: bool, quiet: bool) -> NDArray[np.float32]:
-    paths = survey.dataset.paths
-    store = build_store(paths, resize_side(embedder.image_size), progress=not quiet)
-    with tqdm(total=len(store), unit="img", desc="embedding", disable=quiet or None) as bar:
-        if frozen:
-            return frozen_features(embedder, store, progress=bar.update)
-        return embed(embedder, store, progress=bar.update)
+class Crops:
+    """Images in memory, as `embed` takes them."""
+
+    def __init__(self, crops_BHWC: NDArray[np.uint8]) -> None:
+        self.crops_BHWC = crops_BHWC
+
+    def __len__(self) -> int:
+        return len(self.crops_BHWC)
+
+    def centre(self, indices: NDArray[np.int64], size: int) -> torch.Tensor:
+        """See `Store.centre`."""
+        assert self.crops_BHWC.shape[1] == size
+        return torch.from_numpy(self.crops_BHWC[indices]).permute(0, 3, 1, 2)
 
 
 def _metrics(facts: dict[str, Any]) -> dict[str, float]:

@@ -1,28 +1,30 @@
-"""Near-duplicates: the same photograph twice, recompressed, resized, cropped or mirrored.
+"""Near-duplicates: the same photograph twice, recompressed, resized, stretched, in other light,
+watermarked, mirrored, turned, cropped or framed.
 
-Two signals name each image's candidates: the perceptual hash (Zauner 2010; `imagehash`'s DCT hash
-of 64 bits, of the image and of its mirror image) and the cosine of frozen backbone features. Both
-also bring together pictures that only look alike, so that each candidate is then laid over its
+Two photographs that have local features in common are candidates; each is then laid over its
 partner (align.py) and counts only where the structure agrees.
 
-Letters: N images, K neighbours, P = 64 side of a grey thumbnail, M pairs.
+Letters: N images, B of a block, M pairs, W words, T words of a keypoint.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
-from flowerray.explore.align import agreement, plausible
+from flowerray.explore.align import Keypoints, align
 
-NEIGHBOURS = 6
-"""Candidates an image: so many by each signal, within its split and again outside."""
-MIN_SCORE = 0.8
-"""Agreement of the structure from which a pair is a near-duplicate, -1..1. Altered copies have 0.93
-and more, different photographs at most 0.6, both on rendered and on real flowers."""
-_BLOCK_ELEMENTS = 2**22  # of a similarity matrix at a time
+CANDIDATES = 8
+"""Partners of an image that are looked at: so many within its split and again outside."""
+MIN_SCORE = 0.65
+"""Agreement of the structure from which a pair is a near-duplicate, -1..1."""
+_WORD_BYTES = 3
+"""Of a signature; all ten parts of it are words."""
+_COMMON = 500
+"""Images that a word tells nothing about, since as many have it."""
+_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -32,111 +34,112 @@ class DuplicatePair:
     first: int
     """Position in the set; below `second`."""
     second: int
-    hash_distance: int
-    """Differing bits of 64, the smaller one of plain and mirrored."""
-    cosine: float
-    """Of the frozen features."""
     score: float
     """Agreement of the structure once aligned, 0..1."""
     mirrored: bool
+    turned: float
+    """Degrees counter-clockwise, -180..180."""
+    area: float
+    """Of the smaller part of the motif as a share of the larger, 0..1; 1 = the same framing."""
+
+    def change(self) -> str:
+        """What makes the second one another: "mirrored, turned by 90°, cropped to 64 %"."""
+        turned, area = round(abs(self.turned)), round(100 * self.area)
+        parts = ["mirrored"] * self.mirrored + [f"turned by {turned}°"] * (turned > 1)
+        return ", ".join(parts + [f"cropped to {area} %"] * (area < 98)) or "same framing"
 
 
 def find_duplicates(
+    keypoints_N: Sequence[Keypoints],
     grey_NPP: NDArray[np.uint8],
-    features_NF: NDArray[np.floating],
     split_N: NDArray[np.str_],
     progress: Callable[[int, int], object] | None = None,
 ) -> list[DuplicatePair]:
     """Every near-duplicate pair, surest first.
 
     Args:
+        keypoints_N: of each image.
         grey_NPP: thumbnails, the whole image squeezed to a square.
-        features_NF: unit vectors that see more than brightness: frozen backbone features.
         split_N: split of each image; partners in other splits are looked for on their own, so that
             a burst in one split cannot hide a leak.
-        progress: called with (done, total), first of the images whose partners are looked for,
-            then of the pairs that are aligned.
+        progress: called with (done, total) of the candidates.
     """
-    if len(grey_NPP) < 2:
-        return []
-    bits_N64, mirrored_N64 = hashes(grey_NPP)
-    pairs_M2 = candidates(bits_N64, mirrored_N64, features_NF, split_N, progress)
-    found = []
-    plausible_M2 = plausible(grey_NPP, pairs_M2)
-    for done, ((i, j), ways) in enumerate(zip(pairs_M2.tolist(), plausible_M2, strict=True), 1):
-        plain = agreement(grey_NPP[i], grey_NPP[j]) if ways[0] else 0.0
-        turned = agreement(grey_NPP[i], mirror(grey_NPP[j])) if ways[1] else 0.0
-        score, mirrored = max((plain, False), (turned, True), key=lambda way: way[0])
-        if score >= MIN_SCORE:
-            found.append(
-                DuplicatePair(
-                    first=i,
-                    second=j,
-                    hash_distance=min(
-                        int((bits_N64[i] != bits_N64[j]).sum()),
-                        int((bits_N64[i] != mirrored_N64[j]).sum()),
-                    ),
-                    cosine=float(features_NF[i] @ features_NF[j]),
-                    score=score,
-                    mirrored=mirrored,
-                )
-            )
+    found: dict[tuple[int, int], DuplicatePair] = {}
+    pairs_M3 = candidates(keypoints_N, grey_NPP, split_N)
+    for done, (i, j, mirrored) in enumerate(pairs_M3.tolist(), 1):
+        one, two = keypoints_N[i], keypoints_N[j]
+        aligned = align(one, two, grey_NPP[i], grey_NPP[j], bool(mirrored))
+        if aligned is not None and aligned.score >= MIN_SCORE:
+            area = min(aligned.area, 1 / aligned.area)
+            pair = DuplicatePair(i, j, aligned.score, bool(mirrored), aligned.turned, area)
+            found[i, j] = max(pair, found.get((i, j), pair), key=lambda pair: pair.score)
         if progress is not None:
-            progress(done, len(pairs_M2))
-    return sorted(found, key=lambda pair: (-pair.score, pair.first, pair.second))
-
-
-def hashes(grey_NPP: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Perceptual hashes (N, 64) of the images and of their mirror images."""
-    from imagehash import phash
-
-    plain, mirrored = [], []
-    for grey_PP in grey_NPP:
-        image = Image.fromarray(grey_PP)
-        plain.append(phash(image).hash.ravel())
-        mirrored.append(phash(ImageOps.mirror(image)).hash.ravel())
-    return np.stack(plain), np.stack(mirrored)
+            progress(done, len(pairs_M3))
+    return sorted(found.values(), key=lambda pair: (-pair.score, pair.first, pair.second))
 
 
 def candidates(
-    bits_N64: NDArray[np.bool_],
-    mirrored_N64: NDArray[np.bool_],
-    features_NF: NDArray[np.floating],
-    split_N: NDArray[np.str_],
-    progress: Callable[[int, int], object] | None = None,
+    keypoints_N: Sequence[Keypoints], grey_NPP: NDArray[np.uint8], split_N: NDArray[np.str_]
 ) -> NDArray[np.int64]:
-    """Pairs (M, 2), i < j, each once: every image with its `NEIGHBOURS` nearest by either signal,
-    within its own split and outside. Takes time with the square of N.
+    """Pairs (M, 3): i < j, and whether j is to be mirrored.
+
+    Every image with the `CANDIDATES` that share most words with it, rare ones counting more (the
+    inverse document frequency of text retrieval), within its own split and outside. Words are parts
+    of the signatures of keypoints, and the thumbnail as a whole. Since common words are left out,
+    time and memory grow with the number of images, not with its square.
     """
-    signs = np.where(bits_N64, np.float32(1), np.float32(-1))
-    mirrored = np.where(mirrored_N64, np.float32(1), np.float32(-1))
-    feats = np.asarray(features_NF, np.float32)
-    part_N = np.unique(split_N, return_inverse=True)[1]  # numbers compare faster than names
-    found: set[tuple[int, int]] = set()
-    block = max(1, _BLOCK_ELEMENTS // len(signs))
-    for start in range(0, len(signs), block):
-        rows = slice(start, start + block)
-        bits = np.maximum(signs[rows] @ signs.T, signs[rows] @ mirrored.T)
-        own_split = part_N[rows, None] == part_N[None, :]
-        for alike in (bits, feats[rows] @ feats.T):
-            alike[np.arange(len(alike)), np.arange(start, start + len(alike))] = -np.inf
-            for allowed in (own_split, ~own_split):
-                found |= set(_nearest(np.where(allowed, alike, -np.inf), start))
-        if progress is not None:
-            progress(min(start + block, len(signs)), len(signs))
-    return np.array(sorted(found), np.int64).reshape(-1, 2)
+    from scipy.sparse import csr_matrix
+
+    num = len(keypoints_N)
+    whole_N = [crc32(grey_PP.tobytes()) + (1 << 40) for grey_PP in grey_NPP]
+    plain = [np.append(_words(k.plain_KB), w) for k, w in zip(keypoints_N, whole_N, strict=True)]
+    mirrored = [_words(k.mirrored_KB) for k in keypoints_N]
+    known_W, number = np.unique(np.concatenate(plain), return_inverse=True)
+
+    def table(words_N: list[NDArray[np.int64]], column: NDArray[np.int64]) -> csr_matrix:
+        row = np.repeat(np.arange(num), [len(words) for words in words_N])
+        inside = column >= 0
+        ones = np.ones(inside.sum(), np.float32)
+        found = csr_matrix((ones, (row[inside], column[inside])), (num, len(known_W)))
+        found.sum_duplicates()
+        found.data[:] = 1
+        return found
+
+    every = np.concatenate(mirrored)
+    place = np.searchsorted(known_W, every).clip(max=len(known_W) - 1)
+    plain_NW = table(plain, number)
+    mirrored_WN = table(mirrored, np.where(known_W[place] == every, place, -1)).T.tocsr()
+    images_W = np.bincount(plain_NW.indices, minlength=len(known_W))
+    rarity_W = np.where(images_W <= max(_COMMON, 2), np.log((num + 1) / images_W), 0)
+    weighted_NW = plain_NW.multiply(rarity_W.astype(np.float32)).tocsr()
+    weighted_NW.eliminate_zeros()
+    plain_WN = plain_NW.T.tocsr()
+    part_N = np.unique(split_N, return_inverse=True)[1]
+    best = [np.empty((0, 3), np.int64)]
+    for start in range(0, num, _BLOCK):
+        rows = weighted_NW[start : start + _BLOCK]
+        as_is, turned = rows @ plain_WN, rows @ mirrored_WN
+        votes = as_is.maximum(turned).tocoo()
+        row, column = votes.row + start, votes.col
+        other = np.flatnonzero(row != column)
+        row, column, count = row[other], column[other], votes.data[other]
+        across = part_N[row] != part_N[column]
+        order = np.lexsort((column, -count, across, row))
+        row, column, across = row[order], column[order], across[order]
+        group = 2 * row.astype(np.int64) + across
+        rank = np.arange(len(group)) - np.searchsorted(group, group)
+        row, column = row[rank < CANDIDATES], column[rank < CANDIDATES]
+        if not len(row):
+            continue
+        way = np.asarray(turned[row - start, column] > as_is[row - start, column]).ravel()
+        best.append(np.stack([np.minimum(row, column), np.maximum(row, column), way], axis=1))
+    return np.unique(np.concatenate(best), axis=0)
 
 
-def _nearest(alike_BN: NDArray[np.float32], start: int) -> Iterator[tuple[int, int]]:
-    """Pairs (lower, higher index) of each row and its nearest columns; -inf counts as absent."""
-    k = min(NEIGHBOURS, alike_BN.shape[1])
-    columns_BK = np.argpartition(-alike_BN, k - 1, axis=1)[:, :k]
-    present_BK = np.isfinite(np.take_along_axis(alike_BN, columns_BK, axis=1))
-    for row, place in zip(*np.nonzero(present_BK), strict=True):
-        i, j = start + int(row), int(columns_BK[row, place])
-        yield min(i, j), max(i, j)
-
-
-def mirror(grey_PP: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The mirror image, left and right exchanged."""
-    return np.ascontiguousarray(grey_PP[:, ::-1])
+def _words(signature_KB: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Parts of signatures as numbers that tell which part they are."""
+    num, total = signature_KB.shape
+    parts = total // _WORD_BYTES
+    bytes_KTB = signature_KB[:, : parts * _WORD_BYTES].reshape(num, parts, _WORD_BYTES)
+    value_KT = bytes_KTB.astype(np.int64) @ (256 ** np.arange(_WORD_BYTES))
+    return np.asarray(value_KT + (np.arange(parts) << 8 * _WORD_BYTES)).ravel()

@@ -1,6 +1,6 @@
 """Everything that is found out about a data set, in one object.
 
-Letters: N images, D embedding dimensions, F backbone features.
+Letters: N images.
 """
 
 from collections.abc import Callable, Sequence
@@ -116,30 +116,25 @@ class Exploration:
 def explore(
     survey: Survey,
     problems: Sequence[str],
-    emb_ND: NDArray[np.floating],
-    features_NF: NDArray[np.floating],
     model: str,
     config: MapConfig,
     progress: Callable[[int, int], object] | None = None,
 ) -> Exploration:
-    """Looks at a set that is read and embedded.
+    """Looks at a set that is read.
 
     Args:
         survey: its readable images.
         problems: see `check_dataset`.
-        emb_ND: unit vectors of the model that the maps, the look-alikes and Recall@1 are about.
-        features_NF: unit vectors of a frozen backbone, for the near-duplicates: a trained model
-            would call all images of a class alike.
-        model: what made `emb_ND`.
+        model: what made its embeddings.
         config: of the maps.
         progress: of the search for near-duplicates, see `find_duplicates`.
     """
-    labels_N = survey.dataset.labels_N
+    labels_N, emb_ND = survey.dataset.labels_N, survey.emb_ND
     on_map = draw_images(len(labels_N), config)
     pixels = survey.colour_NSS3[on_map].reshape(len(on_map), -1).astype(np.float32) / 255
-    vectors = {"pixels": pixels, "embeddings": emb_ND[on_map]}
+    vectors: dict[str, NDArray[np.floating]] = {"pixels": pixels, "embeddings": emb_ND[on_map]}
     maps = {name: make_map(values, config) for name, values in vectors.items()}
-    duplicates = find_duplicates(survey.grey_NPP, features_NF, survey.split_names(), progress)
+    duplicates = find_duplicates(survey.keypoints, survey.grey_NPP, survey.split_names(), progress)
     return Exploration(
         survey=survey,
         model=model,

@@ -46,12 +46,13 @@ def write_tables(found: Exploration, out: Path) -> None:
     _csv(
         out / "duplicates.csv",
         "first second first_split second_split first_class second_class "
-        "score cosine hash_distance mirrored".split(),
+        "score change mirrored turned area".split(),
         (
             [
                 survey.name(p.first), survey.name(p.second), split_N[p.first], split_N[p.second],
                 names[labels_N[p.first]], names[labels_N[p.second]],
-                round(p.score, 4), round(p.cosine, 4), p.hash_distance, int(p.mirrored),
+                round(p.score, 4), p.change(), int(p.mirrored), round(p.turned, 1),
+                round(p.area, 3),
             ]
             for p in found.duplicates
         ),
@@ -133,8 +134,7 @@ def _variation_rows(found: Exploration) -> list[list[Group]]:
 def _duplicate_rows(found: Exploration) -> list[list[Group]]:
     groups = [
         Group(
-            f"score {p.score:.2f}, cosine {p.cosine:.2f}, {p.hash_distance} bits"
-            + ", mirrored" * p.mirrored,
+            f"score {p.score:.2f}, {p.change()}",
             _tiles(found, (p.first, p.second), split=True),
         )
         for p in found.leaks_first()[:SHEET_PAIRS]

@@ -1,10 +1,14 @@
-"""One look at every file of a data set: is it whole, how large, how bright, of what colour.
+"""Every file of a data set, read once: is it whole, how large, how bright, of what colour, and
+what a model makes of it.
 
-Letters: N images, P = 64 side of a grey thumbnail, S = 32 side of a colour thumbnail.
+Letters: N images, B of a batch, D embedding dimensions, H W C an image, P = 64 side of a grey
+thumbnail, S = 32 side of a colour thumbnail.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import blake2b
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,28 +18,31 @@ from PIL import Image
 from tqdm import tqdm
 
 from flowerray.data.dataset import Dataset
-from flowerray.data.images import decode, decoding_map
+from flowerray.data.images import decoding_map, eval_crop, read_image
 from flowerray.errors import UserError
+from flowerray.explore.align import Keypoints, find_keypoints
+from flowerray.pool import cores
 
 GREY_SIDE = 64
 COLOUR_SIDE = 32
 _SIDE = 128  # pixels; every statistic is taken at this size, so that large photographs compare
+_BATCH = 64  # images that are embedded at a time
+_WORTH_A_POOL = 300  # fewer images are read before new processes have started
 _HUE_BINS = 36
 _GREY_ENOUGH = 0.05
 """Mean saturation below which an image has no dominant hue."""
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
-class Look(NamedTuple):
-    """What is kept of one file; the pixels are squeezed to a square."""
+class Photograph(NamedTuple):
+    """What is kept of one file; the thumbnails are squeezed to squares."""
 
-    digest: str
-    """Hash of the file's bytes."""
     width: int
     """Pixels, upright."""
     height: int
     grey_PP: NDArray[np.uint8]
     colour_SS3: NDArray[np.uint8]
+    keypoints: Keypoints
     brightness: float
     """Mean luma, 0..1."""
     contrast: float
@@ -55,6 +62,10 @@ class Survey:
     unreadable: tuple[tuple[Path, str], ...]
     """File and why it is no whole image."""
     digests: tuple[str, ...]
+    """Hashes of the files' bytes."""
+    emb_ND: NDArray[np.float32]
+    """Unit vectors."""
+    keypoints: tuple[Keypoints, ...]
     size_N2: NDArray[np.int64]
     """Width and height, pixels."""
     grey_NPP: NDArray[np.uint8]
@@ -75,67 +86,87 @@ class Survey:
         """Image i's file relative to the set's folder, with forward slashes."""
         return self.dataset.paths[i].relative_to(self.dataset.root).as_posix()
 
+    def examined(self) -> dict[Path, tuple[str, str | None]]:
+        """Each file that was read -> hash of its bytes, and why it is no whole image."""
+        whole = dict(zip(self.dataset.paths, ((d, None) for d in self.digests), strict=True))
+        return whole | {path: ("", why) for path, why in self.unreadable}
 
-def take_survey(dataset: Dataset, progress: bool = True) -> Survey:
+
+def take_survey(
+    dataset: Dataset,
+    size: int,
+    embed: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+    progress: bool = True,
+) -> Survey:
     """Reads every file of a set once.
+
+    Args:
+        size: pixels of the squares that are embedded, see `eval_image`.
+        embed: uint8 BHWC to unit vectors BD.
+        progress: show a progress bar.
 
     Raises:
         UserError: no image can be read.
     """
     total = len(dataset.paths)
+    read: list[tuple[str, Photograph | str]] = []
+    rows: list[NDArray[np.float32]] = []
     bar = tqdm(total=total, desc="reading", unit="img", disable=None if progress else True)
-    looks: list[Look | str] = []
-    with bar, decoding_map(total) as run:
-        for found in run(look, dataset.paths):
-            looks.append(found)
-            bar.update()
-    whole = [found for found in looks if isinstance(found, Look)]
+    with bar, decoding_map(total, cores() if total >= _WORTH_A_POOL else 1) as run:
+        results = iter(run(partial(scan, size=size), dataset.paths))
+        while batch := list(islice(results, _BATCH)):
+            read += [(digest, photograph) for digest, photograph, _ in batch]
+            if crops := [crop for _, _, crop in batch if crop is not None]:
+                rows.append(embed(np.stack(crops)))
+            bar.update(len(batch))
+    whole = [(digest, found) for digest, found in read if isinstance(found, Photograph)]
     if not whole:
         raise UserError(f"None of the {total} images of {dataset.root} can be read; replace them.")
-    readable_N = np.array([isinstance(found, Look) for found in looks])
+    digests, found = zip(*whole, strict=True)
+    columns = dict(zip(Photograph._fields, zip(*found, strict=True), strict=True))
     return Survey(
-        dataset=_part(dataset, readable_N),
+        dataset=_part(dataset, np.array([isinstance(found, Photograph) for _, found in read])),
         unreadable=tuple(
-            (path, found)
-            for path, found in zip(dataset.paths, looks, strict=True)
-            if isinstance(found, str)
+            (path, why)
+            for path, (_, why) in zip(dataset.paths, read, strict=True)
+            if isinstance(why, str)
         ),
-        digests=tuple(found.digest for found in whole),
-        size_N2=np.array([(found.width, found.height) for found in whole]),
-        grey_NPP=np.stack([found.grey_PP for found in whole]),
-        colour_NSS3=np.stack([found.colour_SS3 for found in whole]),
-        brightness_N=np.array([found.brightness for found in whole]),
-        contrast_N=np.array([found.contrast for found in whole]),
-        saturation_N=np.array([found.saturation for found in whole]),
-        hue_N=np.array([found.hue for found in whole]),
+        digests=digests,
+        emb_ND=np.concatenate(rows),
+        keypoints=columns["keypoints"],
+        size_N2=np.array([columns["width"], columns["height"]]).T,
+        grey_NPP=np.stack(columns["grey_PP"]),
+        colour_NSS3=np.stack(columns["colour_SS3"]),
+        brightness_N=np.array(columns["brightness"]),
+        contrast_N=np.array(columns["contrast"]),
+        saturation_N=np.array(columns["saturation"]),
+        hue_N=np.array(columns["hue"]),
     )
 
 
-def look(path: Path) -> Look | str:
-    """One file, or why it is no whole image."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        return (error.strerror or "unreadable").lower()
-    try:
-        image = decode(data)
-    except UserError as error:  # its text names no file here; the clause in brackets is the reason
-        return str(error).partition("(")[2].rpartition(")")[0]
+def scan(path: Path, size: int) -> tuple[str, Photograph | str, NDArray[np.uint8] | None]:
+    """One file: the hash of its bytes, what is kept of it or why it is no whole image, and its
+    square of `size` pixels to be embedded.
+    """
+    digest, image = read_image(path)
+    if isinstance(image, str):
+        return digest, image, None
     square = image.resize((_SIDE, _SIDE), Image.Resampling.BOX, reducing_gap=2.0)
     rgb = np.asarray(square, np.float32) / 255
     luma = rgb @ _LUMA
     hue, saturation = _hue_and_saturation(square)
-    return Look(
-        digest=blake2b(data, digest_size=16).hexdigest(),
+    photograph = Photograph(
         width=image.width,
         height=image.height,
         grey_PP=_bytes(_pooled(luma[..., None], GREY_SIDE)[..., 0]),
         colour_SS3=_bytes(_pooled(rgb, COLOUR_SIDE)),
+        keypoints=find_keypoints(image),
         brightness=float(luma.mean()),
         contrast=float(luma.std()),
         saturation=saturation,
         hue=hue,
     )
+    return digest, photograph, eval_crop(image, size)
 
 
 def _hue_and_saturation(square: Image.Image) -> tuple[float, float]:

@@ -28,6 +28,8 @@ def survey(
         ),
         unreadable=(),
         digests=tuple(digests or map(str, range(count))),
+        emb_ND=np.eye(count, dtype=np.float32),
+        keypoints=(),
         size_N2=np.array([(2 * side, side)] * count),
         grey_NPP=rng.integers(0, 256, (count, 64, 64), np.uint8),
         colour_NSS3=rng.integers(0, 256, (count, 32, 32, 3), np.uint8),

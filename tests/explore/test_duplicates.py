@@ -1,101 +1,103 @@
-"""Planted near-duplicates are found, and little else."""
+"""Altered copies of rendered flowers are found, and little else."""
 
-from collections.abc import Iterator
+from io import BytesIO
+from itertools import combinations
 
 import numpy as np
 import pytest
-from scipy.fft import dctn
+from PIL import Image
 
-from flowerray.data.images import resize_side
-from flowerray.data.oxford import read_oxford
-from flowerray.data.store import build_store
-from flowerray.explore.duplicates import candidates, find_duplicates, hashes, mirror
-from flowerray.explore.scan import Survey, take_survey
-from flowerray.model.embedder import Embedder, EmbedderConfig
+from flowerray.explore import duplicates
+from flowerray.explore.align import Keypoints, find_keypoints
+from flowerray.explore.duplicates import DuplicatePair, candidates, find_duplicates
 from flowerray.rendered.synthetic import SyntheticConfig, synthesize
-from flowerray.retrieval.embed import frozen_features
-from tests.explore.planted import KINDS, plant
+from tests.explore.planted import KINDS, altered
 
-PLANTED = 20
+Images = tuple[list[Keypoints], np.ndarray]
+
+
+def described(pictures: list[Image.Image]) -> Images:
+    grey = [p.convert("L").resize((64, 64), Image.Resampling.BOX) for p in pictures]
+    return [find_keypoints(p) for p in pictures], np.stack([np.asarray(g) for g in grey])
 
 
 @pytest.fixture(scope="module")
-def planted(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[Survey, np.ndarray, dict[tuple[int, int], str]]]:
-    """144 rendered images, 20 of them near-duplicates of 20 others: the survey, features, pairs."""
-    root = tmp_path_factory.mktemp("planted") / "set"
+def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
+    """144 rendered flowers."""
+    root = tmp_path_factory.mktemp("originals") / "set"
     synthesize(root, SyntheticConfig(classes=6, scale=0.01, size=96, seed=11), False, 1)
-    names = plant(root, PLANTED, seed=2)
-    survey = take_survey(read_oxford(root), progress=False)
-    store = build_store(survey.dataset.paths, resize_side(64), progress=False)
-    features = frozen_features(Embedder(EmbedderConfig(image_size=64)), store)
-    place = {survey.name(i): i for i in range(len(survey.digests))}
-    pairs = {tuple(sorted(place[name] for name in both)): k for both, k in names.items()}
-    yield survey, features, pairs  # type: ignore[misc]
+    return [Image.open(path).convert("RGB") for path in sorted((root / "jpg").iterdir())]
 
 
-def test_all_planted_are_found_and_nothing_else(
-    planted: tuple[Survey, np.ndarray, dict[tuple[int, int], str]],
-) -> None:
-    survey, features, pairs = planted
-    assert sorted(set(pairs.values())) == sorted(KINDS)
+def test_copies_of_every_kind_are_found_and_nothing_else(originals: list[Image.Image]) -> None:
+    """Each kind twice, and pairs of kinds, in a third of the images (the full grid:
+    tests/benchmarks/duplicates.py).
+    """
+    rng = np.random.default_rng(0)
+    pairs = list(combinations(KINDS, 2))
+    kinds = [(kind,) for kind in KINDS for _ in range(2)]
+    kinds += [pairs[k] for k in rng.choice(len(pairs), 12, replace=False)]
+    sources = rng.permutation(len(originals))[: len(kinds)].tolist()
+    copies = [altered(originals[s], k, rng) for s, k in zip(sources, kinds, strict=True)]
+    images = [*originals, *(Image.open(BytesIO(copy)).convert("RGB") for copy in copies)]
+    keypoints, grey = described(images)
+    planted = {
+        (s, len(originals) + n): k for n, (s, k) in enumerate(zip(sources, kinds, strict=True))
+    }
+    split = np.array(["train"] * len(originals) + ["test"] * len(copies))
     seen: list[tuple[int, int]] = []
-    found = find_duplicates(
-        survey.grey_NPP,
-        features,
-        survey.split_names(),
-        progress=lambda done, total: seen.append((done, total)),
-    )
+    found = find_duplicates(keypoints, grey, split, lambda *at: seen.append(at))
     got = {(p.first, p.second): p for p in found}
-    assert pairs.keys() <= got.keys(), [k for p, k in pairs.items() if p not in got]
-    assert all(got[pair].mirrored == (kind == "flipped") for pair, kind in pairs.items())
-    split = survey.split_names()
-    assert all({split[i], split[j]} == {"train", "test"} for i, j in pairs)
-    inside = {i for pair in pairs for i in pair}
-    flagged = {i for pair in got.keys() - pairs.keys() for i in pair} - inside
-    assert len(flagged) <= 0.01 * (len(split) - len(inside))
-    assert seen[0] == (len(split), len(split)), "a set as small as this is one block"
-    assert [done for done, _ in seen[1:]] == list(range(1, seen[-1][1] + 1))
+    missed = [k for pair, k in planted.items() if pair not in got]
+    assert len(missed) <= len(planted) // 20, missed
+    flagged = {i for pair in got.keys() - planted.keys() for i in pair} - {*sum(planted, ())}
+    assert len(flagged) <= 0.01 * (len(originals) - len(sources))
+    assert [done for done, _ in seen] == list(range(1, seen[-1][1] + 1))
     scores = [p.score for p in found]
     assert scores == sorted(scores, reverse=True)
+    for pair, kind in planted.items():
+        if kind == ("mirrored",):
+            assert got[pair].change() == "mirrored"
+        if kind == ("turned by 90",):
+            assert got[pair].change() == "turned by 90°"
+        if kind == ("cropped to 64",):
+            assert got[pair].area == pytest.approx(0.64, abs=0.03)
 
 
-def test_hashes_are_the_signs_of_the_low_frequencies(
-    planted: tuple[Survey, np.ndarray, dict[tuple[int, int], str]],
+def test_change_in_words() -> None:
+    assert DuplicatePair(0, 1, 1.0, False, 0.2, 0.99).change() == "same framing"
+    change = DuplicatePair(0, 1, 1.0, True, -89.8, 0.641).change()
+    assert change == "mirrored, turned by 90°, cropped to 64 %"
+
+
+def test_partners_are_looked_for_in_each_split(
+    originals: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grey = planted[0].grey_NPP[:3]
-    plain, mirrored = hashes(grey)
-    assert plain.shape == (3, 64)
-    assert np.array_equal(mirrored, hashes(np.stack([mirror(image) for image in grey]))[0])
-    half = grey[0].reshape(32, 2, 32, 2).mean(axis=(1, 3))  # close to the hash's own resizing
-    low = dctn(half)[:8, :8]
-    assert ((low > np.median(low)).ravel() == plain[0]).mean() > 0.95
+    """Many copies in its own split do not hide the one in another."""
+    monkeypatch.setattr(duplicates, "CANDIDATES", 2)
+    keypoints, grey = described([originals[0]] * 6 + originals[1:20])
+    split = np.array(["train"] * 5 + ["test"] + ["train"] * 19)
+    pairs = {(i, j) for i, j, _ in candidates(keypoints, grey, split).tolist()}
+    assert any((i, 5) in pairs for i in range(5))
+    assert len(pairs) <= 4 * 25
 
 
-def test_candidates_are_nearest_by_either_signal() -> None:
-    rng = np.random.default_rng(0)
-    bits, mirrored = rng.random((2, 60, 64)) < 0.5
-    features = rng.normal(size=(60, 8))
-    features /= np.linalg.norm(features, axis=1, keepdims=True)
-    mirrored[33] = bits[7]
-    mirrored[7] = bits[33]
-    features[50] = features[21]
-    split = np.array(["train", "test"])[np.arange(60) % 2]
-    found = candidates(bits, mirrored, features, split)
-    pairs = set(map(tuple, found.tolist()))
-    assert len(pairs) == len(found) and (found[:, 0] < found[:, 1]).all()
-    assert {(7, 33), (21, 50)} <= pairs
-    across = [split[i] != split[j] for i, j in pairs]
-    assert 0.4 < np.mean(across) < 0.6
-    counts = np.bincount(found.ravel(), minlength=60)
-    assert counts.min() >= 12  # 6 in the own split and 6 outside, by at least one signal
+def test_many_images_are_taken_in_blocks(
+    originals: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keypoints, grey = described([*originals[:20], *originals[:3]])
+    split = np.array(["a", "b"])[np.arange(23) % 2]
+    whole = candidates(keypoints, grey, split)
+    monkeypatch.setattr(duplicates, "_BLOCK", 7)
+    assert np.array_equal(candidates(keypoints, grey, split), whole)
+    assert {(0, 20), (1, 21), (2, 22)} <= {(i, j) for i, j, _ in whole.tolist()}
 
 
-def test_few_images() -> None:
-    grey = np.random.default_rng(0).integers(0, 256, (2, 64, 64), np.uint8)
-    feats = np.eye(2)
-    assert find_duplicates(grey[:1], feats[:1], np.array(["test"])) == []
-    assert find_duplicates(grey, feats, np.array(["test", "test"])) == []
-    (pair,) = find_duplicates(grey[[0, 0]], feats, np.array(["train", "test"]))
-    assert (pair.first, pair.second, pair.score, pair.hash_distance) == (0, 1, 1.0, 0)
+def test_few_images_and_images_without_structure() -> None:
+    plain = [Image.new("RGB", (40, 30), colour) for colour in ("white", "white", "red")]
+    keypoints, grey = described(plain)
+    assert [len(k.plain_KB) for k in keypoints] == [0, 0, 0]
+    split = np.array(["train", "test", "test"])
+    (pair,) = find_duplicates(keypoints, grey, split)
+    assert (pair.first, pair.second, pair.score) == (0, 1, 1.0)
+    assert find_duplicates(keypoints[:1], grey[:1], split[:1]) == []

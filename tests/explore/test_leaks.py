@@ -23,7 +23,7 @@ SET = Dataset(
 
 
 def pair(first: int, second: int) -> DuplicatePair:
-    return DuplicatePair(first, second, 0, 1.0, 1.0, False)
+    return DuplicatePair(first, second, 1.0, False, 0.0, 1.0)
 
 
 def test_train_gallery() -> None:

@@ -14,6 +14,7 @@ from flowerray.explore.results import highlighted, write_pictures, write_tables
 from flowerray.explore.scan import take_survey
 from flowerray.show.style import save
 from tests.data.pictures import class_folders
+from tests.explore.test_scan import flat
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +24,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Exploration:
     dataset = read_folder(root, 2, 1)
     train, test = dataset.splits["train"][0], dataset.splits["test"][0]
     dataset.paths[test].write_bytes(dataset.paths[train].read_bytes())
-    survey = take_survey(dataset, progress=False)
-    emb = np.random.default_rng(0).normal(size=(15, 6))
-    emb[test] = emb[train]
-    emb /= np.linalg.norm(emb, axis=1, keepdims=True)
-    return explore(survey, ["a fault"], emb, emb, "a model", MapConfig())
+    survey = take_survey(dataset, 8, flat, progress=False)
+    return explore(survey, ["a fault"], "a model", MapConfig())
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -44,7 +42,7 @@ def test_tables(found: Exploration, tmp_path: Path) -> None:
     assert [row["images"] for row in rows(tmp_path / "classes.csv")] == ["5", "5", "5"]
     first, *_ = rows(tmp_path / "duplicates.csv")
     assert {first["first_split"], first["second_split"]} == {"train", "test"}
-    assert (first["score"], first["hash_distance"], first["mirrored"]) == ("1.0", "0", "0")
+    assert (first["score"], first["change"], first["mirrored"]) == ("1.0", "same framing", "0")
 
 
 def test_facts(found: Exploration) -> None:
