@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-_SIDE = 160
+_SIDE = 128
 """Shorter side, pixels, at which keypoints are looked for: what a blur or JPEG takes is gone."""
 _LONGEST = 2
 """Longer sides are squeezed to so many shorter ones."""
@@ -75,11 +75,9 @@ def find_keypoints(image: Image.Image) -> Keypoints:
         nothing = np.empty((0, _BITS // 8), np.uint8)
         return Keypoints(np.empty((0, 2), np.float32), nothing, nothing)
     descriptor_KD = descriptor_KD[: len(found)]
-    place_K2 = np.array([point.pt for point in found], np.float32) + 0.5
+    place_K2 = (np.array([point.pt for point in found]) + 0.5) / np.array(size)
     mirrored_KD = descriptor_KD[:, _MIRROR_D]
-    return Keypoints(
-        place_K2 / np.array(size, np.float32), _signs(descriptor_KD), _signs(mirrored_KD)
-    )
+    return Keypoints(place_K2.astype(np.float32), _signs(descriptor_KD), _signs(mirrored_KD))
 
 
 def align(
