@@ -2,6 +2,7 @@
 
 import os
 import textwrap
+from hashlib import blake2b
 
 WIDTH = 80
 
@@ -19,6 +20,18 @@ def typed(command: str) -> str:
     us.
     """
     return f"uv run {command}" if "UV_RUN_RECURSION_DEPTH" in os.environ else command
+
+
+def file_name(text: str, most: int = 100) -> str:
+    """A text as part of a file's name: no separators or control characters, and what is longer than
+    so many bytes is cut and ends with a hash of the whole. Most file systems take 255 bytes.
+    """
+    clean = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in text)
+    if len(clean.encode(errors="surrogateescape")) <= most:
+        return clean
+    mark = blake2b(clean.encode(errors="surrogateescape"), digest_size=4).hexdigest()
+    cut = clean.encode(errors="surrogateescape")[: most - len(mark) - 1]
+    return f"{cut.decode(errors='ignore')}-{mark}"
 
 
 def counted(number: int, noun: str) -> str:

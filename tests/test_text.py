@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from flowerray.text import counted, labelled, typed
+from flowerray.text import counted, file_name, labelled, typed
 
 
 def test_a_label_and_a_folded_text() -> None:
@@ -40,3 +40,14 @@ def test_uv_run_is_recognised() -> None:
 
 def test_counted() -> None:
     assert [counted(n, "run") for n in (0, 1, 1234)] == ["0 runs", "1 run", "1,234 runs"]
+
+
+@pytest.mark.parametrize("text", ["a" * 300, "ü" * 200, "\N{BLOSSOM}" * 90, "tulip\n/1" * 40])
+def test_a_files_name_is_bounded_and_told_apart(text: str) -> None:
+    name = file_name(text)
+    assert len(name.encode()) <= 100 and name.isprintable() and "/" not in name
+    assert name != file_name(text + "b") and name == file_name(text)
+
+
+def test_a_short_name_stays_as_it_is() -> None:
+    assert file_name("tulip_12 (é)") == "tulip_12 (é)"

@@ -21,6 +21,7 @@ from flowerray.explain.layers import find_layers
 from flowerray.files import atomic_file, refuse_unwritable
 from flowerray.model.precision import full_precision
 from flowerray.opening import Model
+from flowerray.text import file_name
 from flowerray.tracking import sync
 
 SHOWN = 2
@@ -213,4 +214,4 @@ def _name(path: Path) -> str:
 
 def _stem(path: Path) -> str:
     """Folder and name: photographs of different classes often have the same number."""
-    return "_".join(filter(None, (path.absolute().parent.name, path.stem)))
+    return file_name("_".join(filter(None, (path.absolute().parent.name, path.stem))))

@@ -3,6 +3,7 @@
 Letters: B images, C channels, H W cells or pixels, D embedding dimensions.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ def sanity(
     config = config or FaithfulnessConfig()
     maps = saliency(embedder, images_BCHW, reference_BD)
     size = images_BCHW.shape[-1]
-    last = [saliency(copy, images_BCHW, reference_BD) for copy in randomised(embedder)][-1]
+    (untrained,) = deque(randomised(embedder), maxlen=1)
+    last = saliency(untrained, images_BCHW, reference_BD)
     exchanged = saliency(embedder, images_BCHW, reference_BD.roll(1, 0))
     mirrored = saliency(embedder, images_BCHW.flip(3), reference_BD)[..., ::-1]
     again = saliency(embedder, images_BCHW, reference_BD)

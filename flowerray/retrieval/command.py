@@ -32,6 +32,7 @@ from flowerray.retrieval.measure import (
 )
 from flowerray.retrieval.pairs import PAIR_SEED, Pairs, load_pairs, save_pairs
 from flowerray.retrieval.pictures import Neighbour, SheetRow, measurement_rows, retrieval_sheet
+from flowerray.retrieval.search import nearest
 from flowerray.tracking import sync
 from flowerray.tracking.state import State
 from flowerray.training.rundir import FolderReporter
@@ -297,12 +298,15 @@ def search(
     store = build_store(dataset.paths, resize_side(model.embedder.image_size), progress=not quiet)
     with tqdm(total=len(store), unit="img", desc="embed", disable=quiet or None) as bar:
         gallery_GD = kept_embeddings(model.embedder, store, progress=bar.update).astype(np.float64)
-    cosine_G = gallery_GD @ query_D
-    itself = np.array([path.samefile(query) for path in dataset.paths])
-    order = [g for g in np.argsort(-cosine_G, kind="stable") if not itself[g]][:top]
+    others = np.array([g for g, path in enumerate(dataset.paths) if not path.samefile(query)], int)
+    if not len(others):
+        return []
+    found = others[nearest(query_D[None], gallery_GD[others], k=top)[0]]
     return [
-        Neighbour(dataset.paths[g], dataset.classes[dataset.labels_N[g]], float(cosine_G[g]))
-        for g in order
+        Neighbour(
+            dataset.paths[g], dataset.classes[dataset.labels_N[g]], float(gallery_GD[g] @ query_D)
+        )
+        for g in found
     ]
 
 
