@@ -24,7 +24,7 @@ LEVELS = 4
 
 
 @dataclass(frozen=True)
-class Check:
+class SanityCheck:
     """One check's figure and whether it is good enough."""
 
     value: float
@@ -40,7 +40,7 @@ def sanity(
     reference_BD: Tensor,
     config: FaithfulnessConfig | None = None,
     one_class: bool = False,
-) -> dict[str, Check]:
+) -> dict[str, SanityCheck]:
     """Runs every check on a few images.
 
     Args:
@@ -50,7 +50,7 @@ def sanity(
         one_class: leaves the check `reference` out, which compares a class with itself.
 
     Returns:
-        Check by name. `randomised` is the mean rank correlation of the maps with those of a model
+        Checks by name. `randomised` is the mean rank correlation of the maps with those of a model
         of random weights, `reference` the change of the maps when the references are exchanged (as
         a share of their size), `flip` the correlation of the mirrored image's map with the mirrored
         map, `repeated` the largest difference between two calls, `order` how much more the cosine
@@ -76,11 +76,11 @@ def sanity(
     repeated = float(np.abs(again - maps).max())
     order = float(np.mean(drops))
     found = {
-        "randomised": Check(likeness, likeness < 0.5, "below 0.5"),
-        "reference": Check(change, change > 0.1, "above 0.1"),
-        "flip": Check(flip, flip > 0.5, "above 0.5"),
-        "repeated": Check(repeated, repeated == 0.0, "0"),
-        "order": Check(order, order > 0.0, "above 0"),
+        "randomised": SanityCheck(likeness, likeness < 0.5, "below 0.5"),
+        "reference": SanityCheck(change, change > 0.1, "above 0.1"),
+        "flip": SanityCheck(flip, flip > 0.5, "above 0.5"),
+        "repeated": SanityCheck(repeated, repeated == 0.0, "0"),
+        "order": SanityCheck(order, order > 0.0, "above 0"),
     }
     if one_class:
         del found["reference"]
@@ -88,7 +88,7 @@ def sanity(
         with protected(embedder), torch.no_grad():
             cosine_B = (embedder(images_BCHW) * reference_BD).sum(1).cpu().numpy()
         gap = float(np.abs(maps.sum((1, 2)) - cosine_B).max())
-        found["complete"] = Check(gap, gap < 1e-5, "below 1e-5")
+        found["complete"] = SanityCheck(gap, gap < 1e-5, "below 1e-5")
     return found
 
 

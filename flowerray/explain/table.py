@@ -9,7 +9,7 @@ from flowerray.show.style import short
 from flowerray.text import labelled
 
 _BLOCKS = (("energy", "pointing", "iou"), ("deletion", "insertion", "road_morf"))
-_HEADS = {
+HEADINGS = {
     "energy": "energy in mask",
     "pointing": "pointing game",
     "iou": "IoU",
@@ -103,7 +103,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]], signed: bool = False) -> list[
         metrics = [m for m in block if all(m in row for row in rows.values())]
         if metrics:
             spec = "+.2f" if signed else ".2f"
-            table = [["", *(_HEADS[m] for m in metrics)]]
+            table = [["", *(HEADINGS[m] for m in metrics)]]
             table += [[n, *(words(row[m], spec) for m in metrics)] for n, row in rows.items()]
             lines += columns(table, "<" * len(table[0]), indent=1, gap=1)
     return lines

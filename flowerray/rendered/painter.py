@@ -17,7 +17,7 @@ from flowerray.rendered.sprites import GOLDEN, PAD, Array, paint_centre, paint_l
 
 
 @dataclass(frozen=True)
-class Picture:
+class Painting:
     """One painted photograph."""
 
     image: NDArray[np.uint8]
@@ -28,7 +28,7 @@ class Picture:
     """Middle of the main bloom, x and y as shares of width and height."""
 
 
-def paint(species: Species, size: int, rng: np.random.Generator) -> Picture:
+def paint(species: Species, size: int, rng: np.random.Generator) -> Painting:
     """A photograph of `species` with shorter side `size`; everything about it comes from `rng`."""
     longer = round(size * float(rng.choice([1.0, 1.15, 1.25, 4 / 3])))
     height, width = (size, longer) if rng.random() < 0.7 else (longer, size)
@@ -43,7 +43,7 @@ def paint(species: Species, size: int, rng: np.random.Generator) -> Picture:
     else:
         _inflorescence(canvas, species, x, y, radius * 1.15, rng)
     foreground(canvas, rng)
-    return Picture(photograph(canvas.image_HW3, rng), canvas.flower_HW > 0.5, place)
+    return Painting(photograph(canvas.image_HW3, rng), canvas.flower_HW > 0.5, place)
 
 
 def _individual(species: Species, rng: np.random.Generator) -> Species:

@@ -227,11 +227,10 @@ def _paired(rows: Sequence[tuple[str, Comparison]]) -> Table:
 
 
 def _pairs(attacks: Attacks) -> list[Block]:
-    rows: list[list[str | float | None]] = []
+    rows = []
     for label, records in attacks.records.items():
         found = [worst_case(records, e, "pair_accuracy") for e in attacks.eps]
-        if any(i is not None for i in found):
-            rows.append([label, *(None if i is None else i.mean for i in found)])
+        rows += [[label, *(None if i is None else i.mean for i in found)]] if any(found) else []
     if not rows:
         return []
     caption = "Pair accuracy where one photograph of each pair is attacked; mean over seeds."
@@ -250,11 +249,9 @@ def _each_attack(attacks: Attacks) -> Details:
             means = [sum(v) / len(v) if v else None for v in values]
             rows.append([f"{label}: {name}", *means, f"{seconds:.0f}"])
     cumulative = attacks.first["rows"] == "cumulative"
-    caption = "R@1 under each attack, mean over seeds. " + (
-        "Cumulative: an attack got only the queries that those above it left right."
-        if cumulative
-        else "Every attack got every query."
-    )
+    got = "Cumulative: an attack got only the queries that those above it left right."
+    got = got if cumulative else "Every attack got every query."
+    caption = f"R@1 under each attack, mean over seeds. {got}"
     return Details("Every attack", Table(["", *attacks.radii, "seconds"], rows, caption))
 
 

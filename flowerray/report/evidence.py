@@ -7,25 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowerray.errors import UserError
+from flowerray.explain.table import HEADINGS
 from flowerray.report.gather import Setting, read_json
 from flowerray.report.numbers import FROZEN, Evaluations, evaluations
 from flowerray.report.sections import missing
 from flowerray.show.contact import Group, Tile, draw_sheet
-from flowerray.show.interval import words
+from flowerray.show.interval import MISSING, words
 from flowerray.show.page import Block, Note, Picture, Pictures, Table, Text
 
 WORST = 8
 """Failures, and classes, that are shown."""
 EXPLANATIONS = 6
 """Explanation pictures shown of a run; the others are in its folder."""
-MAP_METRICS = {
-    "energy": "energy in mask",
-    "pointing": "pointing game",
-    "iou": "IoU with mask",
-    "deletion": "deletion (lower is better)",
-    "insertion": "insertion",
-    "road_morf": "ROAD drop",
-}
 
 
 @dataclass(frozen=True)
@@ -88,28 +81,18 @@ def find_failures(records: Sequence[dict]) -> list[Failure]:
     """
     misses: dict[str, list[tuple[float, str, str, str, str]]] = {}
     asked: Counter[str] = Counter()
+    keys = ("num_relevant", "hit", "similarity", "nearest", "nearest_class", "class")
     for record in records:
-        per = record["per_query"]
-        for i, query in enumerate(record["queries"]):
-            if not per["num_relevant"][i]:
-                continue
-            asked[query] += 1
-            if not per["hit"][i]:
-                misses.setdefault(query, []).append(
-                    (
-                        per["similarity"][i], per["nearest"][i], per["nearest_class"][i],
-                        per["class"][i], record["root"],
-                    )
-                )  # fmt: skip
+        columns = (record["per_query"][key] for key in keys)
+        for query, relevant, hit, *miss in zip(record["queries"], *columns, strict=True):
+            asked[query] += bool(relevant)
+            if relevant and not hit:
+                misses.setdefault(query, []).append((*miss, record["root"]))
     found = []
     for query, own in misses.items():
         similarity, nearest, nearest_class, class_name, root = max(own)
-        found.append(
-            Failure(
-                query, class_name, nearest, nearest_class, similarity, len(own), asked[query],
-                Path(root),
-            )
-        )  # fmt: skip
+        pair = query, class_name, nearest, nearest_class
+        found.append(Failure(*pair, similarity, len(own), asked[query], Path(root)))
     return sorted(found, key=lambda f: (-f.missed / f.runs, -f.similarity, f.query))
 
 
@@ -125,17 +108,16 @@ def _worst_classes(records: Sequence[dict], table: Evaluations) -> Block:
                 if not hit:
                     taken.setdefault(class_name, Counter())[nearest_class] += 1
     order = sorted(hits, key=lambda name: (sum(hits[name]) / len(hits[name]), name))[:WORST]
-    rows_out: list[list[str | float | None]] = []
+    shown: list[list[str | float | None]] = []
     for name in order:
-        wrong = ", ".join(
-            f"{other} ({n})" for other, n in taken.get(name, Counter()).most_common(3)
-        )
-        rows_out.append([name, sum(hits[name]) / len(hits[name]), len(hits[name]), wrong or "–"])
+        others = taken.get(name, Counter()).most_common(3)
+        wrong = ", ".join(f"{other} ({n})" for other, n in others) or MISSING
+        shown.append([name, sum(hits[name]) / len(hits[name]), len(hits[name]), wrong])
     caption = (
         f"The classes with the lowest R@1 over all trained runs ({len(records)} evaluations of "
         f"{table.title}), and what their queries were taken for."
     )
-    return Table(["class", "R@1", "queries x runs", "taken for"], rows_out, caption)
+    return Table(["class", "R@1", "queries x runs", "taken for"], shown, caption)
 
 
 def _worst_queries(records: Sequence[dict]) -> list[Block]:
@@ -199,7 +181,7 @@ def explanations(setting: Setting) -> list[Block]:
 def _faithfulness(about: str, content: dict) -> list[Block]:
     """Scores of the chosen map and its rivals, and what its sanity checks said."""
     scores = content["scores"]
-    metrics = [m for m in MAP_METRICS if all(m in row for row in scores.values())]
+    metrics = [m for m in HEADINGS if all(m in row for row in scores.values())]
     rows: list[list[str | float | None]] = [
         [
             "chosen map" if name == "chosen" else name,
@@ -215,7 +197,7 @@ def _faithfulness(about: str, content: dict) -> list[Block]:
     if tested < content["images"]:
         images += f" (deletion, insertion and ROAD on {tested} of them)"
     caption = f"{about}: {where}{on}, on {images}; 95 % CI."
-    blocks: list[Block] = [Table(["", *(MAP_METRICS[m] for m in metrics)], rows, caption)]
+    blocks: list[Block] = [Table(["", *(HEADINGS[m] for m in metrics)], rows, caption)]
     checks = content["sanity"]["chosen"]
     failed = [f"{_words(name)} ({c['rule']})" for name, c in checks.items() if not c["passed"]]
     if failed:

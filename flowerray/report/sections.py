@@ -3,6 +3,7 @@ and how to make it all again. Each returns blocks; one that lacks its data says 
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from flowerray.report.gather import Setting, StoredRun, Variant
@@ -14,21 +15,21 @@ from flowerray.report.numbers import (
     evaluations,
     summary,
 )
+from flowerray.retrieval.table import LABELS
 from flowerray.show import charts
-from flowerray.show.interval import words
+from flowerray.show.interval import MISSING, words
 from flowerray.show.page import Block, Bold, Commands, Details, Note, Picture, Table, Text
 from flowerray.show.style import GREY
 from flowerray.statistics import Interval
 from flowerray.text import counted
 
 METRICS = {
-    "recall_at_1": "R@1",
-    "recall_at_5": "R@5",
-    "map_at_r": "MAP@R",
-    "recall_at_1_per_class_mean": "R@1, mean of classes",
-    "pair_auc": "pair AUC",
-    "pair_accuracy": "pair accuracy",
-}
+    key: LABELS[key]
+    for key in (
+        "recall_at_1", "recall_at_5", "map_at_r", "recall_at_1_per_class_mean", "pair_auc",
+        "pair_accuracy",
+    )
+}  # fmt: skip
 CURVES = {
     "val/map_at_r": "val MAP@R",
     "val/recall_at_1": "val R@1",
@@ -49,11 +50,10 @@ DATA_FACTS = {
 def summary_of(setting: Setting) -> list[Block]:
     """What was run and what came out, in a few sentences."""
     seeds = sorted({len(variant.runs) for variant in setting.variants})
-    times = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    fewest = "" if len(seeds) == 1 else f"{seeds[0]} to "
     said = [
-        f"{counted(len(setting.runs), 'run')}: "
-        f"{counted(len(setting.variants), 'variant')} with {times} "
-        f"seed{'' if seeds[-1] == 1 else 's'} each."
+        f"{counted(len(setting.runs), 'run')}: {counted(len(setting.variants), 'variant')} with "
+        f"{fewest}{counted(seeds[-1], 'seed')} each."
     ]
     for table in evaluations(setting):
         found = {name: summary(records, "recall_at_1") for name, records in table.records.items()}
@@ -106,7 +106,7 @@ def _clean_table(table: Evaluations, shown: Sequence[Variant]) -> list[Block]:
     rows: list[list[str | float | None]] = []
     for name, row in found.items():
         cells = [cell(row[key], best[key]) for key in metrics]
-        seeds = "–" if name.startswith(FROZEN) else str(len(table.records[name]))
+        seeds = MISSING if name.startswith(FROZEN) else str(len(table.records[name]))
         rows.append([name, seeds, *cells])
     caption = (
         f"{table.title}. Mean and 95 % interval: Student's t over seeds; with one seed the "
@@ -178,18 +178,17 @@ def cost(setting: Setting, parameters: Mapping[StoredRun, int]) -> list[Block]:
     Args:
         parameters: of the exported embedder, where there is one.
     """
-    rows: list[list[str | float | None]] = []
-    for variant in setting.variants:
-        rows.append(
-            [
-                variant.label,
-                _middle(variant, lambda e: len(e.series("epoch/seconds")) or None),
-                _middle(variant, lambda e: e.records[-1]["step"] if e.records else None),
-                _middle(variant, lambda e: sum(v for _, v in e.series("epoch/seconds")) or None),
-                _middle(variant, lambda e: _throughput(e)),
-                _middle(variant, lambda e: n / 1e6 if (n := parameters.get(e)) else None, ".2f"),
-            ]
-        )
+    rows = [
+        [
+            variant.label,
+            _middle(variant, lambda r: len(r.series("epoch/seconds")) or None),
+            _middle(variant, lambda r: r.records[-1]["step"] if r.records else None),
+            _middle(variant, lambda r: sum(v for _, v in r.series("epoch/seconds")) or None),
+            _middle(variant, _throughput),
+            _middle(variant, lambda r: n / 1e6 if (n := parameters.get(r)) else None, ".2f"),
+        ]
+        for variant in setting.variants
+    ]
     header = ["", "epochs", "steps", "training, s", "images/s", "parameters, M"]
     caption = (
         "Medians over seeds; training time without start-up, images/s while training. Times "
@@ -222,25 +221,23 @@ def cost(setting: Setting, parameters: Mapping[StoredRun, int]) -> list[Block]:
 def data_card(setting: Setting) -> list[Block]:
     """What is known of the data, without opening it."""
     run = setting.runs[0]
-    rows: list[list[str | float | None]] = []
-    for key, label in DATA_FACTS.items():
-        if key in run.tags:
-            rows.append([label, run.tags[key]])
-    known = {*DATA_FACTS, "dataset/protocol"}
-    for key, value in run.tags.items():
-        if key.startswith("dataset/") and key not in known:
-            rows.append([key.removeprefix("dataset/").replace("_", " "), value])
-    options = run.options
-    hidden = "data.synthetic." if options.get("data.root") else "data.root"
-    for key, value in options.items():
+    noted = {k: v for k, v in run.tags.items() if k.startswith("dataset/")}
+    order = [*(k for k in DATA_FACTS if k in noted), *(k for k in noted if k not in DATA_FACTS)]
+    hidden = "data.synthetic." if run.options.get("data.root") else "data.root"
+    facts = {DATA_FACTS.get(k, _plain(k)): noted[k] for k in order if k != "dataset/protocol"}
+    for key, value in run.options.items():
         if key.startswith("data.") and not key.startswith(hidden):
-            rows.append([key.removeprefix("data.").replace("_", " "), str(value)])
-    blocks: list[Block] = [Table(["fact", "value"], rows)]
-    if not any(key.startswith("dataset/") for key in run.tags):
-        blocks.append(
-            missing("The data's counts were not noted with these runs", "flowerray explore DIR")
-        )
+            facts[_plain(key)] = str(value)
+    blocks: list[Block] = [Table(["fact", "value"], list(facts.items()))]
+    if not noted:
+        what = "The data's counts were not noted with these runs"
+        blocks.append(missing(what, "flowerray explore DIR"))
     return blocks
+
+
+def _plain(key: str) -> str:
+    """`dataset/train_images` or `data.train_images` in words."""
+    return key.removeprefix("dataset/").removeprefix("data.").replace("_", " ")
 
 
 def reproduce(setting: Setting, commands: Mapping[StoredRun, str]) -> list[Block]:
@@ -256,25 +253,18 @@ def reproduce(setting: Setting, commands: Mapping[StoredRun, str]) -> list[Block
     unknown = [e.name for e in setting.runs if e not in commands]
     if unknown:
         blocks.append(Note(f"Written by another version, so without a command: {unknown}.", "warn"))
-    versions: dict[str, dict[str, list[str]]] = {}
+    versions: dict[str, Counter[str]] = {}
     for run in setting.runs:
         for key, value in run.tags.items():
             if key.startswith("version.") or key == "git_commit":
                 name = key.removeprefix("version.").replace("git_commit", "commit")
-                versions.setdefault(name, {}).setdefault(value, []).append(run.name)
+                versions.setdefault(name, Counter())[value] += 1
     if not versions:
         return [*blocks, Text("The versions were not noted with these runs.")]
-    rows: list[list[str | float | None]] = [
-        [
-            name,
-            next(iter(found))
-            if len(found) == 1
-            else "; ".join(
-                f"{value} ({counted(len(names), 'run')})" for value, names in found.items()
-            ),
-        ]
-        for name, found in versions.items()
-    ]
+    rows = []
+    for name, found in versions.items():
+        several = (f"{value} ({counted(number, 'run')})" for value, number in found.items())
+        rows.append([name, "; ".join(found if len(found) == 1 else several)])
     return [*blocks, Table(["package", "version"], rows, "What the runs noted when they started.")]
 
 
@@ -303,7 +293,7 @@ def p_text(value: float) -> str:
 
 def _middle(variant: Variant, of: Callable[[StoredRun], float | None], spec: str = ",.0f") -> str:
     values = [value for run in variant.runs if (value := of(run)) is not None]
-    return format(statistics.median(values), spec) if values else "–"
+    return format(statistics.median(values), spec) if values else MISSING
 
 
 def _throughput(run: StoredRun) -> float | None:

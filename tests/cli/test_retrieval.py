@@ -29,6 +29,10 @@ def test_evaluate_json_is_one_object(say: Say, run: Path) -> None:
     }  # fmt: skip
     assert keys <= found.keys()
     assert (found["run"], found["split"], found["protocol"]) == (str(run), "test", "official")
+    assert found["intervals"].keys() == {"recall_at_1", "r_precision", "map_at_r"}
+    for name, interval in found["intervals"].items():
+        assert interval["mean"] == found[name] and interval["n"] == found["num_queries"]
+        assert interval["low"] <= found[name] <= interval["high"]
 
 
 def test_evaluate_another_folder(say: Say, run: Path, small_set: Path, tmp_path: Path) -> None:
