@@ -1,29 +1,33 @@
-"""Worst-case R@1 under `standard` (AutoAttack's protocol) beside adv-lib's APGD, APGD-T and FAB.
+"""Worst-case R@1 under our attacks beside those of adv-lib, foolbox and torchattacks.
 
-    uv pip install --no-deps adv-lib
-    uv run --no-sync python -m tests.benchmarks.reference RUN --eps 4 --queries 100 --out FILE
+    uv pip install --no-deps adv-lib foolbox eagerpy
+    uv run --no-sync python -m tests.benchmarks.reference RUN --eps 2 4 --queries 64 --out FILE
 
-Both sides attack the same 1-NN decisions on the same queries with 100 steps and 9 targets, each
-part only what withstood those before it. adv-lib has no Square, which is the last part of
-`standard`. Its FAB seeks the least change and counts where that lies within the radius. What counts
-is the search's own decision on the attacked pixels.
+All attack the same 1-NN decisions on the same queries, each part only what withstood those before
+it: ours with the command's default budget (`--attacks`, `--steps`); adv-lib's APGD-CE and targeted
+APGD-DLR (9 targets; `--fab` adds its FAB) and foolbox's PGD with `--times` our steps; torchattacks'
+four parts of AutoAttack with our steps, 9 targets and 1,000 queries. A library that is not
+installed is left out. With `--survivors` the others attack only what ours left, which is enough to
+see whether they are stronger, and far cheaper. What counts is the search's own decision on the
+attacked pixels. Passes are images sent forward and gradients taken, a query.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
+from flowerray.attacks.library import attack_within, settings
 from flowerray.attacks.logits import MaxSimLogits
 from flowerray.data.source import open_dataset
 from flowerray.opening import open_model
@@ -32,43 +36,105 @@ from flowerray.robustness.config import AttackConfig
 from flowerray.robustness.subject import Arena, attacked_queries, embed_images, prepare, rank
 from tests.benchmarks.command import about
 
-STEPS, TARGETS = 100, 9
+TARGETS = 9
 ROUNDING = 1e-6
 """By which a pixel may leave the radius in float32."""
 Part = Callable[[MaxSimLogits, Tensor, Tensor, float], Tensor]
+"""Attacked pixels of pixels, their columns of the logits, and a radius in the pixels' unit."""
 
 
-def adv_lib_parts() -> dict[str, Part]:
-    """adv-lib's attacks with the settings of AutoAttack's `standard`."""
+class Passes:
+    """Counts the images that go through a module, and those whose gradient comes back."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.forward = self.backward = 0
+        module.register_forward_hook(self._seen)
+
+    def _seen(self, _: nn.Module, __: Any, emb_BD: Tensor) -> None:
+        self.forward += len(emb_BD)
+        if emb_BD.requires_grad:
+            emb_BD.register_hook(self._returned)
+
+    def _returned(self, grad_BD: Tensor) -> None:
+        self.backward += len(grad_BD)
+
+    def each(self, queries: int) -> dict[str, float]:
+        """Both for one of so many queries; starts anew."""
+        found = {"forward": self.forward / queries, "backward": self.backward / queries}
+        self.forward = self.backward = 0
+        return found
+
+
+def adv_lib(steps: int, with_fab: bool) -> dict[str, Part]:
+    """adv-lib's attacks."""
     sys.modules.setdefault("visdom", ModuleType("visdom"))  # draws curves; no attack needs it
     sys.modules["visdom"].Visdom = object  # type: ignore[attr-defined]
     from adv_lib.attacks import fab
     from adv_lib.attacks.auto_pgd import apgd, apgd_targeted
 
     linf = float("inf")
-    return {
-        "apgd-ce": lambda model, images, places, eps: apgd(
-            model, images, places, eps, linf, n_iter=STEPS, loss_function="ce"
+    parts: dict[str, Part] = {
+        "apgd-ce": lambda model, images, places, radius: apgd(
+            model, images, places, radius, linf, n_iter=steps, loss_function="ce"
         ),
-        "apgd-dlr": lambda model, images, places, eps: apgd_targeted(
-            model, images, places, eps, linf, n_iter=STEPS, num_targets=TARGETS
-        ),
-        "fab": lambda model, images, places, eps: fab(
-            model, images, places, linf, n_iter=STEPS, restarts=TARGETS, targeted_restarts=True
+        "apgd-dlr": lambda model, images, places, radius: apgd_targeted(
+            model, images, places, radius, linf, n_iter=steps, num_targets=TARGETS
         ),
     }
+    if with_fab:
+        parts["fab"] = lambda model, images, places, radius: fab(
+            model, images, places, linf, n_iter=steps, restarts=TARGETS, targeted_restarts=True
+        )
+    return parts
 
 
-def withstand(arena: Arena, eps: float, batch_size: int) -> dict[str, NDArray[np.bool_]]:
-    """By part, whether each query (Q,) is still right after it and all before it."""
+def foolbox(steps: int) -> dict[str, Part]:
+    """foolbox's PGD; its steps of radius / 40 are the library's own."""
+    import foolbox as peer
+
+    def run(model: MaxSimLogits, images: Tensor, places: Tensor, radius: float) -> Tensor:
+        wrapped = peer.PyTorchModel(model, bounds=(0, 1), device=images.device)
+        clipped: Tensor = peer.attacks.LinfPGD(steps=steps)(
+            wrapped, images, places, epsilons=radius
+        )[1]
+        return clipped
+
+    return {"pgd": run}
+
+
+def torchattacks(steps: int) -> dict[str, Part]:
+    """The parts of AutoAttack as torchattacks has them."""
+    budget = settings(steps=steps, restarts=1, targets=TARGETS, queries=1000, rescale=True)
+
+    def part(name: str) -> Part:
+        return lambda model, images, places, radius: attack_within(
+            name, model, images, places, norm="linf", radius=radius, seed=0, options=budget[name]
+        )
+
+    return {name: part(name) for name in budget}
+
+
+def installed(name: str) -> str | None:
+    """Its version, None where it is not there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        print(f"{name} is not installed and is left out")
+        return None
+
+
+def withstand(
+    arena: Arena, parts: Mapping[str, Part], right_Q: NDArray[np.bool_], eps: float, size: int
+) -> dict[str, NDArray[np.bool_]]:
+    """By part, which of these queries (Q,) are still right after it and all before it."""
     logits = MaxSimLogits(arena.embedder, *arena.gallery()).eval()
     places_Q = logits.places(torch.from_numpy(arena.labels_Q).to(arena.device))
-    right_Q = rank(arena, arena.emb_QD, arena.labels_Q)["hit"]
-    found = {}
-    for name, part in adv_lib_parts().items():
+    right_Q, found = right_Q.copy(), {}
+    torch.manual_seed(0)
+    for name, part in parts.items():
         left = np.flatnonzero(right_Q)
-        for start in tqdm(range(0, len(left), batch_size), desc=f"adv-lib {name}", unit="batch"):
-            rows = left[start : start + batch_size]
+        for start in range(0, len(left), size):
+            rows = left[start : start + size]
             images = arena.images(arena.chosen_Q[rows])
             attacked = part(logits, images, places_Q[torch.from_numpy(rows)], eps / 255).detach()
             within = (attacked - images).abs().flatten(1).amax(1).cpu().numpy() <= (
@@ -81,43 +147,72 @@ def withstand(arena: Arena, eps: float, batch_size: int) -> dict[str, NDArray[np
 
 
 def main() -> None:
-    """Attacks with both, prints both, writes the JSON."""
+    """Attacks with all, prints a line for each, writes the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", help="a trained RUN")
-    parser.add_argument("--queries", type=int, default=100)
-    parser.add_argument("--eps", type=float, default=4.0, help="in 1/255")
+    parser.add_argument("--queries", type=int, default=64)
+    parser.add_argument("--eps", type=float, nargs="+", default=[2.0, 4.0], help="in 1/255")
+    parser.add_argument("--attacks", default="margin,apgd-ce,apgd-dlr", help="ours")
+    parser.add_argument("--steps", type=int, default=AttackConfig().steps)
+    parser.add_argument("--times", type=int, default=5, help="steps of the others over ours")
+    parser.add_argument("--fab", action="store_true", help="adv-lib's FAB too")
+    parser.add_argument("--survivors", action="store_true", help="the others attack what ours left")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("reference.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     config = AttackConfig(
-        attacks=("standard",), eps=(options.eps,), max_queries=options.queries, max_pairs=0,
-        batch_size=options.batch_size,
+        attacks=tuple(options.attacks.split(",")), eps=tuple(options.eps), steps=options.steps,
+        max_queries=options.queries, max_pairs=0, batch_size=options.batch_size,
     )  # fmt: skip
     model = open_model(options.run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     dataset = open_dataset(model.run.data)
     arena = prepare(model, dataset, attacked_queries(dataset, config), config, quiet=False).arena
-    began = time.perf_counter()
-    ours = attack(arena, config)
-    seconds = {"flowerray": time.perf_counter() - began}
-    began = time.perf_counter()
-    theirs = withstand(arena, options.eps, options.batch_size)
-    seconds["adv-lib"] = time.perf_counter() - began
-    right_Q, peer_Q = ours.worst[options.eps].hit_Q.astype(bool), theirs["fab"]
+    many = options.times * options.steps
+    versions = {name: installed(name) for name in ("adv-lib", "foolbox", "torchattacks")}
+    peers = {
+        "adv-lib": lambda: adv_lib(many, options.fab),
+        "foolbox": lambda: foolbox(many),
+        "torchattacks": lambda: torchattacks(options.steps),
+    }
+    clean_Q = rank(arena, arena.emb_QD, arena.labels_Q)["hit"].astype(bool)
+    passes, results = Passes(arena.embedder), []
+    for eps in config.eps:
+        began = time.perf_counter()
+        ours_Q = attack(arena, config.model_copy(update={"eps": (eps,)})).alone[eps].hit_Q
+        row: dict[str, Any] = {
+            "eps": eps,
+            "flowerray": {
+                "recall_at_1": float(ours_Q.mean()),
+                "passes": passes.each(int(clean_Q.sum())),
+                "seconds": time.perf_counter() - began,
+            },
+        }
+        for name, parts in peers.items():
+            if versions[name] is None:
+                continue
+            began = time.perf_counter()
+            start_Q = ours_Q if options.survivors else clean_Q
+            found = withstand(arena, parts(), start_Q, eps, options.batch_size)
+            left_Q = list(found.values())[-1]
+            row[name] = {
+                "after": {part: float(right_Q.mean()) for part, right_Q in found.items()},
+                "only_ours_breaks": int((left_Q & ~ours_Q).sum()),
+                "only_theirs_breaks": int((ours_Q & ~left_Q).sum()),
+                "attacked": int(start_Q.sum()),
+                "passes": passes.each(max(1, int(start_Q.sum()))),
+                "seconds": time.perf_counter() - began,
+            }
+        results.append(row)
+        print(json.dumps(row), flush=True)
     content = {
         **about(),
-        "adv_lib": version("adv-lib"),
-        "queries": len(peer_Q),
-        "eps": options.eps,
-        "clean": ours.clean.recall_at_1,
-        "standard": float(right_Q.mean()),
-        "adv_lib_after": {name: float(found.mean()) for name, found in theirs.items()},
-        "only_ours_breaks": int((~right_Q & peer_Q).sum()),
-        "only_theirs_breaks": int((right_Q & ~peer_Q).sum()),
-        "seconds": seconds,
+        "versions": versions,
+        "queries": len(clean_Q),
+        "clean": float(clean_Q.mean()),
+        "results": results,
     }
     options.out.write_text(json.dumps(content, indent=2) + "\n")
-    print(json.dumps(content, indent=2))
 
 
 if __name__ == "__main__":
