@@ -338,7 +338,7 @@ def _ascend(
     lost = images_BCHW.new_zeros((), dtype=torch.bool)
     index_N, last_mark = torch.arange(count, device=images_BCHW.device), 0
     for step in range(config.steps + 1):
-        if stop_above is not None and not bool((best_B[index_N] <= stop_above).all()):
+        if stop_above is not None:
             index_N = (best_B <= stop_above).nonzero()[:, 0]
         if not len(index_N):
             break

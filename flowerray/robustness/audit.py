@@ -375,21 +375,16 @@ class Auditor:
         return self._survive(left_Q, lambda batch: attacked(batch).images_BCHW)
 
     def _pgd(
-        self,
-        arena: Arena,
-        eps: float,
-        steps: int,
-        restart: int,
-        stop_above: float | None,
-        batch: NDArray,
+        self, arena: Arena, eps: float, steps: int, restart: int, stop: float | None, batch: NDArray
     ) -> Attacked:
+        """One start of PGD on the margin; above the value `stop` an image is left alone."""
         return pgd(
             self._objective(arena, batch),
             arena.images(arena.chosen_Q[batch]),
             PGDConfig(norm=self.config.norm, epsilon=eps, steps=steps),
             seed=(self.config.seed, restart),
             positions=batch.tolist(),
-            stop_above=stop_above,
+            stop_above=stop,
         )
 
     def _labels(self, batch: NDArray) -> Tensor:
