@@ -4,15 +4,23 @@ import json
 import math
 import os
 import shutil
-import tempfile
+import sys
+import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import is_typeddict
 
 from flowerray.errors import UserError
+
+SCHEMA = 1
+"""`schema_version` of every JSON object that is written; files of 0.1.0 have none."""
+DEPTH = 100
+"""Levels of a JSON file of ours at most; deeper ones would end in a RecursionError somewhere."""
 
 
 def home() -> Path:
@@ -30,10 +38,8 @@ def home() -> Path:
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    temporary.chmod(0o666 & ~_umask())  # mkstemp's own files are for the owner alone
+    temporary = _beside(path)
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
         _to_disk(temporary)
@@ -95,8 +101,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     readers of a folder that is rewritten (checkpoints) also look at `previous(path)`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    temporary.chmod(0o777 & ~_umask())
+    temporary = _beside(path)
+    temporary.mkdir()
     old = previous(path)
     try:
         yield temporary
@@ -126,19 +132,120 @@ def previous(path: Path) -> Path:
     return path.with_name(f".{path.name}.previous")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _beside(path: Path) -> Path:
+    """A new name in the same folder. `tempfile` would make files for the owner alone, and what the
+    others may do can be asked for only by changing the whole process' umask.
+    """
+    name = path.name.encode()[:200].decode(errors="ignore")  # with ours it may be 255 bytes long
+    return path.with_name(f".{name}.{uuid.uuid4().hex[:8]}")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically."""
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a file that is read, changed and written; others wait for their turn. Where nobody may
+    write, nothing is held.
+    """
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def as_json(content: Any, indent: int | None = 2) -> str:
+    """JSON text of plain values; a number that is not finite, which JSON does not know, as null. An
+    object gets `schema_version`.
+    """
+    if isinstance(content, dict):
+        content = {"schema_version": SCHEMA, **content}
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Writes `as_json`, atomically."""
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(as_json(content, indent) + "\n", encoding="utf-8")
 
 
-def as_json(content: dict[str, Any]) -> str:
-    """One object; NaN, which JSON does not know, as null."""
-    clean = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in content.items()}
-    return json.dumps(clean, indent=2)
+def read_json(
+    path: Path,
+    kind: Any = dict[str, Any],
+    *,
+    advice: str = "put a whole copy of it back, or remove it",
+    missing: str = "",
+) -> Any:
+    """The content of a JSON file of ours, without its `schema_version`.
+
+    Args:
+        kind: the type that it has to have; what it lacks or has too much is found by pydantic.
+        advice: what to do about a file that cannot be used.
+        missing: the sentence where there is no file.
+
+    Raises:
+        UserError: the file is missing, cut, no JSON, of another kind, or newer than this version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(missing or f"{path} is not there: {advice}.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {advice}.") from error
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is not valid JSON, or was cut short: {advice}.") from None
+    if _too_deep(content):
+        raise UserError(f"{path} is nested too deep to be a file of flowerray: {advice}.")
+    if isinstance(content, dict):
+        schema = content.pop("schema_version", SCHEMA)
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise UserError(
+                f"{path} was written by a newer flowerray (schema {schema}, known is {SCHEMA}): "
+                "update flowerray."
+            )
+    strict = is_typeddict(kind)
+    try:
+        found = TypeAdapter(kind).validate_python(content, strict=strict)
+        return content if strict else found  # pydantic would drop the keys that are not named
+    except ValidationError as error:
+        fault = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, fault["loc"]))
+        said = f"{where}: {fault['msg']}" if where else fault["msg"]
+        raise UserError(f"{path} holds something else ({said.lower()}): {advice}.") from None
+
+
+def read_kept(path: Path, kind: Any = dict[str, Any], *, aside: bool = False) -> Any:
+    """`read_json` of what can be written anew: None where there is none or, after a line on
+    standard error, where it cannot be used.
+
+    Args:
+        aside: such a file stays, as `<name>.damaged`.
+    """
+    if not path.exists():
+        return None
+    kept = path.with_name(f"{path.name}.damaged")
+    try:
+        return read_json(path, kind, advice=f"it is kept as {kept}" if aside else "made again")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        if aside:
+            with suppress(OSError):
+                path.replace(kept)
+        return None
+
+
+def _too_deep(content: Any) -> bool:
+    level = [content]
+    for _ in range(DEPTH):
+        parts = [part for part in level if isinstance(part, dict | list)]
+        level = [x for part in parts for x in (part.values() if isinstance(part, dict) else part)]
+    return any(isinstance(part, dict | list) for part in level)

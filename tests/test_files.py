@@ -4,11 +4,25 @@ import json
 import math
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typing_extensions import TypedDict
 
-from flowerray.files import as_json, atomic_file, atomic_folder, home, write_json
+import flowerray
+from flowerray.errors import UserError
+from flowerray.files import (
+    as_json,
+    atomic_file,
+    atomic_folder,
+    home,
+    locked,
+    read_json,
+    read_kept,
+    write_json,
+)
 
 
 def test_home_follows_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -48,6 +62,15 @@ def test_a_file_has_the_usual_rights(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o750
 
 
+def test_rights_are_found_without_touching_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread's file would be open to all for that moment."""
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask was changed"))
+    with atomic_file(tmp_path / "file"), atomic_folder(tmp_path / "folder"):
+        pass
+
+
 def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     for content in ("first", "second"):
@@ -65,9 +88,109 @@ def test_json_is_indented_and_ends_with_a_newline(tmp_path: Path) -> None:
     value = {"a": [1, 2.5, None], "b": {"c": "d"}}
     write_json(tmp_path / "value.json", value)
     text = (tmp_path / "value.json").read_text()
-    assert json.loads(text) == value and text.endswith("\n") and "\n  " in text
+    assert json.loads(text) == {"schema_version": 1, **value}
+    assert text.endswith("\n") and "\n  " in text
+    assert read_json(tmp_path / "value.json") == value
 
 
-def test_json_has_no_nan() -> None:
-    text = as_json({"a": math.nan, "b": 0.5, "c": "x", "d": [1]})
-    assert json.loads(text) == {"a": None, "b": 0.5, "c": "x", "d": [1]}
+def strict(text: str) -> Any:
+    """As JSON is everywhere else: NaN and Infinity are none."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_json_has_no_nan_however_deep(tmp_path: Path) -> None:
+    content = {"a": math.nan, "b": 0.5, "c": "x", "d": [1, (math.inf, {"e": -math.inf})]}
+    clean = {"a": None, "b": 0.5, "c": "x", "d": [1, [None, {"e": None}]]}
+    assert strict(as_json(content)) == {"schema_version": 1, **clean}
+    write_json(tmp_path / "file.json", content)
+    assert read_json(tmp_path / "file.json") == clean
+
+
+def test_all_json_is_written_here() -> None:
+    """So that no file has NaN or lacks its version: elsewhere `json` only makes keys, texts for
+    other programs, and lines of metrics.jsonl (tests/training/test_rundir.py).
+    """
+    package = Path(flowerray.__file__).parent
+    dumps = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if "json.dump" in path.read_text()
+    }
+    assert dumps <= {
+        "files.py", "data/oxford.py", "data/splits.py", "report/attacked.py", "report/command.py",
+        "report/gather.py", "tracking/server.py", "training/checkpoint.py", "training/rundir.py",
+    }  # fmt: skip
+
+
+class Shape(TypedDict):
+    """A file with a list of lists of numbers."""
+
+    rows: list[list[float]]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is not valid JSON, or was cut short"),
+        ('{"rows": [[1', "is not valid JSON, or was cut short"),
+        ("\x00\udcff", "is not valid JSON, or was cut short"),
+        ("[" * 20_000 + "]" * 20_000, "is not valid JSON|is nested too deep"),
+        ('{"a":' * 500 + "1" + "}" * 500, "is nested too deep"),
+        ("[]", "holds something else .input should be a valid dictionary"),
+        ("null", "holds something else"),
+        ('"text"', "holds something else"),
+        ("{}", "holds something else .rows: field required"),
+        ('{"rows": [[1, "a"]]}', "holds something else .rows.0.1: input should be a valid number"),
+        ('{"schema_version": 99, "rows": []}', "a newer flowerray .schema 99, known is 1"),
+    ],
+)
+def test_a_file_of_another_shape_is_one_sentence(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "file.json"
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=said) as caught:
+        read_json(file, Shape, advice="make it again")
+    assert str(file) in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_what_a_shape_does_not_name_stays_and_older_files_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "file.json"
+    file.write_text('{"rows": [[NaN, 2]], "more": 1}')  # as 0.1.0 wrote it
+    found = read_json(file, Shape)
+    assert math.isnan(found["rows"][0][0]) and found["more"] == 1
+    with pytest.raises(UserError, match="^no file, no work.$"):
+        read_json(tmp_path / "other", missing="no file, no work.")
+
+
+def test_what_can_be_made_again_is_told_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file.json"
+    assert read_kept(file) is None and capsys.readouterr().err == ""
+    file.write_text("[")
+    assert read_kept(file) is None and file.exists()
+    assert capsys.readouterr().err.endswith("was cut short: made again.\n")
+    assert read_kept(file, aside=True) is None and not file.exists()
+    assert (tmp_path / "file.json.damaged").read_text() == "["
+
+
+def test_a_locked_file_loses_no_change(tmp_path: Path) -> None:
+    file = tmp_path / "count.json"
+    write_json(file, {"count": 0})
+
+    def count(_: int) -> None:
+        with locked(file):
+            write_json(file, {"count": read_json(file)["count"] + 1})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(count, range(40)))
+    assert read_json(file) == {"count": 40}
+
+
+def test_a_name_as_long_as_names_may_be_is_written(tmp_path: Path) -> None:
+    file = tmp_path / ("ä" * 127)
+    write_json(file, {})
+    assert read_json(file) == {}

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from flowerray.backbones.pictures import plot_backbones
 from flowerray.backbones.remote import assess_all, time_alone
 from flowerray.data.source import DataConfig, open_dataset
 from flowerray.errors import UserError
-from flowerray.files import atomic_file, refuse_unwritable, write_json
+from flowerray.files import atomic_file, read_json, read_kept, refuse_unwritable, write_json
 from flowerray.retrieval.measure import default_gallery
 from flowerray.statistics import front
 from flowerray.tracking import sync
@@ -83,7 +82,7 @@ def survey_backbones(
     def file(name: str) -> Path:
         return out / "models" / f"{name}.json"
 
-    kept = {name: json.loads(file(name).read_text()) for name in names if file(name).exists()}
+    kept = {name: row for name in names if (row := read_kept(file(name)))}
     kept = {n: r for n, r in kept.items() if config.random_weights or r["weights"] != "random"}
     if config.files is not None:  # the user's files come before all else, and may be new
         kept = {
@@ -162,7 +161,7 @@ def check_folder(out: Path, options: dict[str, Any]) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not note.exists():
             raise UserError(f"--out {out} exists and holds no table of backbones: choose another.")
-        before = json.loads(note.read_text())
+        before = read_json(note)
         changed = [key for key in options if options[key] != before.get(key)]
         if changed:
             raise UserError(
@@ -186,10 +185,8 @@ def timed(
     file = out / "speeds.json"
     asked = {"names": sorted(names), "rounds": config.rounds, "batch_size": config.batch_size,
              "gpu": gpus > 0}  # fmt: skip
-    if file.exists():
-        speeds: dict[str, Any] = json.loads(file.read_text())
-        if speeds["asked"] == asked:
-            return speeds
+    if (known := read_kept(file)) and known.get("asked") == asked:
+        return known
     speeds = time_alone(names, config, gpus=gpus, quiet=quiet, in_process=in_process)
     speeds["asked"] = asked
     write_json(file, speeds)

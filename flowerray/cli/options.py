@@ -138,8 +138,6 @@ def follow(source: "RunDir", method: str) -> "Run":
     Raises:
         UserError: the source is unfinished, or a run of another method or protocol.
     """
-    import json
-
     from flowerray.training.run import Run
 
     run = Run.from_dict(source.read())
@@ -148,9 +146,7 @@ def follow(source: "RunDir", method: str) -> "Run":
             f"--from {source.path} has to be an official run of {method}, and is "
             f"{run.data.protocol} of {run.method_name}."
         )
-    if not source.thresholds.exists():
-        raise UserError(f"--from {source.path} has not finished: resume it first.")
-    found = json.loads(source.thresholds.read_text())
+    found = source.outcome()
     replays = run.harden.replays if run.harden.kind == "free" else 1  # epochs count clean work
     epochs = found["best_epoch"] * replays
     return run.model_copy(

@@ -4,7 +4,6 @@ Every training is a RUN folder of its own; the driver prepares them, follows the
 keeps MLflow fed.
 """
 
-import json
 import math
 import os
 import sys
@@ -96,7 +95,7 @@ def train_many(
     assert len({folder.path for folder in folders}) == len(folders), "a folder for each run"
     for (run, _), folder in zip(runs, folders, strict=True):
         refuse_another(run, folder)
-        if not folder.thresholds.exists():
+        if not folder.finished:
             todo.append((run.model_copy(update={"resources": resources}), folder))
         elif State.read(folder.path).finished != "FINISHED":
             close(folder)  # it was trained, and the driver died before it could say so
@@ -157,7 +156,7 @@ def summary(run: Run, folder: RunDir) -> dict[str, Any]:
     assert last is not None, "a finished training has saved a checkpoint"
     progress = checkpoint.load_state(last, torch.device("cpu"))["progress"]
     map_at_r = progress["best_map_at_r"]
-    found = json.loads(folder.thresholds.read_text())
+    found = folder.outcome()
     name = methods.get(run.method_name).export_name
     return {
         "folder": str(folder.path),

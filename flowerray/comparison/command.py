@@ -3,7 +3,6 @@
 Letters: N training images.
 """
 
-import json
 import os
 import platform
 import time
@@ -29,7 +28,7 @@ from flowerray.data.dataset import Dataset
 from flowerray.data.source import open_dataset
 from flowerray.description import VERSION, flatten
 from flowerray.errors import UserError
-from flowerray.files import only_driver, write_json, writing
+from flowerray.files import only_driver, read_json, read_kept, write_json, writing
 from flowerray.opening import open_model
 from flowerray.retrieval.command import as_record, evaluate_frozen, keep, run_measure
 from flowerray.retrieval.measure import EvaluateConfig
@@ -163,12 +162,8 @@ def read_options(out: Path) -> CompareConfig:
     Raises:
         UserError: no comparison in this folder.
     """
-    try:
-        return CompareConfig(**json.loads((out / "options.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{out} holds no comparison to resume: it has no readable options.json."
-        ) from error
+    missing = f"{out} holds no comparison to resume: it has no options.json."
+    return CompareConfig(**read_json(out / "options.json", missing=missing))
 
 
 def protocol_results(
@@ -184,11 +179,11 @@ def protocol_results(
     dataset = open_dataset(data, progress=not quiet)
     device = pick_device("cuda" if config.gpus and torch.cuda.is_available() else "cpu")
     floor = out / f"frozen-{protocol}.json"
-    if not floor.exists():
+    if (frozen := read_kept(floor)) is None:
         began = time.perf_counter()
         measurement = evaluate_frozen(config.embedder, data, EvaluateConfig(), device, quiet)
-        write_json(floor, as_record(measurement, dataset.root, time.perf_counter() - began))
-    frozen = json.loads(floor.read_text())
+        frozen = as_record(measurement, dataset.root, time.perf_counter() - began)
+        write_json(floor, frozen)
     records: dict[str, list[dict[str, Any]]] = {"frozen": [frozen]}
     costs_of: dict[str, list[dict[str, Any]]] = {}
     for entry, cost in zip(entries, costs, strict=True):
@@ -212,18 +207,15 @@ def record_of(
     RUN and in MLflow, where it is not there.
     """
     file = folder / "evaluation" / "test.json"
-    if file.exists():
-        found = json.loads(file.read_text())
-        if all(found[key] == like[key] for key in ("gallery", "queries")):
-            assert isinstance(found, dict)
+    if (found := read_kept(file)) is not None:
+        if all(found.get(key) == like[key] for key in ("gallery", "queries")):
             return found
     model = open_model(str(folder), device)
     model.own_dataset(quiet)
     began = time.perf_counter()
     measurement = run_measure(model.embedder, dataset, EvaluateConfig(), quiet)
     keep(model, measurement, dataset.root, time.perf_counter() - began)
-    made: dict[str, Any] = json.loads(file.read_text())
-    return made
+    return read_json(file)
 
 
 def budget(config: CompareConfig, trials: int) -> dict[str, Any]:

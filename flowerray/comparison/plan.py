@@ -1,6 +1,5 @@
 """What a comparison trains: every row over the protocols and seeds, under one budget."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
+from typing_extensions import TypedDict
 
 from flowerray import methods
 from flowerray.config import Config
@@ -16,6 +16,7 @@ from flowerray.data.augment import AugmentConfig
 from flowerray.data.batches import PKSampler
 from flowerray.data.source import DataConfig, open_dataset
 from flowerray.errors import UserError
+from flowerray.files import read_json
 from flowerray.model.embedder import EmbedderConfig
 from flowerray.training.loop import TrainConfig
 from flowerray.training.run import Run, differences
@@ -26,6 +27,14 @@ FRESH_SEED = 2000
 """First seed of tuned configurations: neither their searches nor the confirmations used it."""
 SET_HERE = ("epochs", "seed", "patience")
 """Of TrainConfig: what the budget and the seeds decide."""
+
+
+class Result(TypedDict):
+    """What is needed of a study's result.json."""
+
+    trials: dict[str, int]
+    champion: str
+    """RUN folder."""
 
 
 class CompareConfig(Config):
@@ -160,19 +169,13 @@ def read_study(folder: Path, method: str) -> tuple[Run, int]:
     Raises:
         UserError: no finished study of this method.
     """
-    try:
-        result = json.loads((folder / "result.json").read_text())
-        trials = sum(result["trials"].values())
-        champion = Path(*Path(result["champion"]).parts[-2:])  # the study may have been moved
-        content = RunDir(folder / champion).read()
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"--{method} {folder} is no finished study: flowerray tune {method} --out makes one."
-        ) from error
-    best = Run.from_dict(content)
+    missing = f"--{method} {folder} is no finished study: flowerray tune {method} --out makes one."
+    result = read_json(folder / "result.json", Result, missing=missing)
+    champion = Path(*Path(result["champion"]).parts[-2:])  # the study may have been moved
+    best = Run.from_dict(RunDir(folder / champion).read())
     if best.method_name != method:
         raise UserError(f"--{method} {folder} is a study of {best.method_name}.")
-    return best, trials
+    return best, sum(result["trials"].values())
 
 
 def epochs_for(images: int, labels_N: NDArray[np.int64], train: TrainConfig) -> int:

@@ -23,6 +23,7 @@ from flowerray.data.dataset import Dataset
 from flowerray.data.download import download, md5_of, unpack
 from flowerray.data.splits import Protocol, arrange, tags
 from flowerray.errors import UserError
+from flowerray.files import read_json
 
 CLASSES = tuple(
     """
@@ -217,12 +218,7 @@ def read_tables(root: Path) -> Tables:
     setid = _read_mat(root / "setid.mat", tuple(PARTS.values()))
     synthetic = None
     if (root / "synthetic.json").exists():
-        try:
-            synthetic = dict(json.loads((root / "synthetic.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{root / 'synthetic.json'} is damaged ({error}); render the set again."
-            ) from error
+        synthetic = read_json(root / "synthetic.json", advice="render the set again")
     return Tables(
         labels_N=labels_N,
         parts={name: setid[key] for name, key in PARTS.items()},

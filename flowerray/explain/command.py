@@ -38,7 +38,6 @@ from flowerray.model.precision import full_precision
 from flowerray.opening import Model
 from flowerray.statistics import Interval
 from flowerray.tracking import sync
-from flowerray.training.rundir import FolderReporter
 
 CHECKED = 16
 """Images of the sanity checks."""
@@ -115,12 +114,11 @@ def explain_split(
     write_json(folder / "faithfulness.json", result)
     if model.folder is not None and out is None:
         run = model.folder
-        last = run.records()[-1] if run.metrics.exists() else {"step": 0, "epoch": 0}
         numbers = {
             f"explain_{config.split}/{metric}": found.mean
             for metric, found in own.table["chosen"].items()
         }
-        FolderReporter(run.path).report(last["step"], last["epoch"], numbers)
+        run.note(numbers)
         sync.send(run.path)
     return result
 

@@ -1,6 +1,5 @@
 """`flowerray explain RUN A.jpg B.jpg`: one picture of why two photographs are alike or not."""
 
-import json
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -9,16 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from flowerray.data.images import eval_image, resize_side
 from flowerray.data.store import build_store
 from flowerray.errors import UserError
 from flowerray.explain import decompose
-from flowerray.explain.cam import HEAD_METHODS, METHODS, Explainer
+from flowerray.explain.cam import HEAD_METHODS, METHODS, Explainer, MethodName, Norm
 from flowerray.explain.concepts import Concepts, ConceptsConfig, fit_concepts, shared
 from flowerray.explain.draw import ConceptStrip, Pair, best_matches, draw_pair
 from flowerray.explain.layers import find_layers
-from flowerray.files import atomic_file, refuse_unwritable
+from flowerray.files import atomic_file, read_json, refuse_unwritable
 from flowerray.model.precision import full_precision
 from flowerray.opening import Model
 from flowerray.text import file_name
@@ -27,6 +27,25 @@ from flowerray.tracking import sync
 SHOWN = 2
 """Concepts of each kind in the picture: what both images have most of, then, of the others, those
 whose removal changes the similarity most."""
+
+
+class ChosenMap(TypedDict):
+    """The map that was chosen on val images, in faithfulness.json."""
+
+    method: MethodName
+    layer: str
+    norm: Norm
+
+
+class Faithfulness(TypedDict):
+    """What every reader of explanations/faithfulness.json relies on."""
+
+    run: str
+    split: str
+    images: int
+    chosen: ChosenMap
+    scores: dict[str, dict[str, dict[str, Any]]]
+    sanity: dict[str, dict[str, dict[str, Any]]]
 
 
 @full_precision()
@@ -129,7 +148,7 @@ def pick_explainer(
     """
     file = folder / "faithfulness.json"
     if method is None and layer is None and file.exists():
-        content = json.loads(file.read_text())
+        content = read_json(file, Faithfulness, advice="run `flowerray explain RUN` again")
         # A folder that --out names may hold the choice for another model.
         own = model.folder is not None and folder == model.folder.path / "explanations"
         chosen = content["chosen"]

@@ -5,10 +5,9 @@ photographs, 8,189 in 102 classes; 10 a class to train, 10 to validate, the rest
 numbered class by class, as Oxford's.
 """
 
-import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cv2
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from flowerray.config import Config
 from flowerray.errors import UserError
-from flowerray.files import atomic_folder, write_json
+from flowerray.files import atomic_folder, read_json, write_json
 from flowerray.pool import cores, spawned
 from flowerray.rendered.painter import paint
 from flowerray.rendered.species import names, species_table
@@ -110,13 +109,11 @@ def is_complete(out: Path, config: SyntheticConfig) -> bool:
     """True for a set of this config, False where one may be written."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    try:
-        found = json.loads((out / "synthetic.json").read_text())
-    except (OSError, ValueError):
-        found = {}
-    if isinstance(found, dict) and found.get("generator") == VERSION:
-        if found.get("config") == config.model_dump(mode="json"):
-            return True
+    with suppress(UserError):
+        found = read_json(out / "synthetic.json")
+        if found.get("generator") == VERSION:
+            if found.get("config") == config.model_dump(mode="json"):
+                return True
     raise UserError(
         f"{out} already holds something other than this synthetic set (other settings or files); "
         "choose another folder, or delete it first."

@@ -142,9 +142,8 @@ def _frozen_record(
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
     kept = files.home() / "frozen" / f"{digest}.json"
-    if kept.exists():
-        record: dict[str, Any] = json.loads(kept.read_text())
-        return record
+    if (known := files.read_kept(kept)) is not None:
+        return known
     config = EvaluateConfig(gallery=gallery)
     measurement = evaluate_frozen(embedder, run.data, config, device, quiet)
     record = as_record(measurement, dataset.root, 0.0)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowerray.errors import UserError
+from flowerray.explain.pair import Faithfulness
 from flowerray.explain.table import HEADINGS
-from flowerray.report.gather import Setting, read_json
+from flowerray.files import read_json
+from flowerray.report.gather import Setting
 from flowerray.report.numbers import FROZEN, Evaluations, evaluations
 from flowerray.report.sections import missing
 from flowerray.show.contact import Group, Tile, draw_sheet
@@ -166,7 +168,7 @@ def explanations(setting: Setting) -> list[Block]:
     """RUN/explanations/: how well the heat maps say what the model looks at, and pictures."""
     blocks: list[Block] = []
     for about, run, _ in setting.pictured("explanations/faithfulness.json"):
-        content = read_json(run.folder.path / "explanations" / "faithfulness.json")
+        content = read_json(run.folder.path / "explanations" / "faithfulness.json", Faithfulness)
         blocks += _faithfulness(about, content)
     for about, run, files in setting.pictured("explanations/**/*.png"):
         for file in files[:EXPLANATIONS]:

@@ -12,9 +12,12 @@ from typing import Any
 
 from flowerray.description import flatten
 from flowerray.errors import UserError
+from flowerray.files import read_json
+from flowerray.retrieval.measure import Evaluation
+from flowerray.robustness.record import Attacks
 from flowerray.tracking.server import ARTIFACTS
 from flowerray.tracking.sync import State
-from flowerray.training.rundir import RunDir
+from flowerray.training.rundir import Record, RunDir
 
 IGNORED = (
     "flowerray", "data.", "threshold", "train.seed", "resources.", "train.log_every",
@@ -34,7 +37,7 @@ class StoredRun:
     folder: RunDir
     options: dict[str, Any]
     """run.json, flat: `method.margin`."""
-    records: list[dict[str, Any]]
+    records: list[Record]
     """metrics.jsonl."""
     tags: dict[str, str]
     """mlflow.json: the data's facts, versions, commit."""
@@ -182,27 +185,12 @@ def read_run(path: Path) -> StoredRun:
     records = folder.records()
     evaluations = _metrics_only(records)
     for file in sorted((folder.path / "evaluation").glob("*.json")):
-        evaluations[file.stem] = read_json(file)
+        evaluations[file.stem] = read_json(file, Evaluation)
     robustness = folder.path / "robustness.json"
     return StoredRun(
         folder, options, records, note.tags, note.finished, evaluations,
-        read_json(robustness) if robustness.exists() else None,
+        read_json(robustness, Attacks) if robustness.exists() else None,
     )  # fmt: skip
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object.")
-    return content
 
 
 def group(runs: Sequence[StoredRun]) -> list[Setting]:
@@ -292,7 +280,7 @@ def _title(runs: list[StoredRun]) -> str:
     return f"{parts[0]}: {', '.join([*parts[1:], 'protocol ' + str(options['data.protocol'])])}"
 
 
-def _metrics_only(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _metrics_only(records: list[Record]) -> dict[str, dict[str, Any]]:
     """The newest `test/...` metrics of metrics.jsonl as an evaluation without its queries."""
     found: dict[str, dict[str, Any]] = {}
     for record in records:

@@ -1,6 +1,5 @@
 """`evaluate`, `similar` and `search`; each returns plain data to print."""
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from flowerray.data.images import resize_side
 from flowerray.data.source import DataConfig, open_all, open_dataset
 from flowerray.data.store import build_store
 from flowerray.errors import UserError
-from flowerray.files import atomic_file
+from flowerray.files import locked, write_json
 from flowerray.model.embedder import Embedder, EmbedderConfig
 from flowerray.opening import Model, embed_files, store_builder
 from flowerray.retrieval.embed import kept_embeddings
@@ -35,7 +34,6 @@ from flowerray.retrieval.pictures import Neighbour, SheetRow, measurement_rows, 
 from flowerray.retrieval.search import nearest
 from flowerray.tracking import sync
 from flowerray.tracking.state import State
-from flowerray.training.rundir import FolderReporter
 
 MOST_DRAWN = 50
 """Neighbours in a picture."""
@@ -189,18 +187,21 @@ def stored_pairs(model: Model, dataset: Dataset, split: str) -> Pairs | None:
     """
     assert model.folder is not None
     path = model.folder.pairs
-    kept = (
-        {s: load_pairs(path, s, split_names(dataset, s)) for s in dataset.splits}
-        if path.exists()
-        else {}
-    )
-    if kept.get(split) is None:
-        kept[split] = new_pairs(model, dataset, split)
-        known: dict[str, tuple[Pairs, Sequence[str]]] = {
-            s: (pairs, split_names(dataset, s)) for s, pairs in kept.items() if pairs is not None
-        }
-        with suppress(OSError, UserError):  # `keep` says that the RUN cannot be written
-            save_pairs(path, known, seed=PAIR_SEED)
+    with locked(path):
+        kept = (
+            {s: load_pairs(path, s, split_names(dataset, s)) for s in dataset.splits}
+            if path.exists()
+            else {}
+        )
+        if kept.get(split) is None:
+            kept[split] = new_pairs(model, dataset, split)
+            known: dict[str, tuple[Pairs, Sequence[str]]] = {
+                s: (pairs, split_names(dataset, s))
+                for s, pairs in kept.items()
+                if pairs is not None
+            }
+            with suppress(OSError, UserError):  # `keep` says that the RUN cannot be written
+                save_pairs(path, known, seed=PAIR_SEED)
     return kept[split]
 
 
@@ -216,11 +217,10 @@ def keep(model: Model, measurement: Measurement, root: Path, seconds: float) -> 
     numbers = {
         f"{split}/{k}": float(v) for k, v in measurement.metrics.items() if not isinstance(v, str)
     }
-    last = folder.records()[-1] if folder.metrics.exists() else {"step": 0, "epoch": 0}
-    FolderReporter(folder.path).report(last["step"], last["epoch"], numbers)
+    record = as_record(measurement, root, seconds)
+    write_json(folder.path / "evaluation" / f"{split}.json", record, indent=None)
+    folder.note(numbers)
     retrieval_sheet(measurement_rows(measurement), folder.plots / f"retrieval_{split}.png")
-    with atomic_file(folder.path / "evaluation" / f"{split}.json") as temporary:
-        temporary.write_text(json.dumps(as_record(measurement, root, seconds)))
     sync.send(folder.path)
 
 

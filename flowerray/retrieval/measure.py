@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
+from typing_extensions import TypedDict
 
 from flowerray.config import Config
 from flowerray.data.dataset import Dataset
@@ -24,6 +25,17 @@ from flowerray.retrieval.search import retrieval_metrics, retrieval_per_query, s
 
 BuildStore = Callable[[Sequence[Path]], Store]
 """Gives the decoded store of a list of files, for the embedder's image size."""
+
+
+class Evaluation(TypedDict):
+    """What every reader of RUN/evaluation/<split>.json relies on."""
+
+    metrics: dict[str, Any]
+    split: str
+    gallery: str
+    per_query: dict[str, list[Any]]
+    queries: list[str]
+    """Image files."""
 
 
 class EvaluateConfig(Config):

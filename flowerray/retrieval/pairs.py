@@ -3,7 +3,6 @@
 Letters: N images, D embedding dimensions, P pairs, K neighbours of a row.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from flowerray.errors import UserError
-from flowerray.files import atomic_file
+from flowerray.files import read_json, write_json
 
 KINDS = ("positive", "easy", "hard")
 """Same class; another class at random; another class and close by the given features."""
@@ -175,8 +174,7 @@ def save_pairs(path: Path, splits: dict[str, tuple[Pairs, Sequence[str]]], seed:
         position = position.reshape(pairs.index.shape)
         kinds = {kind: position[pairs.kind == i].tolist() for i, kind in enumerate(KINDS)}
         value[split] = {"files": [names[i] for i in used], **kinds}
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value) + "\n")
+    write_json(path, value, indent=None)
 
 
 def load_pairs(path: Path, split: str, names: Sequence[str]) -> Pairs | None:
@@ -188,11 +186,11 @@ def load_pairs(path: Path, split: str, names: Sequence[str]) -> Pairs | None:
     Raises:
         UserError: a file that is missing or not pairs, or an image that is not in `names`.
     """
+    advice = "train again or restore the file"
+    stored = read_json(path, advice=advice).get(split)
+    if stored is None:
+        return None
     try:
-        content = json.loads(path.read_text())
-        stored = content.get(split)
-        if stored is None:
-            return None
         lists = [np.array(stored[kind], np.int64).reshape(-1, 2) for kind in KINDS]
         files = list(stored["files"])
         local_P2 = np.concatenate(lists)

@@ -1,6 +1,5 @@
 """`attack`: a model's retrieval under attack, kept in its RUN folder and in MLflow."""
 
-import json
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -16,7 +15,7 @@ from flowerray.data.dataset import Dataset
 from flowerray.data.images import resize_side
 from flowerray.data.store import build_store
 from flowerray.errors import UserError
-from flowerray.files import write_json
+from flowerray.files import locked, read_kept, write_json
 from flowerray.opening import Model, open_model
 from flowerray.retrieval.command import new_pairs, not_kept, refuse_trained, stored_pairs
 from flowerray.retrieval.pairs import Pairs
@@ -25,14 +24,14 @@ from flowerray.robustness.audit import CHECKS, Auditor
 from flowerray.robustness.config import AttackConfig
 from flowerray.robustness.gallery import attack_gallery
 from flowerray.robustness.pictures import Fallen, plot_robustness, worst_sheet
-from flowerray.robustness.record import metrics, record
+from flowerray.robustness.record import Attacks, metrics, record
 from flowerray.robustness.score import ers as ers_terms
 from flowerray.robustness.subject import Arena, Subject, attacked_queries, narrow, prepare
 from flowerray.robustness.verification import attack_pairs, pairs_of_queries, query_pair_accuracy
 from flowerray.tracking import sync
 from flowerray.training import checkpoint
 from flowerray.training.run import Run
-from flowerray.training.rundir import FolderReporter, RunDir
+from flowerray.training.rundir import RunDir
 
 FILE = "robustness.json"
 """In a RUN folder: {"results": [a `record` for each split, gallery, norm and attacked side]}."""
@@ -243,6 +242,14 @@ def _record(subject: Subject, result: Robustness) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def same_attack(kept: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether two attacks have the same options; older records lack some, newer ones have more."""
+    try:
+        return AttackConfig(**kept) == AttackConfig(**own)
+    except UserError:
+        return False
+
+
 def note(folder: RunDir, content: dict[str, Any]) -> bool:
     """Writes RUN/robustness.json, in place of an earlier result of the same attack unless that one
     was audited and this one was not.
@@ -252,20 +259,21 @@ def note(folder: RunDir, content: dict[str, Any]) -> bool:
         what the RUN shows.
     """
     path = folder.path / FILE
-    results = json.loads(path.read_text())["results"] if path.exists() else []
     about = ("split", "gallery", "norm", "perturb", "num_queries")
 
     def audited(result: dict[str, Any]) -> bool:
         same = all(result[key] == content[key] for key in about)
-        seeds = (r["config"]["seed"] for r in (result, content))
+        seeds = (r["config"].get("seed") for r in (result, content))
         return bool(result["audit"]) and same and len(set(seeds)) == 1
 
-    stays = content["audit"] is None and any(audited(r) for r in results)
-    own = AttackConfig(**content["config"])  # older records lack some of its options
-    again = [r for r in results if AttackConfig(**r["config"]) == own]
-    again = [r for r in again if all(r[key] == content[key] for key in about)]
-    if not (stays and any(r["audit"] for r in again)):
-        write_json(path, {"results": [*(r for r in results if r not in again), content]})
+    with locked(path):
+        known = read_kept(path, Attacks, aside=True)
+        results = known["results"] if known else []
+        stays = content["audit"] is None and any(audited(r) for r in results)
+        again = [r for r in results if same_attack(r["config"], content["config"])]
+        again = [r for r in again if all(r[key] == content[key] for key in about)]
+        if not (stays and any(r["audit"] for r in again)):
+            write_json(path, {"results": [*(r for r in results if r not in again), content]})
     return stays
 
 
@@ -279,8 +287,7 @@ def keep(model: Model, content: dict[str, Any], subject: Subject, result: Robust
             file=sys.stderr,
         )
         return
-    last = folder.records()[-1] if folder.metrics.exists() else {"step": 0, "epoch": 0}
-    FolderReporter(folder.path).report(last["step"], last["epoch"], metrics(content))
+    folder.note(metrics(content))
     shown = {folder.path.name: content}
     if content["beside"] is not None:
         name = Path(content["beside"]["run"]).name

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import TypedDict
 
 from flowerray.description import VERSION
 from flowerray.retrieval.measure import Measurement
@@ -13,6 +14,26 @@ from flowerray.robustness.attack import Robustness
 from flowerray.robustness.config import AttackConfig
 from flowerray.robustness.subject import Arena
 from flowerray.training.run import Run
+
+
+class Attacked(TypedDict):
+    """What every reader of an attack's record relies on; see `record`."""
+
+    split: str
+    gallery: str
+    norm: str
+    perturb: str
+    num_queries: int
+    num_gallery: int
+    config: dict[str, Any]
+    worst_case: dict[str, dict[str, Any]]
+    audit: dict[str, Any] | None
+
+
+class Attacks(TypedDict):
+    """RUN/robustness.json: an entry for each split, gallery, norm and attacked side."""
+
+    results: list[Attacked]
 
 
 def record(

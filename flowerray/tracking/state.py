@@ -1,15 +1,14 @@
 """RUN/mlflow.json: where a RUN is tracked, and how much of it MLflow has."""
 
-import json
 import os
 import shlex
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import filelock
 
-from flowerray.files import write_json
+from flowerray.files import read_kept, write_json
 from flowerray.text import typed
 from flowerray.tracking import server
 
@@ -33,9 +32,9 @@ class State:
     described: bool = False
     """Parameters and tags are sent."""
     nested: bool = False
-    lines_sent: int = 0
-    last_line: str = ""
-    """Hash of the last line sent: a resume rewrites metrics.jsonl."""
+    bytes_sent: int = 0
+    sent_mark: str = ""
+    """How far metrics.jsonl is sent, and its `mark` there: a resume rewrites it."""
     finished: Status | None = None
     reason: str | None = None
     artifacts_sent: dict[str, list[int]] = field(default_factory=dict)
@@ -47,12 +46,8 @@ class State:
     @classmethod
     def read(cls, run_dir: Path) -> "State":
         """The stored state, or a fresh one."""
-        try:
-            content = json.loads(note_file(run_dir).read_text())
-        except (FileNotFoundError, ValueError):  # a machine that lost power may leave it empty
-            return cls()
-        known = {f.name for f in fields(cls)}
-        return cls(**{key: value for key, value in content.items() if key in known})
+        found: State | None = read_kept(note_file(run_dir), cls, aside=True)
+        return found or cls()
 
     def store(self, run_dir: Path, **changes: Any) -> None:
         """Changes some fields, here and in the file. Others may have changed other fields there."""
@@ -67,7 +62,10 @@ def tracking_uri(run_dir: Path) -> str:
     `MLFLOW_TRACKING_URI`; else where it already is; else where its parent is; else `mlflow.db`
     beside the RUN folder. sqlite paths are absolute.
     """
-    run_dir = run_dir.expanduser().absolute()
+    return _uri(run_dir.expanduser().absolute(), ())
+
+
+def _uri(run_dir: Path, below: tuple[Path, ...]) -> str:
     if given := os.environ.get("MLFLOW_TRACKING_URI"):
         return server.absolute(given)
     state = State.read(run_dir)
@@ -75,8 +73,8 @@ def tracking_uri(run_dir: Path) -> str:
         database = server.database_file(state.tracking_uri)
         if database is None or database.exists():  # a copied RUN may have left its database behind
             return state.tracking_uri
-    if state.parent:
-        return tracking_uri(Path(state.parent))
+    if state.parent and (parent := Path(state.parent).absolute()) not in (run_dir, *below):
+        return _uri(parent, (run_dir, *below))
     return f"sqlite:///{run_dir.parent / 'mlflow.db'}"
 
 

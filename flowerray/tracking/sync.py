@@ -6,12 +6,10 @@ stopped. A server that is down, or a locked database, costs the driver a few sec
 warning, never an exception, unless the caller asks for it.
 """
 
-import hashlib
-import json
+import itertools
 import logging
 import shlex
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +21,7 @@ from flowerray.description import describe
 from flowerray.errors import UserError
 from flowerray.tracking import server
 from flowerray.tracking.state import EXPERIMENT, State, Status, note_file, run_id, tracking_uri
-from flowerray.training.rundir import RunDir
+from flowerray.training.rundir import RunDir, grown, mark, read_records
 
 FILES = ("run.json", "thresholds.json", "pairs.json", "metrics.jsonl")
 FOLDERS = ("plots", "checkpoints/best", "evaluation", "explanations")
@@ -35,9 +33,11 @@ UNFINISHED: dict[str, Any] = {
     "described": False, "closed": False,
 }  # fmt: skip
 UNSENT: dict[str, Any] = {
-    "experiment_id": None, "run_id": None, "model_uri": None, "lines_sent": 0, "last_line": "",
+    "experiment_id": None, "run_id": None, "model_uri": None, "bytes_sent": 0, "sent_mark": "",
     "described": False, "nested": False, "artifacts_sent": {}, "closed": False,
 }  # fmt: skip
+RECORDS_PER_BATCH = 100
+"""Between two notes of how much MLflow has."""
 PYFUNC = Path(__file__).parents[1] / "serve" / "pyfunc.py"
 """What MLflow keeps and runs of a logged model."""
 log = logging.getLogger(__name__)
@@ -176,8 +176,9 @@ def log_folder(
         False, after a warning, where MLflow cannot be used; a later `sync` sends it.
     """
     folder = folder.expanduser().absolute()
-    record = {"step": 0, "epoch": 0, "time": time.time(), "metrics": metrics}
-    RunDir(folder).metrics.write_text(json.dumps(record) + "\n")
+    run = RunDir(folder)
+    run.metrics.unlink(missing_ok=True)
+    run.append(0, 0, metrics)
     start(folder, folder.name, params, tags)
     return finish(folder)
 
@@ -267,17 +268,18 @@ def _send_metrics(client: Any, state: State, run_dir: Path) -> None:
     if not path.exists():
         return
     assert state.run_id is not None
-    lines = path.read_text().rpartition("\n")[0].splitlines()  # without one that is being written
-    first = state.lines_sent
-    if first and (first > len(lines) or _hash(lines[first - 1]) != state.last_line):
-        first = 0  # a resume rewrote the file; points that MLflow has are not doubled
-    points: list[server.Point] = []
-    for number, line in enumerate(lines[first:], first + 1):
-        points += _points(line)
-        if len(points) >= server.METRICS_PER_BATCH or number == len(lines):
-            server.log_points(client, state.run_id, points)
-            state.store(run_dir, lines_sent=number, last_line=_hash(line))
-            points = []
+    # Where a resume rewrote the file all is sent; points that MLflow has are not doubled.
+    start = state.bytes_sent if grown(path, state.bytes_sent, state.sent_mark) else 0
+    records = read_records(path, start)
+    while batch := list(itertools.islice(records, RECORDS_PER_BATCH)):
+        points = [
+            server.Point(name, value, int(record["time"] * 1000), record["step"])
+            for record, _ in batch
+            for name, value in record["metrics"].items()
+        ]
+        server.log_points(client, state.run_id, points)
+        end = batch[-1][1]
+        state.store(run_dir, bytes_sent=end, sent_mark=mark(path, end))
 
 
 def _send_results(client: Any, state: State, run_dir: Path) -> None:
@@ -310,19 +312,3 @@ def _send_results(client: Any, state: State, run_dir: Path) -> None:
 
 def _exports(run_dir: Path) -> list[Path]:
     return sorted(path for pattern in server.EXPORTS for path in run_dir.glob(pattern))
-
-
-def _points(line: str) -> list[server.Point]:
-    """A line of metrics.jsonl; none for one that a kill cut short."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return []
-    time_ms, step = int(record["time"] * 1000), int(record["step"])
-    return [
-        server.Point(name, float(value), time_ms, step) for name, value in record["metrics"].items()
-    ]
-
-
-def _hash(line: str) -> str:
-    return hashlib.sha256(line.encode()).hexdigest()[:16]

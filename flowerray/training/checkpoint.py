@@ -8,19 +8,27 @@ import json
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from flowerray.errors import UserError
-from flowerray.files import atomic_file, saving
+from flowerray.files import as_json, atomic_file, read_json, saving
 from flowerray.methods._base import Method
 from flowerray.model.embedder import Embedder, EmbedderConfig
 
 STATE = "state.pt"
 RUN = "run.json"
+OTHERS = "go on with another one (checkpoints/best, checkpoints/last)"
 EXPORT_KEYS = {"embedder", "method", "run", "threshold", "classes"}
+
+
+class Trained(TypedDict):
+    """What a checkpoint's run.json has beside the Run."""
+
+    dataset: NotRequired[str | None]
 
 
 def split_state(method: Method) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -46,13 +54,13 @@ def save_state(folder: Path, state: dict[str, Any], run: dict[str, Any]) -> None
     """Writes a checkpoint into an existing folder (the caller makes the folder atomic)."""
     with (folder / STATE).open("wb") as file:  # of a path torch hides that the disk is full
         torch.save(state, file)
-    (folder / RUN).write_text(json.dumps(run, indent=2))
+    (folder / RUN).write_text(as_json(run))
 
 
 def trained_on(folder: Path) -> str | None:
     """The fingerprint of the data that a checkpoint was trained on, where it says so."""
-    known: str | None = json.loads((folder / RUN).read_text()).get("dataset")
-    return known
+    known = read_json(folder / RUN, Trained, advice=OTHERS)
+    return known.get("dataset")
 
 
 def load_state(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -128,7 +136,10 @@ def load_export(run_or_file: str | Path) -> dict[str, Any]:
     content = _load(file, "cpu")
     if not isinstance(content, dict) or set(content) != EXPORT_KEYS:
         raise UserError(f"{file} is not a flowerray model (expected keys {sorted(EXPORT_KEYS)}).")
-    run = json.loads(content["run"])
+    try:
+        run = dict(json.loads(content["run"]))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{file} is not a flowerray model: its run cannot be read.") from error
     return {**content, "dataset": run.pop("dataset", None), "run": run}
 
 

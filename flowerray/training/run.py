@@ -77,7 +77,9 @@ class Run(Config):
         parts = dict(content)
         version = parts.pop("flowerray", "?")
         try:
-            method = dict(parts.pop("method"))
+            if not isinstance(method := parts.pop("method"), dict) or "name" not in method:
+                raise KeyError("method.name")
+            method = dict(method)
             parts["method"] = methods.get(method.pop("name")).config(**method)
             return cls(**parts)
         except (KeyError, UserError) as error:

@@ -3,20 +3,92 @@
 run.json  metrics.jsonl  checkpoints/{last,best}/  pairs.json  thresholds.json  *_model_<name>.pth
 plots/  ray/"""
 
+import hashlib
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from flowerray.errors import UserError
-from flowerray.files import atomic_folder, previous, saving, write_json, writing
+from flowerray.files import (
+    atomic_file,
+    atomic_folder,
+    previous,
+    read_json,
+    saving,
+    write_json,
+    writing,
+)
 
 Save = Callable[[Path], None]
 """Writes a checkpoint into the folder that it is given."""
+
+
+class Record(TypedDict):
+    """A line of metrics.jsonl."""
+
+    step: int
+    epoch: int
+    time: float
+    """Seconds since 1970."""
+    metrics: dict[str, float]
+    """In the file a value that is not finite, which JSON does not know, stands as a text: "NaN",
+    "Infinity", "-Infinity"; of 0.1.0 as it is."""
+
+
+class Outcome(TypedDict):
+    """thresholds.json, which a training writes last."""
+
+    threshold: float
+    """Cosine from which two photographs count as the same class."""
+    best_epoch: int
+
+
+def read_records(path: Path, start: int = 0) -> Iterator[tuple[Record, int]]:
+    """The records of a metrics.jsonl from a byte on, each with the byte after it; a last line that
+    is being written, and what a full disk left of a record, are left out.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(start)
+        for line in file:
+            start += len(line)
+            if line.endswith(b"\n") and (record := _record(line)):
+                yield record, start
+
+
+def _record(line: bytes) -> Record | None:
+    try:
+        found = json.loads(line)
+        metrics = {str(name): float(value) for name, value in found["metrics"].items()}
+        step, epoch, when = int(found["step"]), int(found["epoch"]), float(found.get("time", 0))
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        return None
+    return Record(step=step, epoch=epoch, time=when, metrics=metrics)
+
+
+def _line(record: Record) -> bytes:
+    metrics = {n: v if math.isfinite(v) else json.dumps(v) for n, v in record["metrics"].items()}
+    return json.dumps({**record, "metrics": metrics}, allow_nan=False).encode() + b"\n"
+
+
+def mark(path: Path, end: int) -> str:
+    """Hash of what stands before a byte of a growing file: another one where it was rewritten."""
+    with path.open("rb") as file:
+        file.seek(max(0, end - 4096))
+        return hashlib.sha256(file.read(min(end, 4096))).hexdigest()[:16]
+
+
+def grown(path: Path, end: int, known: str) -> bool:
+    """Whether a file still stands as it was read up to a byte; see `mark`."""
+    return path.exists() and path.stat().st_size >= end and mark(path, end) == known
 
 
 class RunDir:
@@ -32,6 +104,8 @@ class RunDir:
         self.ray = self.path / "ray"
         self.last = self.path / "checkpoints" / "last"
         self.best = self.path / "checkpoints" / "best"
+        self._records: list[Record] = []
+        self._end, self._mark = 0, ""
 
     def refuse_existing(self) -> None:
         """Raises UserError where something is at the path already."""
@@ -54,16 +128,27 @@ class RunDir:
         """run.json as a dict.
 
         Raises:
-            UserError: the folder is no RUN.
+            UserError: the folder is no RUN, or the file is damaged.
         """
-        try:
-            content = json.loads(self.run_json.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{self.path} is not a RUN folder: it has no run.json.") from None
-        except ValueError:
-            raise UserError(f"{self.run_json} is not valid JSON.") from None
-        assert isinstance(content, dict)
-        return content
+        missing = f"{self.path} is not a RUN folder: it has no run.json."
+        again = "put a whole copy of it back"
+        return dict(read_json(self.run_json, missing=missing, advice=again))
+
+    @property
+    def finished(self) -> bool:
+        """The training came to its end: model and threshold are there."""
+        return self.thresholds.exists()
+
+    def outcome(self) -> Outcome:
+        """thresholds.json of a finished training.
+
+        Raises:
+            UserError: it has not finished, or the file is damaged.
+        """
+        again = "remove it and resume the run, which writes it again"
+        missing = f"{self.path} has not finished: resume it first."
+        found: Outcome = read_json(self.thresholds, Outcome, missing=missing, advice=again)
+        return found
 
     def checkpoint(self) -> Path | None:
         """The newest whole checkpoint, or None."""
@@ -73,47 +158,55 @@ class RunDir:
         """`last` or `best`, or None; a kill between renames leaves the previous one."""
         return next((f for f in (folder, previous(folder)) if f.is_dir()), None)
 
-    def records(self) -> list[dict[str, Any]]:
-        """metrics.jsonl; a last line that a kill cut short is left out."""
-        if not self.metrics.exists():
-            return []
-        records = []
-        for line in self.metrics.read_text().rpartition("\n")[0].splitlines():
-            with suppress(ValueError):  # what a full disk left of a record, and of the next one
-                records.append(json.loads(line))
-        return records
+    def records(self) -> list[Record]:
+        """metrics.jsonl; only what is new since the last call is read, unless it was rewritten."""
+        if not grown(self.metrics, self._end, self._mark):
+            self._records, self._end = [], 0
+        for record, end in read_records(self.metrics, self._end):
+            self._records.append(record)
+            self._end = end
+        if self.metrics.exists():
+            self._mark = mark(self.metrics, self._end)
+        return list(self._records)
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of one metric."""
         return [(r["step"], r["metrics"][name]) for r in self.records() if name in r["metrics"]]
 
+    def append(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
+        """Adds a line to metrics.jsonl."""
+        record = Record(step=step, epoch=epoch, time=time.time(), metrics=metrics)
+        with saving(self.path), self.metrics.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a full disk cut the last record short
+                    file.write(b"\n")
+            file.write(_line(record))
+
+    def note(self, metrics: dict[str, float]) -> None:
+        """Adds what was measured after the training to metrics.jsonl."""
+        records = self.records()
+        step, epoch = (records[-1]["step"], records[-1]["epoch"]) if records else (0, 0)
+        self.append(step, epoch, metrics)
+
 
 class NewRecords:
-    """What is added to a RUN's metrics.jsonl from one look to the next; what was seen is not read
-    again, however long it is.
-    """
+    """What is added to a RUN's metrics.jsonl from one look to the next."""
 
     def __init__(self, folder: RunDir) -> None:
         self.path = folder.metrics
         self.seen = 0
         """Bytes."""
 
-    def __call__(self) -> list[dict[str, Any]]:
+    def __call__(self) -> list[Record]:
         """The lines that are new and whole. Of a file that a resume has cut, those after the cut's
         first look.
         """
-        if not self.path.exists():
-            return []
-        self.seen = min(self.seen, self.path.stat().st_size)
-        with self.path.open("rb") as file:
-            file.seek(self.seen)
-            new = file.read().rpartition(b"\n")[0]
-        self.seen += len(new) + 1 if new else 0
-        records = []
-        for line in new.splitlines():
-            with suppress(ValueError):  # cut and grown again between two looks: no whole first line
-                records.append(json.loads(line))
-        return records
+        if self.path.exists():
+            self.seen = min(self.seen, self.path.stat().st_size)
+        found = list(read_records(self.path, self.seen))
+        self.seen = found[-1][1] if found else self.seen
+        return [record for record, _ in found]
 
 
 class FolderReporter:
@@ -145,10 +238,9 @@ class FolderReporter:
                 if left != previous(folder):
                     shutil.rmtree(left, ignore_errors=True)
         if self.dir.metrics.exists():
-            kept = [json.dumps(r) + "\n" for r in self.dir.records() if r["step"] <= step]
-            temporary = self.dir.metrics.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
-            os.replace(temporary, self.dir.metrics)
+            kept = [_line(record) for record in self.dir.records() if record["step"] <= step]
+            with atomic_file(self.dir.metrics) as temporary:
+                temporary.write_bytes(b"".join(kept))
 
     def report(
         self,
@@ -164,27 +256,16 @@ class FolderReporter:
         equal."""
         if self.rank != 0:
             return
-        with saving(self.dir.path):
-            self._write(step, epoch, metrics, save, best)
-
-    def _write(
-        self, step: int, epoch: int, metrics: dict[str, float], save: Save | None, best: bool
-    ) -> None:
         if metrics:
-            record = {"step": step, "epoch": epoch, "time": time.time(), "metrics": metrics}
-            with self.dir.metrics.open("ab+") as file:
-                if file.tell():
-                    file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":  # a full disk cut the last record short
-                        file.write(b"\n")
-                file.write(json.dumps(record).encode() + b"\n")
+            self.dir.append(step, epoch, metrics)
         if save is None:
             return
-        if best:
-            with atomic_folder(self.dir.best) as folder:
-                save(folder)
-        with atomic_folder(self.dir.last) as folder:
+        with saving(self.dir.path):
             if best:
-                shutil.copytree(self.dir.best, folder, dirs_exist_ok=True)
-            else:
-                save(folder)
+                with atomic_folder(self.dir.best) as folder:
+                    save(folder)
+            with atomic_folder(self.dir.last) as folder:
+                if best:
+                    shutil.copytree(self.dir.best, folder, dirs_exist_ok=True)
+                else:
+                    save(folder)

@@ -70,7 +70,7 @@ def confirm(study: Study, cpus: float, gpus: float, quiet: bool = False) -> dict
             result["winner"] = ("default", "tuned")[pick(means)]
         by_seed = zip(*(found[result["winner"]][n] for n in objectives), strict=True)
         winner = folders[result["winner"]][pick(list(by_seed))]
-        if not winner.thresholds.exists():
+        if not winner.finished:
             raise UserError(
                 "every training with a fresh seed diverged, so there is no champion: search lower "
                 "learning rates in another study."
@@ -154,7 +154,7 @@ def measured(
     """Each side's objectives, a value a seed; a training that diverged has the worst."""
 
     def reached(run: RunDir, name: str) -> float:
-        finished = run.thresholds.exists()
+        finished = run.finished
         return float(history(run, objectives)[-1][name]) if finished else WORST
 
     return {

@@ -6,19 +6,19 @@ Optuna's database is the truth about which trials were asked for and how they en
 was running when the driver died is asked for again, with its parameters and its RUN folder.
 """
 
-import json
 import uuid
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired
 
 from pydantic import Field
+from typing_extensions import TypedDict
 
 from flowerray.config import Config
 from flowerray.description import VERSION
 from flowerray.errors import UserError
-from flowerray.files import only_driver, write_json, writing
+from flowerray.files import only_driver, read_json, write_json, writing
 from flowerray.tracking import sync
 from flowerray.tracking.state import Status
 from flowerray.training.run import Run, differences
@@ -62,6 +62,17 @@ class Closed(NamedTuple):
     reason: str | None
     final: bool = True
     """Nothing goes on from its checkpoint any more."""
+
+
+class Stored(TypedDict):
+    """What study.json holds at least."""
+
+    name: str
+    study: dict[str, Any]
+    space: dict[str, Any]
+    run: dict[str, Any]
+    resources: NotRequired[dict[str, Any]]
+    searched: NotRequired[bool]
 
 
 class Study:
@@ -116,12 +127,8 @@ class Study:
         Raises:
             UserError: the folder holds none.
         """
-        try:
-            content = json.loads((folder / "study.json").read_text())
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{folder} is not a study: it has no study.json.") from None
-        except ValueError:
-            raise UserError(f"{folder / 'study.json'} is not valid JSON.") from None
+        missing = f"{folder} is not a study: it has no study.json."
+        content = read_json(folder / "study.json", Stored, missing=missing)
         run, config = Run.from_dict(content["run"]), StudyConfig(**content["study"])
         study = cls(folder, content["name"], run, config, content["space"])
         study.resources = content.get("resources", {})
@@ -303,7 +310,7 @@ class Study:
         if failure is not None:
             trial.set_user_attr("reason", failure)
             told = study.tell(trial, [WORST] * len(self.config.objectives))
-        elif not folder.thresholds.exists():
+        elif not folder.finished:
             assert result is not None
             reason = f"stopped early after epoch {result['epoch']} of {self.epochs}"
             trial.set_user_attr("reason", reason)

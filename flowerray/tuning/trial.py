@@ -146,12 +146,13 @@ def guarded(
     to blame.
     """
     try:
-        if not folder.thresholds.exists():
+        if not folder.finished:
             training()
         refuse_collapse(folder)
         result = history(folder, objectives)[-1]
     except Exception as error:
-        epoch = (folder.records() or [{"epoch": 0}])[-1]["epoch"]
+        records = folder.records()
+        epoch = records[-1]["epoch"] if records else 0
         result = {"epoch": epoch, **dict.fromkeys(objectives, WORST), FAILED: reason_of(error)}
         if not isinstance(error, DivergedError) and result[FAILED] != OUT_OF_MEMORY:
             result[FAULT] = True

@@ -53,7 +53,7 @@ from flowerray.model.embedder import EmbedderConfig
 from flowerray.rendered.synthetic import SyntheticConfig
 from flowerray.training.loop import Schedule, TrainConfig, make_optimizer
 from flowerray.training.run import ResourcesConfig, Run
-from flowerray.training.rundir import RunDir
+from flowerray.training.rundir import Record, RunDir
 from tests.benchmarks.peer import Clock, Epoch, Mark, targets, train_peer
 
 SPEED_SIDES = ("flowerray", "compute", "peer", "peer-folded")
@@ -122,7 +122,7 @@ def flowerray(job: Job, run: Run) -> dict[str, Any]:
     return {"marks": marks, "epochs": epochs}
 
 
-def read_records(records: list[dict[str, Any]], batch: int) -> tuple[list[Mark], list[Epoch]]:
+def read_records(records: list[Record], batch: int) -> tuple[list[Mark], list[Epoch]]:
     """Marks and validations of a RUN's metrics.jsonl, by its wall clock.
 
     All time between two records counts (steps, reports, checkpoints), except that before an epoch's

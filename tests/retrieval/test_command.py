@@ -235,7 +235,7 @@ def test_an_evaluation_that_cannot_be_kept_is_told_all_the_same(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(measuring, "save_pairs", full)
-    monkeypatch.setattr(measuring.FolderReporter, "_write", full)
+    monkeypatch.setattr(measuring, "write_json", full)
     run.pairs.unlink()
     assert dispatch(["evaluate", str(run.path), "--json"]) == 0
     shown = capsys.readouterr()

@@ -380,7 +380,8 @@ def test_live_tracking_sends_while_the_block_runs(runs: Path) -> None:
     with sync.LiveTracking(run_dir, every=0.05):
         append(run_dir, range(2, 4))
         end = time.monotonic() + 20
-        while State.read(run_dir).lines_sent < 3 and time.monotonic() < end:
+        whole = (run_dir / "metrics.jsonl").stat().st_size
+        while State.read(run_dir).bytes_sent < whole and time.monotonic() < end:
             time.sleep(0.05)
     assert logged(run_dir) == curve(range(1, 4))
 
@@ -410,17 +411,27 @@ def test_two_writers_of_the_state_keep_each_others_changes(tmp_path: Path) -> No
     sender, ender = State.read(tmp_path), State.read(tmp_path)
     sender.store(tmp_path, run_id="a")
     ender.store(tmp_path, finished="KILLED")
-    sender.store(tmp_path, lines_sent=3)
+    sender.store(tmp_path, bytes_sent=3)
     state = State.read(tmp_path)
-    assert (
-        (state.run_id, state.finished, state.lines_sent)
-        == ("a", "KILLED", 3)
-        == (
-            sender.run_id,
-            sender.finished,
-            sender.lines_sent,
-        )
-    )
+    assert state == sender
+    assert (state.run_id, state.finished, state.bytes_sent) == ("a", "KILLED", 3)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"params": 3}', "[" * 20_000])
+def test_a_damaged_note_is_set_aside(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mlflow.json").write_text(text)
+    assert State.read(tmp_path) == State()
+    assert "mlflow.json.damaged" in capsys.readouterr().err
+    assert (tmp_path / "mlflow.json.damaged").exists()
+
+
+def test_a_run_that_is_its_own_parent_has_an_address(tmp_path: Path) -> None:
+    for child, parent in [("a", "b"), ("b", "a"), ("c", "c")]:
+        (tmp_path / child).mkdir()
+        State().store(tmp_path / child, parent=str(tmp_path / parent))
+        assert tracking_uri(tmp_path / child).endswith("/mlflow.db")
 
 
 def test_a_folder_of_results_is_shown_with_its_pages(runs: Path) -> None:

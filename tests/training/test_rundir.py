@@ -1,13 +1,16 @@
 """The RUN folder and the reporter that fills it."""
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from flowerray.errors import UserError
 from flowerray.files import previous
-from flowerray.training.rundir import FolderReporter, NewRecords, RunDir, Save
+from flowerray.training import rundir
+from flowerray.training.rundir import FolderReporter, NewRecords, Record, RunDir, Save
 
 
 @pytest.fixture
@@ -45,6 +48,62 @@ def test_read_refuses_what_is_no_run(run: RunDir, tmp_path: Path) -> None:
     run.run_json.write_text("{")
     with pytest.raises(UserError, match="is not valid JSON"):
         run.read()
+
+
+def test_a_finished_run_says_what_came_out(run: RunDir) -> None:
+    assert not run.finished
+    with pytest.raises(UserError, match="has not finished: resume it first"):
+        run.outcome()
+    run.thresholds.write_text('{"threshold": 0.5, "best_epoch": 3}')
+    assert run.finished and run.outcome() == {"threshold": 0.5, "best_epoch": 3}
+    run.thresholds.write_text('{"threshold": "high"}')
+    with pytest.raises(UserError, match="threshold: .* resume the run, which writes it again"):
+        run.outcome()
+
+
+def test_metrics_that_are_not_finite_are_json_and_come_back(run: RunDir) -> None:
+    values = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.5}
+    run.append(1, 1, values)
+    line = json.loads(run.metrics.read_text(), parse_constant=pytest.fail)
+    assert line["metrics"] == {"a": "NaN", "b": "Infinity", "c": "-Infinity", "d": 0.5}
+    with run.metrics.open("a") as file:  # as 0.1.0 wrote it
+        file.write(json.dumps({"step": 2, "epoch": 1, "time": 0, "metrics": values}) + "\n")
+    for record in run.records():
+        assert str(record["metrics"]) == str(values)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[]", "null", "7", "{}", '{"step": 1, "epoch": 1, "time": 1, "metrics": []}', "[" * 20_000,
+     '{"step": 1, "epoch": 1, "time": 1, "metrics": {"a": "much"}}',
+     '{"step": "x", "epoch": 1, "time": 1, "metrics": {}}'],
+    ids=lambda line: line[:50],
+)  # fmt: skip
+def test_lines_that_are_no_records_are_left_out(run: RunDir, line: str) -> None:
+    run.metrics.write_text(f"{line}\n")
+    assert run.records() == [] == NewRecords(run)()
+    run.note({"test/recall_at_1": 1.0})  # what was measured is kept all the same
+    assert [(r["step"], r["metrics"]) for r in run.records()] == [(0, {"test/recall_at_1": 1.0})]
+
+
+def test_only_new_records_are_read(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking at all of them at each epoch took time by the square of its length."""
+    starts: list[int] = []
+    whole = rundir.read_records
+
+    def watched(path: Path, start: int = 0) -> Iterator[tuple[Record, int]]:
+        starts.append(start)
+        return whole(path, start)
+
+    monkeypatch.setattr(rundir, "read_records", watched)
+    sizes = [0]
+    for step in range(1, 5):
+        run.append(step, 1, {"loss": 1 / step})
+        sizes.append(run.metrics.stat().st_size)
+        assert len(run.records()) == step == len(run.series("loss"))
+    assert sorted(set(starts)) == sizes
+    run.metrics.write_text(run.metrics.read_text().replace('"epoch": 1', '"epoch": 2'))
+    assert {record["epoch"] for record in run.records()} == {2}, "rewritten at the same length"
 
 
 def test_metrics_are_read_back_without_a_torn_last_line(run: RunDir) -> None:
