@@ -29,7 +29,8 @@ def describe(
     own = {"flowerray.training.run": str(run_dir), "mlflow.source.name": "flowerray"}
     own |= {f"version.{p}": found for p in PACKAGES if (found := installed(p))}
     if checkout := commit():
-        own |= {"git_commit": checkout, "mlflow.source.git.commit": checkout}
+        own |= {"git_commit": checkout}
+        own |= {"mlflow.source.git.commit": checkout.removesuffix("-dirty")}
     return {"name": name, "params": flatten(params), "tags": own | tags}
 
 
@@ -42,13 +43,17 @@ def installed(package: str) -> str:
 
 
 def commit() -> str | None:
-    """Of the checkout that flowerray runs from, if it runs from one."""
+    """Of the checkout that flowerray runs from, if it runs from one; with `-dirty` behind it where
+    its files differ from that commit.
+    """
     checkout = Path(__file__).parent.parent
     if not (checkout / ".git").exists():
         return None
-    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
     try:
-        done = subprocess.check_output(command, stderr=subprocess.DEVNULL, timeout=5, text=True)
+        done = subprocess.check_output(
+            command, cwd=checkout, stderr=subprocess.DEVNULL, timeout=5, text=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.strip()

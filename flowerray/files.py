@@ -220,7 +220,9 @@ def read_json(
         fault = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, fault["loc"]))
         said = f"{where}: {fault['msg']}" if where else fault["msg"]
-        raise UserError(f"{path} holds something else ({said.lower()}): {advice}.") from None
+        raise UserError(
+            f"{path} is not the JSON that belongs there ({said.lower()}): {advice}."
+        ) from None
 
 
 def read_kept(path: Path, kind: Any = dict[str, Any], *, aside: bool = False) -> Any:
@@ -249,3 +251,8 @@ def _too_deep(content: Any) -> bool:
         parts = [part for part in level if isinstance(part, dict | list)]
         level = [x for part in parts for x in (part.values() if isinstance(part, dict) else part)]
     return any(isinstance(part, dict | list) for part in level)
+
+
+def sqlite_url(path: Path) -> str:
+    """SQLAlchemy's address of a file; it decodes what is escaped, and `?` would end the path."""
+    return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")

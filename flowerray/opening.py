@@ -15,7 +15,7 @@ from flowerray.data.store import Store, build_store
 from flowerray.errors import UserError
 from flowerray.model.embedder import Embedder
 from flowerray.model.precision import full_precision
-from flowerray.tracking.server import resolve
+from flowerray.tracking.registry import resolve
 from flowerray.training import checkpoint
 from flowerray.training.run import Run
 from flowerray.training.rundir import RunDir

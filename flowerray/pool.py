@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +27,11 @@ def cores() -> int:
         quota, period = _QUOTA.read_text().split()
         count = min(count, math.ceil(int(quota) / int(period)))
     return max(1, count)
+
+
+def ignore_pillow() -> None:
+    """In a process of our own: no warnings of odd metadata and large images, to users."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def leave_unguarded() -> None:

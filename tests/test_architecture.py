@@ -26,7 +26,7 @@ FLOORS = [
     "methods: _base center siamese triplet",
     "show: style interval columns charts contact page",
     "training: rundir harden progress checkpoint loop run curves table",
-    "tracking: server state sync",
+    "tracking: address server registry state sync",
     "opening",
     "retrieval: search pairs embed measure pictures table command",
     "robustness: config subject attack checks verification gallery score audit guard record table"

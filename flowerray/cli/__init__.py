@@ -5,18 +5,24 @@ of a typed configuration.
 import errno
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 from flowerray.errors import UserError
 from flowerray.memory import keep_freed_memory
-from flowerray.pool import leave_unguarded
+from flowerray.pool import ignore_pillow, leave_unguarded
 
 INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """What a disk says that takes no more."""
+
+
+REFUSED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+"""What a machine does not let a user do."""
 
 
 class Command(NamedTuple):
@@ -70,7 +76,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     take_all_cores()
     words = list(sys.argv[1:] if argv is None else argv)
     keep_freed_memory()
+    ignore_pillow()
     signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop` and cluster schedulers send it
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _hung_up)  # not where nohup has it ignored
     sys.exit(dispatch(words))
 
 
@@ -114,14 +123,24 @@ def dispatch(words: list[str]) -> int:
         return 0
     except OSError as error:
         place = error.filename2 or error.filename
-        if place is not None:
-            said = f"{place} cannot be used ({error.strerror}): check the path and its permissions."
-        elif error.errno in FULL:  # of a file that is open already the error names no path
+        if error.errno in FULL and place is None:  # a file that is open already has no path
             said = f"a file cannot be written ({error.strerror}): make room, and try again."
+        elif place is not None and (error.errno in REFUSED + FULL or named(str(place), words)):
+            said = f"{place} cannot be used ({error.strerror}): check the path and its permissions."
         else:  # a fault of ours
             raise
         print(f"flowerray {words[0]}: {said}", file=sys.stderr)
         return 2
+
+
+def named(place: str, words: list[str]) -> bool:
+    """Whether a path, or a folder that it lies in, is among a command's words, or our own."""
+    from flowerray.files import home
+
+    texts = ["runs", str(home()), *(word.rpartition("=")[2] for word in words)]
+    given = {os.path.abspath(os.path.expanduser(text)) for text in texts if text}
+    path = os.path.abspath(place)
+    return any(path == one or path.startswith(one.rstrip(os.sep) + os.sep) for one in given)
 
 
 def usage() -> str:
@@ -140,4 +159,14 @@ def usage() -> str:
 
 
 def _interrupt(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _hung_up(*_: Any) -> NoReturn:
+    """The terminal is gone, and what would be printed there would be an error of its own."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        with suppress(OSError):
+            if not stat.S_ISREG(os.fstat(stream).st_mode):
+                os.dup2(nowhere, stream)
     raise KeyboardInterrupt

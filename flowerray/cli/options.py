@@ -162,7 +162,7 @@ def absolute(run: "Run") -> "Run":
     """The run with absolute paths: a worker's own working directory is somewhere else."""
     init = run.init
     if init is not None and str(init).startswith(("models:/", "runs:/")):
-        from flowerray.tracking.server import resolve
+        from flowerray.tracking.registry import resolve
 
         init = resolve(str(init))
     init = init.expanduser().absolute() if init else None

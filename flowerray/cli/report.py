@@ -32,7 +32,7 @@ def report(words: list[str]) -> int:
 
     from flowerray.files import as_json
     from flowerray.report.command import write_report
-    from flowerray.tracking.server import experiment_runs
+    from flowerray.tracking.registry import experiment_runs
 
     names = [*options.runs]
     if options.experiment is not None:

@@ -78,7 +78,8 @@ def train_many(
 
     Returns:
         For each run, in the order given: `folder`, `model` (file), `threshold`, `best_epoch`,
-        `val_map_at_r` (None without val), `epochs`, `steps`, `images` (trained), `seconds`.
+        `val_map_at_r` (None without val), `epochs`, `steps`, `images` (trained), `seconds`,
+        `precision`.
 
     Raises:
         DivergedTrainingsError: at the end, where trainings diverged and none failed otherwise.
@@ -154,7 +155,8 @@ def summary(run: Run, folder: RunDir) -> dict[str, Any]:
     """What a finished RUN says of its training; see `train_many`."""
     last = folder.checkpoint()
     assert last is not None, "a finished training has saved a checkpoint"
-    progress = checkpoint.load_state(last, torch.device("cpu"))["progress"]
+    state = checkpoint.load_state(last, torch.device("cpu"))
+    progress = state["progress"]
     map_at_r = progress["best_map_at_r"]
     found = folder.outcome()
     name = methods.get(run.method_name).export_name
@@ -168,6 +170,7 @@ def summary(run: Run, folder: RunDir) -> dict[str, Any]:
         "steps": progress["step"],
         "images": progress["step"] * run.train.classes_per_batch * run.train.images_per_class,
         "seconds": progress["seconds"],
+        "precision": state.get("precision"),
     }
 
 

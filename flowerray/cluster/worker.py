@@ -157,7 +157,8 @@ def finish(
     kind = "robust" if run.harden.on else "best"
     model = folder.path / f"{kind}_model_{file.export_name}.pth"
     classes = class_names(dataset, trained_classes)
-    facts = noted(run, dataset)
+    used = run.train.model_copy(update={"precision": result.precision})  # what auto came to
+    facts = noted(run.model_copy(update={"train": used}), dataset)
     checkpoint.export(model, method, embedder_state, facts, threshold, classes)
     best = result.best if val_store is not None else None
     summary = {

@@ -4,7 +4,6 @@ Letters: H W C an image. Pillow and numpy are all it imports, so that decoding p
 """
 
 import stat
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from flowerray.errors import UserError
-from flowerray.pool import cores, spawned
+from flowerray.pool import cores, ignore_pillow, spawned
 
 LONGEST = 2
 """The longer side is cut to this many shorter sides: one panorama must not blow up a batch."""
@@ -38,8 +37,6 @@ _TURNS = {
 MAX_BYTES = 2**29
 """Of a file that is read as an image."""
 _WORTH_A_POOL = 1000  # fewer images are decoded before new processes have started
-
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata and large images, to users
 
 
 def resize_side(size: int) -> int:
@@ -178,7 +175,9 @@ def decoding_map(count: int, processes: int | None = None) -> Iterator[Callable]
     if processes == 1:
         yield map
         return
-    with spawned(processes, "decodes images") as pool:  # Pillow holds the GIL: no threads
+    with spawned(
+        processes, "decodes images", ignore_pillow
+    ) as pool:  # Pillow holds the GIL: no threads
         yield partial(_map_ahead, pool, 64 * processes)
 
 

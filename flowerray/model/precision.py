@@ -2,7 +2,6 @@
 full precision, for what is reported."""
 
 import copy
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from flowerray.files import home, write_json
+from flowerray.files import home, locked, read_kept, write_json
 from flowerray.model.embedder import Embedder
 
 MARGIN = 1.15
@@ -43,15 +42,13 @@ def faster_precision(embedder: Embedder, device: torch.device) -> Literal["fp32"
     where = f"{name} torch{torch.__version__} {torch.get_num_threads()}t"
     key = f"{config.backbone} {config.image_size} {where}"
     memory = home() / "precision.json"
-    try:
-        known = json.loads(memory.read_text())
-    except (OSError, ValueError):  # none yet, or damaged: it only saves a measurement
-        known = {}
-    if key not in known:
-        # One rank measures alone: in train mode a synchronised BatchNorm would wait for the others.
-        known[key] = _measure(copy.deepcopy(embedder).eval(), device)
-        with suppress(OSError):  # it only saves the next measurement
-            write_json(memory, known)
+    with locked(memory):  # others wait: they would disturb the measurement, and may use it
+        known = read_kept(memory, dict[str, dict[str, float]]) or {}
+        if key not in known:
+            # One rank measures alone: in train mode synchronised BatchNorm would wait for others.
+            known[key] = _measure(copy.deepcopy(embedder).eval(), device)
+            with suppress(OSError):  # it only saves the next measurement
+                write_json(memory, known)
     fp32, bf16 = known[key]["fp32"], known[key]["bf16"]
     return "bf16" if fp32 / bf16 >= MARGIN else "fp32"
 

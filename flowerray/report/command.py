@@ -21,7 +21,7 @@ from flowerray.retrieval.command import as_record, evaluate_frozen
 from flowerray.retrieval.measure import EvaluateConfig
 from flowerray.show.page import Note, Page
 from flowerray.text import counted
-from flowerray.tracking import server, sync
+from flowerray.tracking import registry, sync
 from flowerray.training import checkpoint
 from flowerray.training.run import PRESETS, Run
 
@@ -78,7 +78,7 @@ def resolve(names: Sequence[str]) -> list[Path]:
     Raises:
         UserError: nothing there, or a model without its RUN folder.
     """
-    paths = [server.resolve(name) for name in names]
+    paths = [registry.resolve(name) for name in names]
     for name, path in zip(names, paths, strict=True):
         if not path.is_dir():
             raise UserError(f"{name} is an exported model alone: the report needs its RUN folder.")

@@ -1,4 +1,4 @@
-"""MLflow at one address: opening it safely and quickly, logging, models."""
+"""MLflow at one address: opening it safely and quickly, runs, parameters and curves."""
 
 import json
 import logging
@@ -6,10 +6,10 @@ import os
 import re
 import socket
 import sqlite3
-import tempfile
-import warnings
+import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -18,9 +18,8 @@ from urllib.request import getproxies
 import filelock
 import psutil
 
-from flowerray.description import installed
-from flowerray.errors import UserError
-from flowerray.files import atomic_folder, home
+from flowerray.tracking import address
+from flowerray.tracking.address import database_file
 
 LOCK_SECONDS = 3.0
 """Longest wait for a locked database."""
@@ -33,14 +32,16 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout may carry --json
     "GIT_PYTHON_REFRESH": "quiet",
+    "PGCONNECT_TIMEOUT": "5",  # seconds; libpq's own default is for ever
 }
+"""Of a process while it speaks to MLflow; what the user set stays."""
 UPLOAD_SECONDS = 600
 """Longest wait for a server that was sent a file; a checkpoint may have gigabytes."""
 ARTIFACTS = "mlartifacts"
 """Folder of the files that MLflow keeps, beside its database."""
-EXPORTS = ("best_model_*.pth", "robust_model_*.pth")
 METRICS_PER_BATCH = 800  # MLflow takes 1000
 PARAMS_PER_BATCH = 100
+PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 NETWORK_DISKS = ("nfs", "cifs", "smb", "fuse", "lustre", "gpfs", "beegfs", "9p")
 
 
@@ -53,22 +54,28 @@ class Point(NamedTuple):
     step: int
 
 
-def database_file(uri: str) -> Path | None:
-    """The file of a sqlite address, or None for a server."""
-    path = uri.removeprefix("sqlite:///")
-    return Path(path) if path != uri else None
+_speaking: Counter[str] = Counter()
+_guard = threading.Lock()
 
 
-def without_password(uri: str) -> str:
-    """A server's address as it may be shown and logged."""
-    password = urlsplit(uri).password
-    return uri.replace(f":{password}@", ":***@") if password else uri
-
-
-def absolute(uri: str) -> str:
-    """Workers and jobs have other working directories: a sqlite path must not depend on one."""
-    database = database_file(uri)
-    return uri if database is None else f"sqlite:///{database.absolute()}"
+@contextmanager
+def settings() -> Iterator[None]:
+    """Sets variables for MLflow, which reads them at each call, as long as a block of any thread
+    needs them; the host program's environment is as before afterwards.
+    """
+    with _guard:
+        own = [name for name in ENVIRONMENT if _speaking[name] or name not in os.environ]
+        for name in own:
+            _speaking[name] += 1
+            os.environ.setdefault(name, ENVIRONMENT[name])
+    try:
+        yield
+    finally:
+        with _guard:
+            for name in own:
+                _speaking[name] -= 1
+                if not _speaking[name]:
+                    os.environ.pop(name, None)
 
 
 def connect(uri: str) -> Any:
@@ -80,28 +87,27 @@ def connect(uri: str) -> Any:
         OSError: nothing listens at the server's address.
     """
     url = urlsplit(uri)
-    if url.scheme in ("http", "https") and url.scheme not in getproxies():
-        address = (url.hostname or "", url.port or {"http": 80, "https": 443}[url.scheme])
-        socket.create_connection(address, timeout=LOCK_SECONDS).close()
+    kind = url.scheme.partition("+")[0]
+    if url.hostname and kind in PORTS and url.scheme not in getproxies():
+        socket.create_connection((url.hostname, url.port or PORTS[kind]), LOCK_SECONDS).close()
     if (database := database_file(uri)) and database.exists():
         with closing(
             sqlite3.connect(database, timeout=LOCK_SECONDS, isolation_level=None)
         ) as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("ROLLBACK")
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import mlflow
+    with settings():
+        import mlflow
 
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a lock's traceback
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each retry
-    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a lock's traceback
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each retry
+        return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 @contextmanager
 def uploading() -> Iterator[None]:
     """Gives a server the time to store a large file before it answers: MLflow asks for the limit at
-    each request, and `connect` has found out that the server lives.
+    each request, and `connect` has found out that the server lives. For inside `settings`.
     """
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     before = os.environ[name]
@@ -125,7 +131,10 @@ def open_experiment(uri: str, name: str) -> tuple[Any, str]:
     with filelock.FileLock(f"{database}.lock", timeout=60):
         fresh = not database.exists()
         client = connect(uri)
-        found = _find_or_make(client, name, f"file://{database.parent / ARTIFACTS}")
+        found = _find_or_make(client, name, (database.parent / ARTIFACTS).as_uri())
+        if (escaped := uri.removeprefix("sqlite://")) != str(database):
+            with suppress(OSError):  # MLflow makes the folder of the address, read as a path
+                os.removedirs(os.path.dirname(escaped))
         if fresh and _on_local_disk(database):
             # So that readers (the UI) do not hold the writer up; it needs shared memory, which
             # network disks lack.
@@ -190,176 +199,11 @@ def log_points(client: Any, run_id: str, points: Iterable[Point]) -> None:
         client.log_batch(run_id, metrics=entities[i : i + METRICS_PER_BATCH])
 
 
-def log_model(
-    client: Any, experiment_id: str, run_id: str, export: Path, dim: int, python_model: Path
-) -> str:
-    """Logs an exported `.pth` as a pyfunc model of a run; its `models:/` address.
-
-    Through the client, since MLflow's own `log_model` works on process-wide state.
-
-    Args:
-        dim: length D of an embedding.
-        python_model: the file that MLflow keeps and runs.
-    """
-    import mlflow
-    import numpy as np
-    from mlflow.entities import LoggedModelOutput
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema, TensorSpec
-
-    inputs = Schema([ColSpec("binary", "image")])
-    outputs = Schema([TensorSpec(np.dtype(np.float32), (-1, dim))])
-    packages = ("mlflow", "torch", "timm", "numpy", "pillow", "pydantic")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "model"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice to add an input example
-            mlflow.pyfunc.save_model(
-                folder,
-                python_model=str(python_model),
-                artifacts={"model": str(export)},
-                signature=ModelSignature(inputs, outputs),
-                pip_requirements=[f"{package}=={installed(package)}" for package in packages],
-            )
-        model = client.create_logged_model(
-            experiment_id, export.stem, run_id, model_type="embedder"
-        )
-        client.log_model_artifacts(model.model_id, str(folder))
-    client.finalize_logged_model(model.model_id, "READY")
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    return f"models:/{model.model_id}"
-
-
-def register_model(client: Any, run_id: str, model_uri: str, name: str, alias: str) -> str:
-    """Makes a logged model the registered `name`'s newest version, unless this run's is one, and
-    points `alias` at it.
-    """
-    if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name)
-    for known in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
-        client.set_registered_model_alias(name, alias, known.version)
-        return str(known.version)
-    model_id = model_uri.removeprefix("models:/")
-    source = client.get_logged_model(model_id).artifact_location
-    made = client.create_model_version(name, source, run_id, model_id=model_id)
-    client.set_registered_model_alias(name, alias, made.version)
-    return str(made.version)
-
-
-def download(uri: str, address: str, folder: Path) -> None:
-    """Fetches `models:/...`, `runs:/ID/PATH`, or of `runs:/ID` the files at the top: no command
-    reads the folders, which are large."""
-    client = connect(uri)
-    import mlflow
-
-    run_id, _, path = address.removeprefix("runs:/").partition("/")
-    sources = [address]
-    if address.startswith("runs:/") and not path:
-        files = [item.path for item in client.list_artifacts(run_id) if not item.is_dir]
-        sources = [f"runs:/{run_id}/{file}" for file in files]
-    # For models:/ MLflow looks where the variable says, whatever it is given.
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    os.environ["MLFLOW_TRACKING_URI"] = uri
-    try:
-        for source in sources:
-            mlflow.artifacts.download_artifacts(
-                artifact_uri=source, dst_path=str(folder), tracking_uri=uri, registry_uri=uri
-            )
-    finally:
-        del os.environ["MLFLOW_TRACKING_URI"]
-        if before is not None:
-            os.environ["MLFLOW_TRACKING_URI"] = before
-
-
-def resolve(run: str) -> Path:
-    """The RUN argument of a command as a path that `flowerray.load` takes.
-
-    Args:
-        run: a RUN folder, a `.pth` file, `models:/NAME@ALIAS` (or /VERSION, or an id), `runs:/ID`
-            (gives a folder) or `runs:/ID/PATH`. MLflow's are fetched to `$FLOWERRAY_HOME/mlflow`
-            from `MLFLOW_TRACKING_URI`; without that from `runs/mlflow.db` or `mlflow.db` here, or
-            the jobs' `$FLOWERRAY_HOME/runs/mlflow.db`.
-
-    Raises:
-        UserError: nothing is there, or it holds no model.
-    """
-    if not run.startswith(("models:/", "runs:/")):
-        path = Path(run).expanduser().absolute()
-        if not path.exists():
-            raise UserError(
-                f"{run} is not there: give a RUN folder, a .pth file, models:/NAME@ALIAS or "
-                "runs:/ID."
-            )
-        return path
-    target = home() / "mlflow" / re.sub(r"[^\w.-]+", "_", run)
-    reason = "no mlflow.db here: set MLFLOW_TRACKING_URI"
-    for uri in _known_addresses():
-        try:
-            with atomic_folder(target) as folder:
-                download(uri, run, folder)
-            break
-        except Exception as error:  # of many kinds, by store; the next address may have it
-            reason = f"{without_password(uri)}: {brief(error)}"
-    else:
-        raise UserError(f"{run} cannot be fetched from MLflow ({reason}).")
-    if (target / "run.json").exists():
-        return target
-    found = [path for pattern in EXPORTS for path in target.rglob(pattern)]
-    if len(found) != 1:
-        raise UserError(f"{run} holds {len(found)} flowerray models, not one.")
-    return found[0]
-
-
-def experiment_runs(name: str) -> list[str]:
-    """The trainings of an experiment as `resolve` takes them, oldest first: the RUN folder where it
-    is on this machine, else `runs:/ID`.
-
-    Args:
-        name: an experiment of the addresses that `resolve` looks at.
-
-    Raises:
-        UserError: there is none, or it holds no training.
-    """
-    for uri in _known_addresses():
-        try:
-            client = connect(uri)
-            experiment = client.get_experiment_by_name(name)
-        except Exception as error:
-            place = without_password(uri)
-            raise UserError(f"MLflow at {place} cannot be used ({brief(error)}).") from error
-        if experiment is None:
-            continue
-        found, token = [], None
-        while True:
-            page = client.search_runs(
-                [experiment.experiment_id], order_by=["attributes.start_time"], page_token=token
-            )
-            found += [run for run in page if "method.name" in run.data.params]
-            if not (token := page.token):
-                break
-        folders = [Path(run.data.tags.get("flowerray.training.run", "")) for run in found]
-        if found:
-            return [
-                str(folder) if (folder / "run.json").exists() else f"runs:/{run.info.run_id}"
-                for folder, run in zip(folders, found, strict=True)
-            ]
-    raise UserError(
-        f"no MLflow here has an experiment {name} with trainings: set MLFLOW_TRACKING_URI."
-    )
-
-
-def _known_addresses() -> list[str]:
-    if given := os.environ.get("MLFLOW_TRACKING_URI"):
-        return [absolute(given)]
-    folders = (Path.cwd() / "runs", Path.cwd(), home() / "runs")
-    return [f"sqlite:///{f / 'mlflow.db'}" for f in folders if (f / "mlflow.db").exists()]
-
-
 def brief(error: Exception) -> str:
     """Why MLflow could not be used, in a few words."""
     if isinstance(error, filelock.Timeout):
         return "another process is using it"
-    text = str(error)
+    text = address.shown(str(error))
     if "Max retries exceeded" in text or "timeout exception" in text:
         return "no answer"
     if isinstance(error, OSError) and error.strerror:

@@ -1,16 +1,18 @@
 """RUN/mlflow.json: where a RUN is tracked, and how much of it MLflow has."""
 
-import os
 import shlex
+import sqlite3
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import filelock
 
-from flowerray.files import read_kept, write_json
+from flowerray.errors import UserError
+from flowerray.files import read_kept, sqlite_url, write_json
 from flowerray.text import typed
-from flowerray.tracking import server
+from flowerray.tracking import address
 
 EXPERIMENT = "flowerray"
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -57,32 +59,53 @@ class State:
 
 
 def tracking_uri(run_dir: Path) -> str:
-    """Where a RUN is tracked.
+    """Where a RUN is tracked: where the user says (`MLFLOW_TRACKING_URI`); else where it already
+    is; else where its parent is; else `mlflow.db` beside the RUN folder.
 
-    `MLFLOW_TRACKING_URI`; else where it already is; else where its parent is; else `mlflow.db`
-    beside the RUN folder. sqlite paths are absolute.
+    Raises:
+        UserError: the RUN names a server. Its metrics, models and the user's token go to none that
+            the user did not name.
     """
-    return _uri(run_dir.expanduser().absolute(), ())
-
-
-def _uri(run_dir: Path, below: tuple[Path, ...]) -> str:
-    if given := os.environ.get("MLFLOW_TRACKING_URI"):
-        return server.absolute(given)
+    if given := address.given():
+        return given
+    run_dir = run_dir.expanduser().absolute()
     state = State.read(run_dir)
     if state.run_id and state.tracking_uri:
-        database = server.database_file(state.tracking_uri)
-        if database is None or database.exists():  # a copied RUN may have left its database behind
-            return state.tracking_uri
-    if state.parent and (parent := Path(state.parent).absolute()) not in (run_dir, *below):
-        return _uri(parent, (run_dir, *below))
-    return f"sqlite:///{run_dir.parent / 'mlflow.db'}"
+        database = address.database_file(state.tracking_uri)
+        if database is None:
+            raise UserError(
+                f"{run_dir} says that it is tracked at {address.shown(state.tracking_uri)}: if you "
+                f"trust that address, set {address.VARIABLE} to it"
+            )
+        if _holds(database, state.run_id):  # a copied RUN may have left its database behind
+            return address.usable(state.tracking_uri)
+    if state.parent and (parent := Path(state.parent)) in run_dir.parents:
+        return tracking_uri(parent)
+    return sqlite_url(run_dir.parent / "mlflow.db")
+
+
+def _holds(database: Path, run_id: str) -> bool:
+    """Whether a database knows a run: a RUN's note alone must not lead to any file."""
+    if not database.exists():
+        return False
+    try:
+        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
+            known = connection.execute("SELECT 1 FROM runs WHERE run_uuid = ?", (run_id,))
+            return known.fetchone() is not None
+    except sqlite3.OperationalError as error:
+        return "locked" in str(error)
+    except sqlite3.Error:
+        return False
 
 
 def ui_line(run_dir: Path) -> str:
     """How to look at a RUN: a command, or the server's address."""
-    uri = tracking_uri(run_dir)
-    if server.database_file(uri) is None:
-        return server.without_password(uri)
+    try:
+        uri = tracking_uri(run_dir)
+    except UserError as error:
+        return str(error)
+    if address.database_file(uri) is None:
+        return address.shown(uri)
     return typed(f"mlflow ui --backend-store-uri {shlex.quote(uri)}")
 
 

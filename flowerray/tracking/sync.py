@@ -19,7 +19,7 @@ import filelock
 
 from flowerray.description import describe
 from flowerray.errors import UserError
-from flowerray.tracking import server
+from flowerray.tracking import address, registry, server
 from flowerray.tracking.state import EXPERIMENT, State, Status, note_file, run_id, tracking_uri
 from flowerray.training.rundir import RunDir, grown, mark, read_records
 
@@ -56,8 +56,7 @@ def prepare(run_dir: Path, experiment: str = EXPERIMENT) -> bool:
     Returns:
         False, after a warning, where that failed.
     """
-    uri = tracking_uri(run_dir)
-    return _attempt(run_dir, lambda: server.open_experiment(uri, experiment))
+    return _attempt(run_dir, lambda: server.open_experiment(tracking_uri(run_dir), experiment))
 
 
 def start(
@@ -143,7 +142,7 @@ def finish(run_dir: Path, status: Status = "FINISHED", reason: str | None = None
 
     def action() -> None:
         State().store(run_dir, finished=status, reason=reason, closed=False)
-        _send(run_dir)
+        _send(run_dir, files=status != "KILLED")  # who pressed Ctrl-C does not wait for uploads
 
     return _attempt(run_dir, action)
 
@@ -198,7 +197,7 @@ def register(run_dir: Path, name: str, alias: str) -> str | None:
         if state.model_uri is None or state.run_id is None:
             raise UserError(f"{run_dir} has no exported model in MLflow")
         client = server.connect(tracking_uri(run_dir))
-        made.append(server.register_model(client, state.run_id, state.model_uri, name, alias))
+        made.append(registry.register_model(client, state.run_id, state.model_uri, name, alias))
 
     return made[0] if _attempt(run_dir, action) else None
 
@@ -210,24 +209,25 @@ def _attempt(run_dir: Path, action: Callable[[], object], strict: bool = False) 
     """Runs `action`; a fault becomes False and, once for each RUN, a warning."""
     run_dir = run_dir.expanduser().absolute()
     try:
-        action()
+        with server.settings():
+            action()
     except Exception as error:  # of any kind: tracking never stops a training
-        uri, reason = server.without_password(tracking_uri(run_dir)), server.brief(error)
+        reason = server.brief(error)
+        if not isinstance(error, UserError):
+            reason = f"{address.shown(tracking_uri(run_dir))}: {reason}"
         if strict:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{run_dir} is not in MLflow at {uri} yet ({reason}).") from error
+            raise UserError(f"{run_dir} is not in MLflow yet ({reason}).") from error
         if run_dir not in _warned:
             _warned.add(run_dir)
             log.warning(
-                f"Warning: MLflow at {uri} cannot be used ({reason}); metrics stay in the RUN, "
+                f"Warning: MLflow cannot be used ({reason}); metrics stay in the RUN, "
                 f"and `flowerray track sync {shlex.quote(str(run_dir))}` sends them later."
             )
         return False
     return True
 
 
-def _send(run_dir: Path) -> None:
+def _send(run_dir: Path, files: bool = True) -> None:
     """Sends all that MLflow lacks. A step is noted once done, and harmless if done twice."""
     state = State.read(run_dir)
     if not state.name:  # never started here
@@ -237,12 +237,17 @@ def _send(run_dir: Path) -> None:
     with filelock.FileLock(run_dir / ".mlflow.lock", timeout=2 * server.LOCK_SECONDS):
         state, uri = State.read(run_dir), tracking_uri(run_dir)
         client, experiment_id = server.open_experiment(uri, state.experiment)
-        if state.tracking_uri != uri:
-            state.store(run_dir, tracking_uri=uri, **UNSENT)
+        if state.tracking_uri != (kept := address.kept(uri)):
+            state.store(run_dir, tracking_uri=kept, **UNSENT)
         _send_run(client, state, run_dir, experiment_id)
         _send_metrics(client, state, run_dir)
-        if state.finished:
-            _send_results(client, state, run_dir)
+        if state.finished and not state.closed:
+            if state.reason:
+                client.set_tag(state.run_id, "flowerray.reason", state.reason[:5000])
+            client.set_terminated(state.run_id, status=state.finished)
+            state.store(run_dir, closed=True)
+        if state.finished and files:
+            _send_files(client, state, run_dir)
 
 
 def _send_run(client: Any, state: State, run_dir: Path, experiment_id: str) -> None:
@@ -265,8 +270,6 @@ def _send_run(client: Any, state: State, run_dir: Path, experiment_id: str) -> N
 
 def _send_metrics(client: Any, state: State, run_dir: Path) -> None:
     path = RunDir(run_dir).metrics
-    if not path.exists():
-        return
     assert state.run_id is not None
     # Where a resume rewrote the file all is sent; points that MLflow has are not doubled.
     start = state.bytes_sent if grown(path, state.bytes_sent, state.sent_mark) else 0
@@ -282,7 +285,7 @@ def _send_metrics(client: Any, state: State, run_dir: Path) -> None:
         state.store(run_dir, bytes_sent=end, sent_mark=mark(path, end))
 
 
-def _send_results(client: Any, state: State, run_dir: Path) -> None:
+def _send_files(client: Any, state: State, run_dir: Path) -> None:
     assert state.run_id is not None and state.experiment_id is not None
     exports = _exports(run_dir)
     files = [run_dir / name for name in FILES] + exports
@@ -291,12 +294,9 @@ def _send_results(client: Any, state: State, run_dir: Path) -> None:
             f for f in sorted(run_dir.iterdir()) if f.suffix in PAGES and f != note_file(run_dir)
         ]
     files += [file for folder in FOLDERS for file in sorted((run_dir / folder).rglob("*"))]
-    if not state.closed:  # before the files: they are large and may have to be sent again
-        if state.reason:
-            client.set_tag(state.run_id, "flowerray.reason", state.reason[:5000])
-        client.set_terminated(state.run_id, status=state.finished)
-        state.store(run_dir, closed=True)
-    for file in filter(Path.is_file, files):
+    for file in files:
+        if file.is_symlink() or not file.is_file():  # a link may lead anywhere
+            continue
         path, stamp = file.relative_to(run_dir), [file.stat().st_size, file.stat().st_mtime_ns]
         if state.artifacts_sent.get(str(path)) != stamp:
             folder = None if path.parent == Path(".") else str(path.parent)
@@ -307,8 +307,9 @@ def _send_results(client: Any, state: State, run_dir: Path) -> None:
         dim = RunDir(run_dir).read()["embedder"]["dim"]
         ids = state.experiment_id, state.run_id
         with server.uploading():
-            state.store(run_dir, model_uri=server.log_model(client, *ids, exports[0], dim, PYFUNC))
+            made = registry.log_model(client, *ids, exports[0], dim, PYFUNC)
+        state.store(run_dir, model_uri=made)
 
 
 def _exports(run_dir: Path) -> list[Path]:
-    return sorted(path for pattern in server.EXPORTS for path in run_dir.glob(pattern))
+    return sorted(path for pattern in registry.EXPORTS for path in run_dir.glob(pattern))

@@ -122,6 +122,8 @@ class Result(NamedTuple):
     """Epoch of the best checkpoint, counted from 1; 0 without a val split."""
     seconds: float
     """Training and validation time over all sittings."""
+    precision: str
+    """Of the forward passes: fp32 or bf16."""
 
 
 def train(
@@ -241,6 +243,7 @@ def train(
             if saves or ends_epoch or progress.step % config.log_every_steps == 0:
                 metrics = window.read()
                 metrics["train/lr"] = config.lr * schedule.factor(progress.step - 1)
+                metrics["train/bf16"] = float(precision == "bf16")
                 if harden.on:
                     metrics["train/epsilon"] = hardening.epsilon(progress.step - 1)
                 reporter.report(
@@ -263,7 +266,12 @@ def train(
         reporter.report(progress.step, progress.epoch, metrics, save, best)
 
     return Result(
-        progress.epoch, progress.step, progress.best, progress.best_epoch, progress.seconds
+        progress.epoch,
+        progress.step,
+        progress.best,
+        progress.best_epoch,
+        progress.seconds,
+        precision,
     )
 
 

@@ -9,7 +9,7 @@ from flowerray.text import typed
 def training(out: Path, summary: dict[str, Any]) -> str:
     """How a training ended and what to do next."""
     minutes, seconds = divmod(round(summary["seconds"]), 60)
-    took = f"{minutes} min {seconds:02d} s"
+    took = f"{minutes} min {seconds:02d} s, {summary['precision']}"
     lines = [f"trained   {summary['epochs']} epochs, {summary['steps']} steps, {took}"]
     selected = {"val MAP@R": "val_map_at_r", "val adversarial R@1": "val_adversarial_recall_at_1"}
     for label, name in selected.items():

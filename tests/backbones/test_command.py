@@ -15,6 +15,7 @@ from flowerray.backbones.command import survey_backbones
 from flowerray.backbones.pictures import backbones_table
 from flowerray.data.source import DataConfig
 from flowerray.errors import UserError
+from flowerray.files import read_json
 from flowerray.model.embedder import Embedder, EmbedderConfig
 
 RANDOM = BackbonesConfig(image_size=32, random_weights=True, batch_size=2, rounds=1)
@@ -43,7 +44,7 @@ def test_random_weights_are_marked_and_kept_from_front_and_choice(
     out = tmp_path / "out"
     models = ("tf_efficientnet_lite0", "test_resnet", "test_vit")
     content = measure(small_set, out, *models)
-    assert json.loads((out / "backbones.json").read_text()) == content
+    assert read_json(out / "backbones.json") == content
     weights = {row["model"]: row["weights"] for row in content["models"]}
     assert weights == dict(zip(models, ("bundled", "random", "random"), strict=True))
     assert content["random_weights"] == 2

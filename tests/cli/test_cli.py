@@ -18,6 +18,7 @@ from flowerray.cli import dispatch, options, usage
 from flowerray.cli.options import follow, given, parse_run
 from flowerray.cli.review import listing
 from flowerray.errors import UserError
+from flowerray.files import read_json
 from flowerray.text import typed
 from flowerray.training.checkpoint import load_export
 from flowerray.training.run import Run
@@ -41,9 +42,53 @@ def test_a_disk_that_is_full_is_one_sentence(
     assert said.startswith("flowerray report: a file cannot be written (No space left on device)")
 
 
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (FileNotFoundError(2, "No such file", "runs/mine/plots"), True),
+        (FileNotFoundError(2, "No such file", "elsewhere/module.json"), False),
+        (PermissionError(13, "Permission denied", "/elsewhere"), True),
+    ],
+)
+def test_only_a_users_path_is_a_users_mistake(
+    error: OSError, sentence: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that no word of the command names is missing by a fault of ours."""
+
+    def fails(_: object, words: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(cli.Command, "run", fails)
+    if sentence:
+        assert dispatch(["report", "runs/mine"]) == 2
+    else:
+        with pytest.raises(FileNotFoundError):
+            dispatch(["report", "runs/mine"])
+
+
+HANGING_UP = """
+import os, signal, sys, time
+from flowerray import cli
+def work(_, words):
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(10)
+    finally:
+        open(words[0], "w").write("ended in order")
+cli.Command.run = work
+cli.main(["report", sys.argv[1]])
+"""
+
+
+def test_a_closed_terminal_ends_a_command_as_ctrl_c_does(tmp_path: Path) -> None:
+    note = tmp_path / "note"
+    done = subprocess.run([sys.executable, "-c", HANGING_UP, str(note)], capture_output=True)
+    assert note.read_text() == "ended in order" and done.returncode == cli.INTERRUPTED
+
+
 def test_init_takes_what_mlflow_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(
-        "flowerray.tracking.server.resolve", lambda name: tmp_path / f"{name[8:]}.pth"
+        "flowerray.tracking.registry.resolve", lambda name: tmp_path / f"{name[8:]}.pth"
     )
     run = small(tmp_path).model_copy(update={"init": Path("models:/flowerray-center@champion")})
     assert options.absolute(run).init == tmp_path / "flowerray-center@champion.pth"
@@ -246,7 +291,7 @@ def test_trainval_follows_its_official_run(small_run: Path, tmp_path: Path) -> N
     assert run.train.epochs == found["best_epoch"] and run.threshold == found["threshold"]
     out = tmp_path / "trainval"
     assert dispatch(["train", "triplet", "--from", str(small_run), "--out", str(out)]) == 0
-    assert json.loads((out / "thresholds.json").read_text()) == {
+    assert read_json(out / "thresholds.json") == {
         "threshold": found["threshold"], "fitted_on": "given", "best_epoch": found["best_epoch"],
     }  # fmt: skip
     with pytest.raises(UserError, match="has to be an official run of center"):

@@ -116,7 +116,7 @@ def test_similar_and_search(say: Say, run: Path, small_set: Path, tmp_path: Path
     a, b = (small_set / "jpg" / f"image_{n:05d}.jpg" for n in (1, 80))
     assert "same class" in say("similar", run, a, a)[0]
     found = json.loads(say("similar", run, a, b, "--json")[0])
-    assert found.keys() == {"similarity", "threshold", "same"}
+    assert found.keys() == {"schema_version", "similarity", "threshold", "same"}
 
     gallery = tmp_path / "flat"
     gallery.mkdir()

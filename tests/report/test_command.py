@@ -136,7 +136,7 @@ def test_the_command_line(runs: Path, out: Path, capsys: pytest.CaptureFixture[s
 def test_the_runs_of_an_experiment(
     small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flowerray.tracking.server import experiment_runs
+    from flowerray.tracking.registry import experiment_runs
     from flowerray.tracking.state import tracking_uri
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(small_run))

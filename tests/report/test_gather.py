@@ -1,5 +1,6 @@
 """Which runs are found, and which numbers may stand together."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -61,7 +62,9 @@ def test_a_copy_of_a_run_is_no_other_seed(tmp_path: Path) -> None:
     assert [run.folder.path for run in setting.runs] == [again, other]
     assert f"Left out, since another run has the same options and seed: {first}." in setting.notes
     (first / "evaluation").mkdir(exist_ok=True)
-    (first / "evaluation" / "val.json").write_text("{}")  # that one was measured once more
+    # that one was measured once more
+    measured = {"metrics": {}, "split": "val", "gallery": "train", "per_query": {}, "queries": []}
+    (first / "evaluation" / "val.json").write_text(json.dumps(measured))
     (setting,) = group([read_run(path) for path in (again, first, other)])
     assert [run.folder.path for run in setting.runs] == [first, other]
     (first / "evaluation" / "val.json").unlink()

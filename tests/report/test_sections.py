@@ -203,8 +203,10 @@ def test_explanations(tmp_path: Path) -> None:
     root = photographs(run / "explanations")
     row = {"energy": {"mean": 0.5, "low": 0.4, "high": 0.6}}
     content = {
-        "images": 9, "split": "test", "scores": {"chosen": row, "edges": row},
-        "chosen": {"method": "gradcam", "layer": "blocks.6", "on": "val", "images": 4},
+        "run": "runs/a", "images": 9, "split": "test", "scores": {"chosen": row, "edges": row},
+        "chosen": {
+            "method": "gradcam", "layer": "blocks.6", "norm": "free", "on": "val", "images": 4,
+        },
         "sanity": {"chosen": {"swap": {"value": 0.9, "passed": False, "rule": "below 0.5"}}},
     }  # fmt: skip
     (root / "faithfulness.json").write_text(json.dumps(content))

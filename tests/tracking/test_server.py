@@ -17,7 +17,7 @@ from PIL import Image
 from flowerray.errors import UserError
 from flowerray.tracking import server as tracking_server
 from flowerray.tracking import sync
-from flowerray.tracking.server import resolve
+from flowerray.tracking.registry import resolve
 from flowerray.tracking.state import State, run_id, tracking_uri
 from tests.tracking.tracked import RUN, client, make_run
 
@@ -58,7 +58,7 @@ def test_a_fresh_database_is_opened_by_one_driver_at_a_time(
 
 RACE = """
 import sys, time, pathlib
-from flowerray import tracking
+from flowerray.tracking import sync
 import mlflow
 ready, go, run = map(pathlib.Path, sys.argv[1:])
 ready.touch()
@@ -95,7 +95,8 @@ def test_four_drivers_prepare_at_once(tmp_path: Path) -> None:
 
 FLOW = """
 import sys, pathlib
-from flowerray import tracking
+from flowerray.tracking import sync
+from flowerray.tracking.registry import resolve
 run = pathlib.Path(sys.argv[1])
 with sync.LiveTracking(run):
     pass
