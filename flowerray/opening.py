@@ -107,4 +107,9 @@ def embed_files(embedder: Embedder, files: Sequence[Path]) -> NDArray[np.float64
     images = [torch.as_tensor(eval_image(file, embedder.image_size)) for file in files]
     with torch.inference_mode():
         emb_ND = embedder(torch.stack(images).to(device).float() / 255)
+    if not emb_ND.isfinite().all():
+        raise UserError(
+            "the model gives embeddings that are not finite numbers: its training diverged, or its "
+            "file is damaged; use another checkpoint."
+        )
     return emb_ND.cpu().numpy().astype(np.float64)

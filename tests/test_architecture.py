@@ -18,7 +18,7 @@ ROOT = PACKAGE.parent
 # folder too. "folder: files" is a folder with its files in their order.
 FLOORS = [
     "errors text system memory description",
-    "config files pool statistics",
+    "config files pool statistics cache",
     "model: fold embedder averages precision",
     "rendered: species sprites scenery painter synthetic",
     "attacks: pgd logits objectives library bank",
@@ -41,8 +41,8 @@ FLOORS = [
     "comparison: plan pictures command",
     "backbones: bench remote pictures command",
     "serve: pyfunc",
-    "cli: options attack backbones compare data explain explore report retrieval review training"
-    " tune",
+    "cli: options attack backbones cache compare data explain explore report retrieval review"
+    " training tune",
 ]
 
 

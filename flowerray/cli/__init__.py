@@ -62,6 +62,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "explain": Command("explain", "explain", "why two photographs are alike, by maps and concepts"),
     "report": Command("report", "report", "one HTML page on a set of runs"),
+    "cache": Command("cache", "cache", "what is kept to save time, and what of it may go"),
     "track": Command("review", "track", "send a run to MLflow that it did not get"),
 }
 

@@ -53,6 +53,8 @@ def decode(source: Path | bytes) -> Image.Image:
     Raises:
         UserError: missing, damaged, cut short, or no image.
     """
+    if isinstance(source, str):  # a model that 0.1.0 logged hands on what its server was sent
+        raise UserError("An image is the bytes of its file, or a Path; a text is neither.")
     image = _decode(source)
     if isinstance(image, str):
         name = "The given bytes" if isinstance(source, bytes) else str(source)

@@ -2,13 +2,15 @@
 
     <key>/pixels.bin   the images one after the other, uint8 HWC
           index.npy    int64 (N, 3): offset in pixels.bin, height, width
-          meta.json    version, shorter side, count, bytes, fingerprint
+          checks.npy   uint32 (N,): CRC-32 of each image's pixels
+          meta.json    version, shorter side, count, bytes, fingerprint, CRC-32 of the other two
 
 Letters: N images, B of a batch, C H W an image.
 """
 
-import json
+import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,7 +18,7 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from shutil import rmtree
-from typing import Any, TypeVar
+from typing import Any, NotRequired, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +26,9 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
+from flowerray.cache import touch
 from flowerray.data.images import (
     centre_crop,
     decoding_map,
@@ -34,7 +38,7 @@ from flowerray.data.images import (
     resize_side,
 )
 from flowerray.errors import UserError
-from flowerray.files import atomic_file, atomic_folder, home, write_json
+from flowerray.files import atomic_file, atomic_folder, home, read_kept, write_json
 from flowerray.pool import leave_unguarded
 
 __all__ = ["Store", "build_store", "eval_image", "load_image", "resize_side"]
@@ -45,6 +49,17 @@ T = TypeVar("T")
 _NAMED = 10  # bad files that an error lists
 _SETTLED = 2 * 10**9
 """Nanoseconds after which another change shows in a file's time: such clocks tick slowly."""
+
+
+class Meta(TypedDict):
+    """meta.json."""
+
+    version: int
+    side: int
+    count: int
+    bytes: int
+    fingerprint: str
+    crc: NotRequired[dict[str, int]]
 
 
 class Store:
@@ -62,6 +77,9 @@ class Store:
         """Hash of the source files' bytes in their order, the side and the version."""
         self._index_N3 = np.load(self.folder / "index.npy")
         self._pixels = np.asarray(np.memmap(self.folder / "pixels.bin", np.uint8, "r"))
+        self._checks_N = self._read_checks()
+        self._unchecked_N = np.ones(len(self), bool)
+        touch(self.folder / "meta.json")
 
     @classmethod
     def open(cls, folder: Path) -> "Store":
@@ -80,9 +98,35 @@ class Store:
         return Store, (self.folder,)
 
     def image(self, i: int) -> NDArray[np.uint8]:
-        """Image i, a read-only HWC view."""
+        """Image i, a read-only HWC view; checked when it is first read.
+
+        Raises:
+            UserError: its pixels are not those that were written.
+        """
         offset, height, width = (int(value) for value in self._index_N3[i])
-        return self._pixels[offset : offset + height * width * 3].reshape(height, width, 3)
+        pixels = self._pixels[offset : offset + height * width * 3]
+        if self._unchecked_N[i]:
+            if zlib.crc32(pixels.data) != self._checks_N[i]:
+                (self.folder / "meta.json").unlink(missing_ok=True)  # so that it is built again
+                raise UserError(
+                    f"{self.folder} is damaged (a failing disk?): call the command again, which "
+                    "decodes the photographs again."
+                )
+            self._unchecked_N[i] = False
+        return pixels.reshape(height, width, 3)
+
+    def _read_checks(self) -> NDArray[np.uint32]:
+        file = self.folder / "checks.npy"
+        if file.exists():
+            found: NDArray[np.uint32] = np.load(file)
+            return found
+        sizes_N = self._index_N3[:, 1:].prod(axis=1) * 3  # a store of 0.1.0
+        ends_N = self._index_N3[:, 0] + sizes_N
+        parts = zip(self._index_N3[:, 0], ends_N, strict=True)
+        checks_N = np.array([zlib.crc32(self._pixels[a:b].data) for a, b in parts], np.uint32)
+        with suppress(OSError), atomic_file(file) as temporary, temporary.open("wb") as opened:
+            np.save(opened, checks_N)
+        return checks_N
 
     def centre(self, indices: Sequence[int] | NDArray[np.int64], size: int) -> Tensor:
         """Centre crops of `size` pixels: uint8 BCHW, in channels_last memory.
@@ -165,14 +209,16 @@ def _key(paths: list[Path], shorter_side: int, progress: bool) -> str:
     facts = f"{STORE_VERSION} {shorter_side} {stamps}"
     name = blake2b(facts.encode(errors="surrogateescape"), digest_size=16).hexdigest()
     note = home() / "stores" / "known" / name
-    with suppress(OSError):
-        return note.read_text()
+    with suppress(OSError, ValueError):
+        known, check = note.read_text().split()
+        if int(check, 16) == zlib.crc32(known.encode()):
+            return known
     key = _content_key(paths, shorter_side, progress)
     if changed < time.time_ns() - _SETTLED:
         with suppress(OSError):  # it would only have saved time
             note.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(note) as temporary:
-                temporary.write_text(key)
+                temporary.write_text(f"{key} {zlib.crc32(key.encode()):08x}")
     return key
 
 
@@ -227,7 +273,7 @@ def _write(
     progress: bool,
     processes: int | None,
 ) -> None:
-    index_N3 = np.zeros((len(paths), 3), np.int64)
+    index_N3, checks_N = np.zeros((len(paths), 3), np.int64), np.zeros(len(paths), np.uint32)
     faults: list[str | None] = []
     offset = 0
     bar = tqdm(
@@ -238,17 +284,21 @@ def _write(
         for image in run(partial(load_or_fault, shorter_side=shorter_side), paths):
             faults.append(image if isinstance(image, str) else None)
             if not isinstance(image, str):
+                pixels = np.ascontiguousarray(image)
                 index_N3[len(faults) - 1] = offset, *image.shape[:2]
-                offset += file.write(np.ascontiguousarray(image).data)
+                checks_N[len(faults) - 1] = zlib.crc32(pixels.data)
+                offset += file.write(pixels.data)
             bar.update()
     _refuse_bad(paths, faults)
     np.save(folder / "index.npy", index_N3)
+    np.save(folder / "checks.npy", checks_N)
     meta = {
         "version": STORE_VERSION,
         "side": shorter_side,
         "count": len(paths),
         "bytes": offset,
         "fingerprint": key,
+        "crc": {name: _crc(folder / name) for name in ("index.npy", "checks.npy")},
     }
     write_json(folder / "meta.json", meta)
 
@@ -265,15 +315,21 @@ def _refuse_bad(paths: list[Path], faults: list[str | None]) -> None:
 
 def _read_meta(folder: Path) -> dict[str, Any] | None:
     """A store's meta.json, or None where its files are absent or not as they were written."""
+    meta: dict[str, Any] | None = read_kept(folder / "meta.json", Meta)
+    if meta is None or meta["version"] != STORE_VERSION:
+        return None
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        intact = all(_crc(folder / name) == crc for name, crc in meta.get("crc", {}).items())
         index_N3 = np.load(folder / "index.npy")
         size = (folder / "pixels.bin").stat().st_size
-    except (OSError, ValueError, EOFError):
-        return None
-    whole = (
-        meta.get("version") == STORE_VERSION
-        and size == meta["bytes"] == int(index_N3[:, 1:].prod(axis=1).sum() * 3)
-        and len(index_N3) == meta["count"]
-    )
-    return meta if whole else None
+        whole = size == meta["bytes"] == int(index_N3[:, 1:].prod(axis=1).sum() * 3)
+        whole = whole and len(index_N3) == meta["count"]
+    except (OSError, ValueError, EOFError, IndexError):
+        intact = whole = False
+    if not (intact and whole):
+        print(f"{folder} is damaged, and is made again", file=sys.stderr)
+    return meta if intact and whole else None
+
+
+def _crc(file: Path) -> int:
+    return zlib.crc32(file.read_bytes())

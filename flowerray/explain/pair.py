@@ -1,6 +1,5 @@
 """`flowerray explain RUN A.jpg B.jpg`: one picture of why two photographs are alike or not."""
 
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
+from flowerray import cache
 from flowerray.data.images import eval_image, resize_side
 from flowerray.data.store import build_store
 from flowerray.errors import UserError
@@ -18,8 +18,8 @@ from flowerray.explain.cam import HEAD_METHODS, METHODS, Explainer, MethodName, 
 from flowerray.explain.concepts import Concepts, ConceptsConfig, fit_concepts, shared
 from flowerray.explain.draw import ConceptStrip, Pair, best_matches, draw_pair
 from flowerray.explain.layers import find_layers
-from flowerray.files import atomic_file, read_json, refuse_unwritable
-from flowerray.model.precision import full_precision
+from flowerray.files import read_json, refuse_unwritable
+from flowerray.model.precision import device_name, full_precision
 from flowerray.opening import Model
 from flowerray.text import file_name
 from flowerray.tracking import sync
@@ -193,20 +193,17 @@ def run_concepts(model: Model, folder: Path, config: ConceptsConfig, quiet: bool
     split = "train" if "train" in dataset.splits else "test"
     paths = [dataset.paths[i] for i in dataset.splits[split]]
     store = build_store(paths, resize_side(model.embedder.image_size), progress=not quiet)
-    digest = blake2b(f"{store.fingerprint} {config.model_dump_json()}".encode(), digest_size=8)
-    for name, value in model.embedder.state_dict().items():
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
-    file = folder / f"concepts-{digest.hexdigest()}.npz"
-    if file.exists():
-        with np.load(file) as kept:
-            return Concepts(kept["basis"], kept["crops"], float(kept["explained"]))
+    device = device_name(next(model.embedder.parameters()).device)
+    facts = store.fingerprint, config.model_dump_json()
+    digest = cache.key(model.embedder.state_dict(), device, *facts)
+    file = folder / f"concepts-{digest}.npz"
+    if (kept := cache.read_arrays(file)) is not None:
+        return Concepts(kept["basis"], kept["crops"], float(kept["explained"]))
     total = min(config.images, len(store))
     with tqdm(total=total, unit="img", desc="concepts", disable=quiet or None) as bar:
         found = fit_concepts(model.embedder, store, config, bar.update)
-    with atomic_file(file) as temporary, temporary.open("wb") as opened:
-        np.savez_compressed(
-            opened, basis=found.basis_KF, crops=found.crops_KMPP3, explained=found.explained
-        )
+    explained = np.asarray(found.explained)
+    cache.write_arrays(file, basis=found.basis_KF, crops=found.crops_KMPP3, explained=explained)
     return found
 
 

@@ -30,6 +30,11 @@ def full_precision() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = kept
 
 
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the model of a GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def faster_precision(embedder: Embedder, device: torch.device) -> Literal["fp32", "bf16"]:
     """Times training steps in fp32 and in bf16 autocast, interleaved, and keeps the answer in
     FLOWERRAY_HOME.
@@ -37,9 +42,8 @@ def faster_precision(embedder: Embedder, device: torch.device) -> Literal["fp32"
     The key is backbone, image size, device, torch version and thread count. On CPUs bf16 slows
     depthwise models down and nearly doubles ResNets' speed, so no rule of thumb replaces the
     measurement."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     config = embedder.config
-    where = f"{name} torch{torch.__version__} {torch.get_num_threads()}t"
+    where = f"{device_name(device)} torch{torch.__version__} {torch.get_num_threads()}t"
     key = f"{config.backbone} {config.image_size} {where}"
     memory = home() / "precision.json"
     with locked(memory):  # others wait: they would disturb the measurement, and may use it

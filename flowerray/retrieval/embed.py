@@ -3,7 +3,6 @@
 Letters: N images, B of a batch, C H W an image, D embedding dimensions, F backbone features.
 """
 
-import hashlib
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
@@ -15,10 +14,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowerray import cache
 from flowerray.data.store import Store
-from flowerray.files import atomic_file
+from flowerray.errors import UserError
 from flowerray.model.embedder import Embedder
-from flowerray.model.precision import full_precision
+from flowerray.model.precision import device_name, full_precision
 
 
 class Images(Protocol):
@@ -139,23 +139,29 @@ def _kept(
     frozen: bool,
     progress: Callable[[int], object] | None,
 ) -> NDArray[np.float32]:
-    """The file's name holds a hash of what decides its content: the backbone's name, the weights,
-    how pixels are normalised, and the image size.
-    """
+    """The file's name holds a hash of what decides its content; see `cache.key`."""
+    device = next(embedder.parameters()).device
     normalised = (embedder.mean.flatten().tolist(), embedder.std.flatten().tolist())
-    facts = repr((embedder.config.backbone, *normalised, embedder.image_size))
-    digest = hashlib.blake2b(facts.encode(), digest_size=8)
-    weights = embedder.backbone if frozen else embedder
-    for name, value in weights.state_dict().items():
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
-    file = store.folder / f"{'features' if frozen else 'embeddings'}-{digest.hexdigest()}.npy"
-    if file.exists():
-        emb_ND: NDArray[np.float32] = np.load(file)
+    facts = embedder.config.backbone, *normalised, embedder.image_size
+    weights = (embedder.backbone if frozen else embedder).state_dict()
+    kind = "features" if frozen else "embeddings"
+    file = store.folder / f"{kind}-{cache.key(weights, device_name(device), *facts)}.npz"
+    kept = cache.read_arrays(file)
+    if kept is not None and "emb" in kept and len(kept["emb"]) == len(store):
         if progress is not None:
             progress(len(store))
-        return emb_ND
+        return kept["emb"]
     emb_ND = embed(embedder, store, batch_size=batch_size, frozen=frozen, progress=progress)
+    refuse_damaged(emb_ND)
     with suppress(OSError):  # it only saves time
-        with atomic_file(file) as temporary, temporary.open("wb") as opened:
-            np.save(opened, emb_ND)
+        cache.write_arrays(file, emb=emb_ND)
     return emb_ND
+
+
+def refuse_damaged(emb_ND: NDArray[np.floating]) -> None:
+    """Raises UserError where embeddings are not finite: no similarity to them is an answer."""
+    if not np.isfinite(emb_ND).all():
+        raise UserError(
+            "the model gives embeddings that are not finite numbers: its training diverged, or its "
+            "file is damaged; use another checkpoint."
+        )

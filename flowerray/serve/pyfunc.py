@@ -4,6 +4,8 @@ MLflow stores and runs this file (models-from-code). flowerray itself has to be 
 serves: `mlflow models serve --env-manager local -m models:/...`.
 """
 
+import base64
+from contextlib import suppress
 from typing import Any
 
 import mlflow
@@ -14,6 +16,7 @@ from mlflow.pyfunc import PythonModel
 from numpy.typing import NDArray
 
 from flowerray.data.store import eval_image
+from flowerray.errors import UserError
 from flowerray.opening import load
 
 BATCH = 64  # images embedded at once
@@ -35,9 +38,9 @@ class EmbedderModel(PythonModel):
             Unit-norm embeddings, float32 (N, D).
 
         Raises:
-            flowerray.errors.UserError: bytes that are no image.
+            flowerray.errors.UserError: no bytes, or bytes that are no image.
         """
-        files = list(model_input["image"])
+        files = [_bytes(content) for content in model_input["image"]]
         embeddings = [np.zeros((0, self.embedder.dim), np.float32)]
         for start in range(0, len(files), BATCH):
             size = self.embedder.image_size
@@ -45,6 +48,20 @@ class EmbedderModel(PythonModel):
             with torch.inference_mode():
                 embeddings.append(self.embedder(torch.from_numpy(images) / 255).numpy())
         return np.concatenate(embeddings)
+
+
+def _bytes(content: object) -> bytes:
+    """An image file's bytes. MLflow's server hands text on as it came, where a form of input has no
+    other way: then it is their base64, never a path on the server.
+    """
+    if isinstance(content, str):
+        with suppress(ValueError):
+            return base64.b64decode(content, validate=True)
+    if isinstance(content, bytes | bytearray | memoryview):
+        return bytes(content)
+    raise UserError(
+        "an image is given by the bytes of its file (in JSON their base64), not by path."
+    )
 
 
 mlflow.models.set_model(EmbedderModel())

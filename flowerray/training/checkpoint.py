@@ -5,6 +5,7 @@ is one `.pth` file that `torch.load(file, weights_only=True)` reads: embedder, m
 threshold, classes."""
 
 import json
+import math
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,7 +22,14 @@ from flowerray.model.embedder import Embedder, EmbedderConfig
 
 STATE = "state.pt"
 RUN = "run.json"
-OTHERS = "go on with another one (checkpoints/best, checkpoints/last)"
+OTHERS = (
+    "go on with the other one of checkpoints/best and checkpoints/last: put a copy of it in its "
+    "place, then --resume"
+)
+AGAIN = (
+    "use another one; of a RUN with its checkpoints, remove this file and thresholds.json, and "
+    "--resume writes them again"
+)
 EXPORT_KEYS = {"embedder", "method", "run", "threshold", "classes"}
 
 
@@ -69,7 +77,7 @@ def load_state(folder: Path, device: torch.device | str = "cpu") -> dict[str, An
     Raises:
         UserError: the folder holds no readable checkpoint.
     """
-    return _load(folder / STATE, device)
+    return _load(folder / STATE, device, OTHERS)
 
 
 def export(
@@ -133,13 +141,14 @@ def load_export(run_or_file: str | Path) -> dict[str, Any]:
         UserError: nothing there, or not a flowerray export.
     """
     file = export_file(Path(run_or_file).expanduser())
-    content = _load(file, "cpu")
+    content = _load(file, "cpu", AGAIN)
     if not isinstance(content, dict) or set(content) != EXPORT_KEYS:
         raise UserError(f"{file} is not a flowerray model (expected keys {sorted(EXPORT_KEYS)}).")
     try:
         run = dict(json.loads(content["run"]))
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is not a flowerray model: its run cannot be read.") from error
+    _refuse_infinite(file, content["embedder"], content["threshold"])
     return {**content, "dataset": run.pop("dataset", None), "run": run}
 
 
@@ -192,8 +201,13 @@ def load_embedder(run_or_file: str | Path) -> Embedder:
     return build_embedder(load_export(run_or_file))
 
 
-def _load(file: Path, device: torch.device | str) -> Any:
+def _load(file: Path, device: torch.device | str, advice: str) -> Any:
+    """Tensors of a file, whose checksums are compared first: torch itself does not."""
     try:
+        with zipfile.ZipFile(file) as parts:
+            damaged = parts.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile("its content is not what was written")
         return torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{file}: no checkpoint there.") from None
@@ -203,6 +217,10 @@ def _load(file: Path, device: torch.device | str) -> Any:
             reason = "it holds other things than tensors"
         elif file.is_file() and not zipfile.is_zipfile(file):
             reason = "it is none, or was cut short"
-        raise UserError(
-            f"{file} cannot be read as a checkpoint ({reason}): use another one."
-        ) from error
+        raise UserError(f"{file} cannot be read as a checkpoint ({reason}): {advice}.") from error
+
+
+def _refuse_infinite(file: Path, tensors: dict[str, Tensor], threshold: float) -> None:
+    finite = all(v.isfinite().all() for v in tensors.values() if isinstance(v, Tensor))
+    if not (finite and math.isfinite(threshold) and abs(threshold) <= 1):
+        raise UserError(f"{file} has weights or a threshold that are no numbers: {AGAIN}.")

@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -305,7 +307,11 @@ def test_the_key_follows_content_side_and_order(paths: list[Path]) -> None:
     assert len({store.fingerprint, *others}) == 4
 
 
-@pytest.mark.parametrize("damage", ["cut pixels", "longer pixels", "no meta", "no index", "index"])
+@pytest.mark.parametrize(
+    "damage",
+    ["cut pixels", "longer pixels", "no meta", "meta", "meta of another kind", "no index", "index",
+     "a bit of the index", "a bit of the checks"],
+)  # fmt: skip
 def test_a_damaged_store_is_found_and_built_again(paths: list[Path], damage: str) -> None:
     store = build(paths)
     expected = (store.folder / "pixels.bin").read_bytes()
@@ -317,11 +323,72 @@ def test_a_damaged_store_is_found_and_built_again(paths: list[Path], damage: str
         (store.folder / "meta.json").unlink()
     elif damage == "no index":
         (store.folder / "index.npy").unlink()
-    else:
+    elif damage == "index":
         (store.folder / "index.npy").write_bytes(b"")
+    elif damage.startswith("meta"):
+        (store.folder / "meta.json").write_text("[]" if "kind" in damage else '{"version": 1, "si')
+    else:
+        flip(store.folder / ("index.npy" if "index" in damage else "checks.npy"), -1)
     with pytest.raises(UserError, match="no complete store"):
         Store.open(store.folder)
     assert (build(paths).folder / "pixels.bin").read_bytes() == expected
+
+
+def flip(file: Path, position: int, bit: int = 0) -> None:
+    """One bit of a file, as a disk or a memory flips it."""
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1 << bit
+    file.write_bytes(data)
+
+
+def test_a_flipped_bit_of_a_photograph_is_noticed_and_mended_by_the_next_call(
+    paths: list[Path],
+) -> None:
+    store = build(paths)
+    expected = (store.folder / "pixels.bin").read_bytes()
+    flip(store.folder / "pixels.bin", 100, bit=7)
+    damaged = build(paths)
+    damaged.image(len(paths) - 1)  # whose pixels are whole
+    with pytest.raises(UserError, match="is damaged .* call the command again"):
+        damaged.centre(np.arange(len(paths)), 16)
+    assert (build(paths).folder / "pixels.bin").read_bytes() == expected
+    build(paths).padded(np.arange(len(paths)))
+
+
+def test_a_store_of_0_1_0_has_no_checks_and_gets_them(paths: list[Path]) -> None:
+    store = build(paths)
+    (store.folder / "checks.npy").unlink()
+    meta = json.loads((store.folder / "meta.json").read_text())
+    del meta["crc"], meta["schema_version"]
+    (store.folder / "meta.json").write_text(json.dumps(meta))
+    before = (store.folder / "pixels.bin").stat().st_mtime_ns
+    older = build(paths)
+    assert older.fingerprint == store.fingerprint
+    assert (older.folder / "pixels.bin").stat().st_mtime_ns == before, "not decoded again"
+    flip(store.folder / "pixels.bin", 0)
+    with pytest.raises(UserError, match="is damaged"):
+        Store(store.folder).image(0)
+
+
+@pytest.mark.parametrize("note", ["", "[]", "0" * 32, f"{'0' * 32} 00000000"])
+def test_a_damaged_note_of_known_files_is_no_key(paths: list[Path], note: str) -> None:
+    for path in paths:
+        os.utime(path, (1e9, 1e9))
+    key = store._key(paths, 18, False)
+    for file in (home() / "stores" / "known").glob("*"):
+        file.write_text(note)
+    assert store._key(paths, 18, False) == key
+
+
+def test_importing_leaves_the_host_programs_warnings(tmp_path: Path) -> None:
+    program = "import warnings\nbefore = list(warnings.filters)\nimport flowerray.data.images\n"
+    program += "assert not [f for f in warnings.filters if f not in before and 'PIL' in str(f)]"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_text_is_no_photograph(paths: list[Path]) -> None:
+    with pytest.raises(UserError, match="a text is neither"):
+        eval_image(str(paths[0]), 16)  # type: ignore[arg-type]
 
 
 def test_a_store_of_another_version_is_not_opened(paths: list[Path]) -> None:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from flowerray.retrieval.embed import embed, frozen_features
+from flowerray import cache
+from flowerray.errors import UserError
+from flowerray.retrieval.embed import embed, frozen_features, kept_embeddings
 from tests.robustness.fakes import SIZE, store_of, tiny_embedder
 
 
@@ -92,6 +94,51 @@ def test_frozen_features_are_kept_for_these_weights_only(images: NDArray[np.uint
         cast(Any, embedder).backbone[0].weight.add_(0.1)
     with pytest.raises(TypeError):
         frozen_features(embedder, store)
+
+
+def test_kept_arrays_that_are_damaged_are_made_again(
+    images: NDArray[np.uint8], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, embedder = store_of(images), tiny_embedder()
+    first = kept_embeddings(embedder, store)
+    (file,) = store.folder.glob("embeddings-*.npz")
+    whole = file.read_bytes()
+    rng = np.random.default_rng(0)
+    content = whole.index(first.tobytes()[:64])
+    flipped = [bytearray(whole) for _ in range(20)]
+    for data, position in zip(flipped, rng.integers(0, first.nbytes, 20), strict=True):
+        data[content + position] ^= 1 << int(rng.integers(8))
+    for damaged in [b"", b"\x93NUMPY", whole[: len(whole) // 2], *map(bytes, flipped)]:
+        file.write_bytes(damaged)
+        assert np.array_equal(kept_embeddings(embedder, store), first)
+        assert f"{file} is damaged, and is made again" in capsys.readouterr().err
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("changed", ["torch", "timm", "flowerray", "device"])
+def test_kept_arrays_know_what_made_them(
+    changed: str, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, embedder = store_of(images), tiny_embedder()
+    kept_embeddings(embedder, store)
+    if changed == "flowerray":
+        monkeypatch.setattr(cache, "VERSION", "99")
+    elif changed == "device":
+        monkeypatch.setattr("flowerray.retrieval.embed.device_name", lambda _: "another")
+    else:
+        known = cache.installed
+        monkeypatch.setattr(cache, "installed", lambda p: "99" if p == changed else known(p))
+    kept_embeddings(embedder, store)
+    assert len(list(store.folder.glob("embeddings-*.npz"))) == 2
+
+
+def test_embeddings_that_are_no_numbers_are_no_answer(images: NDArray[np.uint8]) -> None:
+    store, embedder = store_of(images), tiny_embedder()
+    with torch.no_grad():
+        embedder.projection.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match="not finite numbers"):
+        kept_embeddings(embedder, store)
+    assert not list(store.folder.glob("embeddings-*"))
 
 
 @pytest.mark.parametrize("what", ["mean", "backbone"])

@@ -1,15 +1,19 @@
 """Checkpoints and exports."""
 
 import json
+import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import flowerray
 from flowerray import methods
 from flowerray.errors import UserError
+from flowerray.files import read_json
 from flowerray.methods._base import Method
 from flowerray.model.embedder import Embedder, EmbedderConfig
 from flowerray.training import checkpoint
@@ -95,9 +99,50 @@ def test_state_survives_exactly(tmp_path: Path) -> None:
     checkpoint.save_state(tmp_path, state, {"run": 1})
     read = checkpoint.load_state(tmp_path)
     assert torch.equal(read["weights"], state["weights"]) and read["progress"] == state["progress"]
-    assert json.loads((tmp_path / "run.json").read_text()) == {"run": 1}
+    assert read_json(tmp_path / "run.json") == {"run": 1}
     with pytest.raises(UserError, match="no checkpoint there"):
         checkpoint.load_state(tmp_path / "none")
+
+
+def test_a_flipped_bit_or_a_cut_is_noticed(method: Method, run: Run, tmp_path: Path) -> None:
+    """torch.load reads both without a word."""
+    export = write(tmp_path / "best_model_center_loss.pth", method, run)
+    checkpoint.save_state(tmp_path, {"weights": torch.randn(500)}, {"run": 1})
+    rng = np.random.default_rng(0)
+    for file, load, advice in (
+        (export, lambda: checkpoint.load_export(export), "--resume writes them again"),
+        (tmp_path / "state.pt", lambda: checkpoint.load_state(tmp_path), "checkpoints/best"),
+    ):
+        whole = file.read_bytes()
+        with zipfile.ZipFile(file) as parts:
+            tensors = [p for p in parts.infolist() if "/data/" in p.filename and p.file_size]
+        damaged = [whole[:length] for length in (0, 10, len(whole) // 2, len(whole) - 1)]
+        for part in rng.choice(np.array(tensors, object), 12):
+            data = bytearray(whole)
+            names = part.header_offset + 26  # lengths of the name and of what pads the header
+            padded = np.frombuffer(whole[names : names + 4], "<u2").sum(dtype=int)
+            start = part.header_offset + 30 + int(padded)
+            data[start + int(rng.integers(part.file_size))] ^= 1 << int(rng.integers(8))
+            damaged.append(bytes(data))
+        for content in damaged:
+            file.write_bytes(content)
+            with pytest.raises(UserError, match=f"cannot be read as a checkpoint .*{advice}"):
+                load()
+        file.write_bytes(whole)
+        load()
+
+
+def test_a_model_of_no_numbers_is_refused(method: Method, run: Run, tmp_path: Path) -> None:
+    file = write(tmp_path / "best_model_center_loss.pth", method, run)
+    content = torch.load(file, weights_only=True)
+    content["threshold"] = math.nan
+    torch.save(content, file)
+    with pytest.raises(UserError, match="weights or a threshold that are no numbers"):
+        checkpoint.load_export(file)
+    next(iter(content["embedder"].values())).view(-1)[0] = math.inf
+    torch.save({**content, "threshold": 0.5}, file)
+    with pytest.raises(UserError, match="weights or a threshold that are no numbers"):
+        checkpoint.load_export(file)
 
 
 class Harmful:
