@@ -31,7 +31,7 @@ from flowerray.errors import UserError
 from flowerray.files import only_driver, read_json, read_kept, write_json, writing
 from flowerray.opening import open_model
 from flowerray.retrieval.command import as_record, evaluate_frozen, keep, run_measure
-from flowerray.retrieval.measure import EvaluateConfig
+from flowerray.retrieval.measure import EvaluateConfig, Evaluation
 from flowerray.tracking import sync
 
 ELSEWHERE = ("cpus", "gpus")
@@ -179,7 +179,7 @@ def protocol_results(
     dataset = open_dataset(data, progress=not quiet)
     device = pick_device("cuda" if config.gpus and torch.cuda.is_available() else "cpu")
     floor = out / f"frozen-{protocol}.json"
-    if (frozen := read_kept(floor)) is None:
+    if (frozen := read_kept(floor, Evaluation)) is None:
         began = time.perf_counter()
         measurement = evaluate_frozen(config.embedder, data, EvaluateConfig(), device, quiet)
         frozen = as_record(measurement, dataset.root, time.perf_counter() - began)
@@ -207,7 +207,7 @@ def record_of(
     RUN and in MLflow, where it is not there.
     """
     file = folder / "evaluation" / "test.json"
-    if (found := read_kept(file)) is not None:
+    if (found := read_kept(file, Evaluation)) is not None:
         if all(found.get(key) == like[key] for key in ("gallery", "queries")):
             return found
     model = open_model(str(folder), device)

@@ -1,7 +1,5 @@
 """`report`: RUN folders in, one HTML page out."""
 
-import hashlib
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,14 +9,15 @@ from typing import Any
 
 import torch
 
-from flowerray import files
+from flowerray import cache, files
 from flowerray.data.source import open_dataset
 from flowerray.description import flatten
 from flowerray.errors import UserError
+from flowerray.model.precision import device_name
 from flowerray.report import attacked, evidence, sections
 from flowerray.report.gather import Setting, StoredRun, find_runs, group, read_run
 from flowerray.retrieval.command import as_record, evaluate_frozen
-from flowerray.retrieval.measure import EvaluateConfig
+from flowerray.retrieval.measure import EvaluateConfig, Evaluation
 from flowerray.show.page import Note, Page
 from flowerray.text import counted
 from flowerray.tracking import registry, sync
@@ -140,9 +139,9 @@ def _frozen_record(
         dataset.tags, str(dataset.root), gallery, embedder.backbone, embedder.image_size,
         embedder.weights, stamps,
     ]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
-    kept = files.home() / "frozen" / f"{digest}.json"
-    if (known := files.read_kept(kept)) is not None:
+    kept = files.home() / "frozen" / f"{cache.key({}, device_name(device), *facts)}.json"
+    known: dict[str, Any] | None = files.read_kept(kept, Evaluation)
+    if known is not None:
         return known
     config = EvaluateConfig(gallery=gallery)
     measurement = evaluate_frozen(embedder, run.data, config, device, quiet)
