@@ -212,9 +212,9 @@ def _attempt(run_dir: Path, action: Callable[[], object], strict: bool = False) 
         with server.settings():
             action()
     except Exception as error:  # of any kind: tracking never stops a training
-        reason = server.brief(error)
+        reason = str(error).rstrip(".")
         if not isinstance(error, UserError):
-            reason = f"{address.shown(tracking_uri(run_dir))}: {reason}"
+            reason = f"{address.shown(tracking_uri(run_dir))}: {server.brief(error)}"
         if strict:
             raise UserError(f"{run_dir} is not in MLflow yet ({reason}).") from error
         if run_dir not in _warned:

@@ -139,10 +139,8 @@ def test_links_are_not_followed_to_mlflow(runs: Path) -> None:
     assert not list((runs / "mlartifacts").rglob("a.png"))
 
 
-@pytest.mark.parametrize("name", ["C#", "e?f", "a%20b", "50%", "sp ace", "ü&=+", "at@host:3"])
-def test_everything_stays_beside_the_run_whatever_its_folder_is_called(
-    name: str, tmp_path: Path
-) -> None:
+def test_everything_stays_beside_the_run_whatever_its_folder_is_called(tmp_path: Path) -> None:
+    name = "C# e?f a%20b 50% ü&=+ at@host:3"
     run_dir = make_run(tmp_path / name / "runs", records=2)
     assert sync.finish(run_dir)
     assert logged(run_dir) == curve(range(1, 3))
