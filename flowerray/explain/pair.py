@@ -37,13 +37,18 @@ class ChosenMap(TypedDict):
     norm: Norm
 
 
-class Faithfulness(TypedDict):
-    """What every reader of explanations/faithfulness.json relies on."""
+class Chosen(TypedDict):
+    """What `pick_explainer` needs of explanations/faithfulness.json."""
 
     run: str
+    chosen: ChosenMap
+
+
+class Faithfulness(Chosen):
+    """What the report needs of it."""
+
     split: str
     images: int
-    chosen: ChosenMap
     scores: dict[str, dict[str, dict[str, Any]]]
     sanity: dict[str, dict[str, dict[str, Any]]]
 
@@ -148,7 +153,7 @@ def pick_explainer(
     """
     file = folder / "faithfulness.json"
     if method is None and layer is None and file.exists():
-        content = read_json(file, Faithfulness, advice="run `flowerray explain RUN` again")
+        content = read_json(file, Chosen, advice="run `flowerray explain RUN` again")
         # A folder that --out names may hold the choice for another model.
         own = model.folder is not None and folder == model.folder.path / "explanations"
         chosen = content["chosen"]

@@ -21,7 +21,7 @@ from flowerray.comparison.plan import CompareConfig, base_runs, plan
 from flowerray.data.augment import AugmentConfig
 from flowerray.data.source import DataConfig
 from flowerray.errors import UserError
-from flowerray.files import only_driver
+from flowerray.files import only_driver, read_json
 from flowerray.model.embedder import EmbedderConfig
 from flowerray.rendered.synthetic import SyntheticConfig, synthesize
 from flowerray.statistics import bootstrap_interval, paired_bootstrap, t_interval
@@ -255,7 +255,7 @@ def test_the_results_are_those_of_the_statistics(
 ) -> None:
     out = tmp_path / "out"
     content = compare(config(eight_classes, seeds=5), out, quiet=True)
-    assert json.loads((out / "compare.json").read_text()) == content
+    assert read_json(out / "compare.json") == content
     assert (out / "compare.png").exists()
     assert content["notes"] == [] and content["budget"]["images"] == 80
     for protocol in ("official", "disjoint"):
@@ -333,7 +333,7 @@ def test_an_interrupted_comparison_is_resumed(
     # A fresh database and four logged models would take most of the test's time.
     database = small_run.parent / "mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
-    monkeypatch.setattr("flowerray.tracking.server.log_model", lambda *_: "models:/none")
+    monkeypatch.setattr("flowerray.tracking.registry.log_model", lambda *_: "models:/none")
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -358,7 +358,7 @@ def test_an_interrupted_comparison_is_resumed(
     assert dispatch(resumed) == 0
     shown = capsys.readouterr()
     content = json.loads(shown.out)
-    assert json.loads((out / "compare.json").read_text()) == content
+    assert read_json(out / "compare.json") == content
     rows = content["protocols"]["official"]["rows"]
     assert {row: values["images"] for row, values in rows.items()} == {
         "frozen": 0, **dict.fromkeys(ROWS, 72)

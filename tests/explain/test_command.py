@@ -25,6 +25,7 @@ from flowerray.explain.judge import faithful_positions
 from flowerray.explain.named import explain_concepts
 from flowerray.explain.pair import explain_pair
 from flowerray.explain.pictures import _shown
+from flowerray.files import read_json
 from flowerray.opening import Model, open_model
 from flowerray.training.rundir import RunDir
 from tests.explain.cases import embedder
@@ -120,7 +121,7 @@ def test_a_split_with_another_model_beside(model: Model) -> None:
     before = len(folder_of(model).records())
     found = explain_split(model, FAST, None, beside, quiet=True)
     explanations = folder_of(model).path / "explanations"
-    assert json.loads((explanations / "faithfulness.json").read_text()) == found
+    assert read_json(explanations / "faithfulness.json") == found
     for name in ("faithfulness", "maps", "beside"):
         assert Image.open(explanations / f"{name}_test.png").width > 400
     assert found["chosen"]["method"] == "layercam" and found["chosen"]["on"] == "val"
@@ -252,7 +253,7 @@ def test_concept_folders(model: Model, pictures: list[Path], tmp_path: Path) -> 
     )  # fmt: skip
     assert [c["name"] for c in found["concepts"]] == ["one", "two"] and found["images"] == 3
     kept = folder_of(model).path / "explanations" / "tcav.json"
-    assert json.loads(kept.read_text()) == found
+    assert read_json(kept) == found
     with pytest.raises(UserError, match="--concept-class rose is no class"):
         explain_concepts(
             model, tmp_path / "named", class_name="rose", layer=None, split="test", max_images=3,
