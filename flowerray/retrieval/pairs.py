@@ -186,7 +186,7 @@ def load_pairs(path: Path, split: str, names: Sequence[str]) -> Pairs | None:
     Raises:
         UserError: a file that is missing or not pairs, or an image that is not in `names`.
     """
-    advice = "train again or restore the file"
+    advice = "for verification pairs train again, or restore the file"
     stored = read_json(path, advice=advice).get(split)
     if stored is None:
         return None

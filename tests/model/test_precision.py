@@ -1,11 +1,13 @@
 """Which precision trains faster: measured once, then remembered."""
 
-import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from flowerray.files import read_json
 from flowerray.model import precision
 from flowerray.model.embedder import Embedder, EmbedderConfig
 
@@ -26,7 +28,7 @@ def test_the_answer_is_measured_once(
     first = precision.faster_precision(embedder, CPU)
     assert all(torch.equal(embedder.state_dict()[name], value) for name, value in before.items())
     assert all(p.grad is None for p in embedder.parameters())
-    memory = json.loads((tmp_path / "precision.json").read_text())
+    memory = read_json(tmp_path / "precision.json")
     ((key, seconds),) = memory.items()
     assert "test_vit 32 cpu" in key and f"{torch.get_num_threads()}t" in key
     assert seconds["fp32"] > 0 and seconds["bf16"] > 0
@@ -76,4 +78,28 @@ def test_thread_counts_are_told_apart(
     for threads in (1, 7):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
         precision.faster_precision(embedder, CPU)
-    assert len(json.loads((tmp_path / "precision.json").read_text())) == 2
+    assert len(read_json(tmp_path / "precision.json")) == 2
+
+
+def test_concurrent_measurements_keep_each_others_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two trainings of other image sizes that begin at once."""
+    monkeypatch.setenv("FLOWERRAY_HOME", str(tmp_path))
+    together: list[int] = []
+
+    def measure(copy: Embedder, _: torch.device) -> dict[str, float]:
+        together.append(1)
+        time.sleep(0.02)
+        assert together.pop() and not together, "they disturb each other"
+        return {"fp32": 1.0, "bf16": 1.0}
+
+    monkeypatch.setattr(precision, "_measure", measure)
+    configs = [EmbedderConfig(backbone="test_vit", weights="none", image_size=32, dim=8)] * 4
+    sized = [config.model_copy(update={"image_size": 32 + i}) for i, config in enumerate(configs)]
+    embedders = [Embedder(configs[0]) for _ in sized]
+    for own, config in zip(embedders, sized, strict=True):
+        own.config = config
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda own: precision.faster_precision(own, CPU), embedders))
+    assert len(read_json(tmp_path / "precision.json")) == 4
