@@ -12,40 +12,42 @@ from flowerray.errors import UserError
 from flowerray.files import atomic_folder, home
 from flowerray.tracking import address, server
 
+PYFUNC = Path(__file__).parents[1] / "serve" / "pyfunc.py"
+"""What MLflow keeps and runs of a logged model."""
 EXPORTS = ("best_model_*.pth", "robust_model_*.pth")
 
 
-def log_model(
-    client: Any, experiment_id: str, run_id: str, export: Path, dim: int, python_model: Path
-) -> str:
-    """Logs an exported `.pth` as a pyfunc model of a run; its `models:/` address.
-
-    Through the client, since MLflow's own `log_model` works on process-wide state.
-
-    Args:
-        dim: length D of an embedding.
-        python_model: the file that MLflow keeps and runs.
-    """
+def save_model(folder: Path, export: Path, dim: int) -> None:
+    """Makes a pyfunc model of an exported `.pth`: image files' bytes in, embeddings of `dim` out."""
     import mlflow
     import numpy as np
-    from mlflow.entities import LoggedModelOutput
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema, TensorSpec
 
     inputs = Schema([ColSpec("binary", "image")])
     outputs = Schema([TensorSpec(np.dtype(np.float32), (-1, dim))])
     packages = ("mlflow", "torch", "timm", "numpy", "pillow", "pydantic")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice to add an input example
+        mlflow.pyfunc.save_model(
+            folder,
+            python_model=str(PYFUNC),
+            artifacts={"model": str(export)},
+            signature=ModelSignature(inputs, outputs),
+            pip_requirements=[f"{package}=={installed(package)}" for package in packages],
+        )
+
+
+def log_model(client: Any, experiment_id: str, run_id: str, export: Path, dim: int) -> str:
+    """Logs `save_model` of an exported `.pth` with a run; its `models:/` address.
+
+    Through the client, since MLflow's own `log_model` works on process-wide state.
+    """
+    from mlflow.entities import LoggedModelOutput
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice to add an input example
-            mlflow.pyfunc.save_model(
-                folder,
-                python_model=str(python_model),
-                artifacts={"model": str(export)},
-                signature=ModelSignature(inputs, outputs),
-                pip_requirements=[f"{package}=={installed(package)}" for package in packages],
-            )
+        save_model(folder, export, dim)
         model = client.create_logged_model(
             experiment_id, export.stem, run_id, model_type="embedder"
         )

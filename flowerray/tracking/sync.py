@@ -38,8 +38,6 @@ UNSENT: dict[str, Any] = {
 }  # fmt: skip
 RECORDS_PER_BATCH = 100
 """Between two notes of how much MLflow has."""
-PYFUNC = Path(__file__).parents[1] / "serve" / "pyfunc.py"
-"""What MLflow keeps and runs of a logged model."""
 log = logging.getLogger(__name__)
 _warned: set[Path] = set()
 
@@ -307,7 +305,7 @@ def _send_files(client: Any, state: State, run_dir: Path) -> None:
         dim = RunDir(run_dir).read()["embedder"]["dim"]
         ids = state.experiment_id, state.run_id
         with server.uploading():
-            made = registry.log_model(client, *ids, exports[0], dim, PYFUNC)
+            made = registry.log_model(client, *ids, exports[0], dim)
         state.store(run_dir, model_uri=made)
 
 
