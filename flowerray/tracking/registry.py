@@ -18,7 +18,7 @@ EXPORTS = ("best_model_*.pth", "robust_model_*.pth")
 
 
 def save_model(folder: Path, export: Path, dim: int) -> None:
-    """Makes a pyfunc model of an exported `.pth`: image files' bytes in, embeddings of `dim` out."""
+    """Makes a pyfunc model of an export: image files' bytes in, embeddings of length `dim` out."""
     import mlflow
     import numpy as np
     from mlflow.models import ModelSignature
