@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from flowerray.config import Config
 from flowerray.description import VERSION
 from flowerray.errors import UserError
-from flowerray.files import only_driver, read_json, write_json, writing
+from flowerray.files import only_driver, read_json, sqlite_url, write_json, writing
 from flowerray.tracking import sync
 from flowerray.tracking.state import Status
 from flowerray.training.run import Run, differences
@@ -177,7 +177,7 @@ class Study:
     @property
     def database(self) -> str:
         """The address for optuna-dashboard."""
-        return f"sqlite:///{self.folder / 'optuna.db'}"
+        return sqlite_url(self.folder / "optuna.db")
 
     def open_optuna(self) -> Any:
         """Optuna's study; makes it, with the default configuration to begin with."""
