@@ -29,8 +29,8 @@ FLOORS = [
     "tracking: address server registry state sync",
     "opening",
     "retrieval: search pairs embed measure pictures table command",
-    "robustness: config subject attack checks verification gallery score audit guard record table"
-    " pictures command",
+    "robustness: config journal victim verification gallery attack checks score audit guard"
+    " record table pictures command",
     "explain: layers baselines decompose cam faithfulness localise sanity judge concepts tcav"
     " draw table examples pictures pair named command",
     "explore: align scan counts duplicates likeness leaks maps exploration pictures results"

@@ -3,7 +3,16 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from flowerray.cli.options import end_of_logging, given, parse, peek, pick_device, refuse
+from flowerray.cli.options import (
+    WHY_NOT_RESUMED,
+    end_of_logging,
+    given,
+    parse,
+    peek,
+    pick_device,
+    refuse,
+    resumable,
+)
 from flowerray.errors import UserError
 
 
@@ -43,6 +52,8 @@ def attack(words: list[str]) -> int:
         """Queries that the audit looks at."""
         ers: bool = False
         """Also the ten terms of the Empirical Robustness Score at 8/255, for the literature."""
+        resume: bool = False
+        """Go on with the RUN's attack that was interrupted, with its own options."""
         as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
         """Print one JSON object and nothing else."""
 
@@ -63,23 +74,40 @@ def attack(words: list[str]) -> int:
     from flowerray.files import as_json
     from flowerray.opening import open_model
     from flowerray.robustness import command as command
+    from flowerray.robustness.journal import FOLDER, unfinished
     from flowerray.robustness.table import attack_table
 
     model = open_model(options.run, pick_device("auto"))
+    run = None if model.folder is None else model.folder.path
     config = AttackConfig(**{field: getattr(options, field) for field in AttackConfig.model_fields})
     if config.norm == "l2" and preset == "default" and not given(words, ["eps"]):
         config = config.model_copy(update={"eps": L2_GRID})
-    content = command.attack_model(
-        model,
-        config,
-        beside=options.beside or command.standard_of(model),
-        beside_may_lack=options.beside is None,
-        audit=options.audit,
-        audit_queries=options.audit_queries,
-        ers=options.ers,
-        quiet=options.as_json,
-    )
+    asked: dict[str, Any] = {
+        "beside": options.beside or command.standard_of(model),
+        "beside_may_lack": options.beside is None,
+        **{name: getattr(options, name) for name in ("audit", "audit_queries", "ers")},
+    }
+    if options.resume:
+        if run is None:
+            raise UserError(
+                f"--resume goes on with an attack on a RUN folder; {model.name} is none."
+            )
+        refuse(words, ("preset",), WHY_NOT_RESUMED)
+        kept = unfinished(run)
+        config = AttackConfig(**kept.pop("config"))
+        before = {**config.model_dump(), **kept}
+        changed = [f for f in given(words, before) if getattr(options, f) != before[f]]
+        if changed:
+            raise UserError(
+                f"{run} cannot be resumed with other options: {', '.join(changed)} differ from "
+                "those of its attack."
+            )
+        asked = kept
+    with resumable("attack", run or Path(options.run), FOLDER):
+        content = command.attack_model(
+            model, config, **asked, resume=options.resume, quiet=options.as_json
+        )
     print(as_json(content) if options.as_json else attack_table(content))
-    if model.folder is not None:
-        end_of_logging(Path(model.folder.path))
+    if run is not None:
+        end_of_logging(run)
     return 0

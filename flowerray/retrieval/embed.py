@@ -31,18 +31,18 @@ class Images(Protocol):
         """uint8 BCHW of some of them."""
 
 
-class Part:
-    """Images start .. stop-1 of a store."""
+class Rows:
+    """Some images of a store."""
 
-    def __init__(self, store: Images, start: int, stop: int) -> None:
-        self.store, self.start, self.stop = store, start, stop
+    def __init__(self, store: Images, rows: NDArray[np.int64]) -> None:
+        self.store, self.rows = store, rows
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return len(self.rows)
 
     def centre(self, indices: NDArray[np.int64], size: int) -> Tensor:
         """See `Store.centre`."""
-        return self.store.centre(indices + self.start, size)
+        return self.store.centre(self.rows[indices], size)
 
 
 def embed_together(
@@ -57,7 +57,7 @@ def embed_together(
         return embed(embedder, store, batch_size=batch_size)
     world, rank = dist.get_world_size(), dist.get_rank()
     bounds = np.linspace(0, len(store), world + 1).astype(int)
-    part = Part(store, bounds[rank], bounds[rank + 1])
+    part = Rows(store, np.arange(bounds[rank], bounds[rank + 1]))
     own_MD = embed(embedder, part, batch_size=batch_size)
     parts: list[NDArray[np.float32]] = [own_MD] * world
     dist.all_gather_object(parts, own_MD)

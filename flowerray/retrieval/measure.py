@@ -101,11 +101,6 @@ def measure(
         UserError: no such split or gallery; a gallery with the queries or without their classes.
     """
     config = config or EvaluateConfig()
-    if config.split not in dataset.splits or not len(dataset.splits[config.split]):
-        raise UserError(
-            f"Protocol {dataset.protocol} of {dataset.root} has no {config.split} split: "
-            f"choose one of {', '.join(dataset.splits)}."
-        )
 
     def emb(paths: Sequence[Path]) -> NDArray[np.float32]:
         store = build_store(paths)
@@ -114,12 +109,12 @@ def measure(
             return frozen_features(embedder, store, batch_size=size, progress=progress)
         return embed(embedder, store, batch_size=size, progress=progress)
 
-    query_paths, query_labels = _images(dataset, config.split)
+    query_paths, query_labels = split_images(dataset, config.split)
     gallery_name = (
         default_gallery(dataset, config.split) if config.gallery is None else config.gallery
     )
     # The gallery is checked before anything is embedded.
-    parts, classes = _gallery(dataset, config.split, gallery_name)
+    parts, classes = gallery_images(dataset, config.split, gallery_name, query_paths)
     query_emb = emb(query_paths)
     if parts:
         gallery_paths = tuple(path for paths, _ in parts for path in paths)
@@ -220,14 +215,28 @@ def default_gallery(dataset: Dataset, split: str) -> str:
     return "train"
 
 
-def _images(dataset: Dataset, split: str) -> tuple[tuple[Path, ...], NDArray[np.int64]]:
+def split_images(dataset: Dataset, split: str) -> tuple[tuple[Path, ...], NDArray[np.int64]]:
+    """Files and labels of a split.
+
+    Raises:
+        UserError: the data has no such split.
+    """
+    if split not in dataset.splits or not len(dataset.splits[split]):
+        raise UserError(
+            f"Protocol {dataset.protocol} of {dataset.root} has no {split} split: "
+            f"choose one of {', '.join(dataset.splits)}."
+        )
     return tuple(dataset.paths[i] for i in dataset.splits[split]), dataset.split_labels(split)
 
 
-def _gallery(
-    dataset: Dataset, split: str, gallery: str
+def gallery_images(
+    dataset: Dataset, split: str, gallery: str, query_paths: Sequence[Path]
 ) -> tuple[list[tuple[tuple[Path, ...], NDArray[np.int64]]], tuple[str, ...]]:
-    """The gallery as lists of files with labels (none for `self`), and the name of every label."""
+    """The gallery as lists of files with labels (none for `self`), and the name of every label.
+
+    Raises:
+        UserError: no such gallery, or one with the queries in it.
+    """
     if gallery == "self" or (gallery == "train" and split == "train"):
         return [], dataset.classes
     if gallery in ("train", "trainval"):
@@ -242,12 +251,12 @@ def _gallery(
             raise UserError(
                 f"The {gallery} gallery holds the {split} queries themselves: use --gallery self."
             )
-        return [_images(dataset, name) for name in splits], dataset.classes
-    return _folder_gallery(dataset, split, Path(gallery))
+        return [split_images(dataset, name) for name in splits], dataset.classes
+    return _folder_gallery(dataset, Path(gallery), query_paths)
 
 
 def _folder_gallery(
-    dataset: Dataset, split: str, folder: Path
+    dataset: Dataset, folder: Path, query_paths: Sequence[Path]
 ) -> tuple[list[tuple[tuple[Path, ...], NDArray[np.int64]]], tuple[str, ...]]:
     """Every image of a folder, its classes matched with the queries' by name."""
     if not folder.is_dir():
@@ -256,7 +265,7 @@ def _folder_gallery(
             "is there: give one of them."
         )
     other = open_all(folder)
-    queries = {dataset.paths[i].resolve() for i in dataset.splits[split]}
+    queries = {path.resolve() for path in query_paths}
     shared = sum(path.resolve() in queries for path in other.paths)
     if shared:
         raise UserError(

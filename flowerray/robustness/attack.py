@@ -8,8 +8,9 @@ classes), H W pixels, G gallery images, D embedding dimensions, P pairs.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ from torch import Tensor
 from flowerray.attacks import bank
 from flowerray.attacks.logits import refuse_own_images
 from flowerray.model.precision import full_precision
-from flowerray.robustness.config import AttackConfig
-from flowerray.robustness.subject import Arena, embed_images, rank
+from flowerray.retrieval.pairs import Pairs
+from flowerray.robustness.gallery import attack_gallery
+from flowerray.robustness.verification import attack_pairs, query_pair_accuracy
+from flowerray.robustness.victim import Victim
 from flowerray.statistics import bootstrap_interval
 
 EXAMPLES = 6
@@ -61,7 +64,7 @@ class Score:
         }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Example:
     """One query that an attack turned, for the contact sheet."""
 
@@ -70,27 +73,29 @@ class Example:
     attack: str
     clean_CHW: Tensor
     adversarial_CHW: Tensor
-    before_K: NDArray[np.int64]
-    """Gallery indices of the photograph's neighbours, nearest first."""
     after_K: NDArray[np.int64]
+    """Gallery indices of its neighbours then, nearest first."""
     margin: float
     """Cosine to the nearest image of the class less that to the nearest other, before."""
+    before_K: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """Neighbours of the photograph."""
 
 
 @dataclass
 class Robustness:
     """All that an attack on one model found."""
 
-    config: AttackConfig
+    independent: bool
+    """Whether each attack's row stands for it alone."""
     clean: Score
     attacks: dict[str, dict[float, Score]] = field(default_factory=dict)
-    """Attack -> radius -> score; cumulative unless `config.independent`."""
+    """Attack -> radius -> score; cumulative unless `independent`."""
     alone: dict[float, Score] = field(default_factory=dict)
     """The worst case over the attacks, from this radius alone: what the audit looks at."""
     worst: dict[float, Score] = field(default_factory=dict)
     """The same, with what fell at a smaller radius, which is allowed at a larger one."""
     pairs: dict[float, dict[str, float]] = field(default_factory=dict)
-    """Pair metrics under `pair_attack`, by radius."""
+    """Pair metrics under `attack_pairs`, by radius."""
     attack_pairs: dict[str, dict[float, float]] = field(default_factory=dict)
     """Pair accuracy where the attacked side is each attack's query image (`independent` only)."""
     collapse: dict[str, Any] = field(default_factory=dict)
@@ -126,7 +131,7 @@ class Robustness:
         return {
             "clean": {**self.clean.to_dict(), **self.pairs.get(0.0, {})},
             "attacks": attacks,
-            "rows": "independent" if self.config.independent else "cumulative",
+            "rows": "independent" if self.independent else "cumulative",
             "worst_case": worst,
             "expected_robustness": {**_interval(self.expected()), "eps": list(self.worst)},
             "collapse": self.collapse,
@@ -178,148 +183,180 @@ def collapse(emb_ND: ArrayLike, num_classes: int) -> dict[str, Any]:
 
 
 def perturb(
-    arena: Arena, name: str, rows_M: NDArray, epsilon: float, config: AttackConfig
+    victim: Victim,
+    name: str,
+    rows_M: NDArray,
+    epsilon: float,
+    budget: bank.BankConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Some of the queries under one attack.
 
     Args:
         rows_M: places among the Q queries.
         epsilon: radius in 1/255.
+        budget: instead of the configuration's.
 
     Returns:
         The photographs and the adversarial images MCHW. Where an attack left the budget
         (minimum-norm attacks do), the photograph stands in: it did not succeed.
     """
-    clean_MCHW = arena.images(arena.chosen_Q[rows_M])
-    labels_M = torch.from_numpy(arena.labels_Q[rows_M]).to(arena.device)
+    config = victim.config
+    clean_MCHW, labels_M = victim.queries(rows_M)
     other_MCHW = bank.run(
-        name, arena.embedder, clean_MCHW, labels_M, *arena.gallery(), norm=config.norm,
-        epsilon=epsilon, budget=config, seed=config.seed, positions=rows_M.tolist(),
+        name, victim.embedder, clean_MCHW, labels_M, *victim.gallery(), norm=config.norm,
+        epsilon=epsilon, budget=budget or config, seed=config.seed, positions=rows_M.tolist(),
         own_images_refused=False,
     )  # fmt: skip
     allowed_M = bank.admissible(clean_MCHW, other_MCHW, config.norm, epsilon / 255)
     return clean_MCHW, torch.where(allowed_M[:, None, None, None], other_MCHW, clean_MCHW)
 
 
+def images_to_attack(victim: Victim, pairs: Pairs | None = None) -> int:
+    """What `attack` reports as progress in all."""
+    config = victim.config
+    images = 0 if config.perturb == "gallery" else len(config.attacks) * len(victim.chosen_Q)
+    images += 0 if config.perturb == "query" else len(victim.gallery_GD)
+    images += 0 if pairs is None else len(pairs.index)
+    return images * sum(eps > 0 for eps in config.eps)
+
+
 @full_precision()
 def attack(
-    arena: Arena,
-    config: AttackConfig,
-    *,
-    arena_at: Callable[[float], Arena] | None = None,
-    pair_accuracy: Callable[[NDArray[np.float32]], float] | None = None,
-    progress: Callable[[int], object] | None = None,
+    victim: Victim, pairs: Pairs | None = None, progress: Callable[[int], object] | None = None
 ) -> Robustness:
     """Runs the attacks at every radius.
 
     Args:
-        arena: see `Arena`; each query's class has to be in the gallery.
-        config: the attacks.
-        arena_at: the arena with the gallery that a radius allows, where the gallery is attacked.
-        pair_accuracy: of the pairs whose attacked side has these embeddings (Q, D); asked of each
-            attack where they are independent.
-        progress: called with a number of queries that are dealt with; attacks x radii x Q in all.
-
-    Returns:
-        Scores; `pairs` is left to `pair_attack`.
+        victim: each query's class has to be in its gallery.
+        pairs: also attacked, from `pairs_of_queries`.
+        progress: called with a number of images that are dealt with; see `images_to_attack`.
 
     Raises:
         UserError: a gallery that holds the queries; pixels outside [0,1].
     """
-    refuse_own_images(torch.from_numpy(arena.emb_QD), torch.from_numpy(arena.gallery_GD))
-    ranked = rank(arena, arena.emb_QD, arena.labels_Q)
+    config, progress = victim.config, progress or (lambda _: None)
+    refuse_own_images(torch.from_numpy(victim.emb_QD), torch.from_numpy(victim.gallery_GD))
+    ranked = victim.rank(victim.emb_QD, victim.labels_Q)
     assert (ranked["num_relevant"] > 0).all(), "a query without an image of its class to find"
     clean = Score(ranked["hit"], ranked["average_precision"])
-    result = Robustness(config, clean, {name: {} for name in config.attacks})
-    result.collapse = collapse(arena.emb_QD, len(np.unique(arena.labels_Q)))
+    result = Robustness(config.independent, clean, {name: {} for name in config.attacks})
+    result.collapse = collapse(victim.emb_QD, len(np.unique(victim.labels_Q)))
     result.seconds = dict.fromkeys(config.attacks, 0.0)
     result.images = dict.fromkeys(config.attacks, 0)
+    accuracy = None
+    if pairs is not None and config.independent:
+        accuracy = query_pair_accuracy(victim, pairs)
     before = clean
     for eps in config.eps:
-        own = arena if arena_at is None else arena_at(eps)
-        if own is arena:
-            alone = clean
-        else:
-            changed = rank(own, arena.emb_QD, own.labels_Q)
+        own, alone = victim, clean
+        if config.perturb != "query" and eps > 0:
+            own = replace(victim, gallery_GD=attack_gallery(victim, eps, progress))
+            changed = own.rank(own.emb_QD, own.labels_Q)
             alone = clean.worst(Score(changed["hit"], changed["average_precision"]))
-        if eps > 0 and config.perturb != "gallery":
-            nearest_QK = ranked["nearest"]
-            alone = _at_radius(own, config, eps, alone, nearest_QK, result, pair_accuracy, progress)
+        if config.perturb != "gallery" and eps > 0:
+            alone = _at_radius(own, eps, alone, result, accuracy, progress)
         before = before.worst(alone)
         result.alone[eps], result.worst[eps] = alone, before
+    if pairs is not None:
+        result.pairs = attack_pairs(victim, pairs, progress)
+    for examples in result.examples.values():
+        for example in examples:
+            example.before_K = ranked["nearest"][example.query]
     return result
 
 
 def _at_radius(
-    arena: Arena,
-    config: AttackConfig,
+    victim: Victim,
     eps: float,
     start: Score,
-    nearest_QK: NDArray,
     result: Robustness,
     pair_accuracy: Callable[[NDArray[np.float32]], float] | None,
-    progress: Callable[[int], object] | None,
+    progress: Callable[[int], object],
 ) -> Score:
     """The worst case over the attacks at one radius; notes each attack's score in `result`."""
-    alone = start
+    config, alone = victim.config, start
     examples: list[Example] = []
     for name in config.attacks:
-        began = time.perf_counter()
         rows = np.arange(len(start.hit_Q)) if config.independent else np.flatnonzero(alone.hit_Q)
         hit_Q, precision_Q = start.hit_Q.copy(), start.average_precision_Q.copy()
-        emb_QD = arena.emb_QD.copy()
+        emb_QD = victim.emb_QD.copy()
         for first in range(0, len(rows), config.batch_size):
             batch = rows[first : first + config.batch_size]
-            images = perturb(arena, name, batch, eps, config)
-            emb_MD = embed_images(arena, images[1])
-            ranked = rank(arena, emb_MD, arena.labels_Q[batch])
-            hit_Q[batch] &= ranked["hit"]
-            precision_Q[batch] = np.minimum(precision_Q[batch], ranked["average_precision"])
-            emb_QD[batch] = emb_MD
-            examples += _fallen(arena, name, batch, images, nearest_QK, ranked, start)
-            first_only = {e.query: e for e in reversed(examples)}
-            examples = sorted(first_only.values(), key=lambda e: -e.margin)[:EXAMPLES]
-            if progress is not None:
-                progress(len(batch))
-        if progress is not None:
-            progress(len(start.hit_Q) - len(rows))
+            found = victim.journal.once(
+                f"{name} {eps:g} {first}",
+                partial(_outcome, victim, name, batch, eps, start, examples),
+            )
+            hit_Q[batch] &= found["hit"]
+            precision_Q[batch] = np.minimum(precision_Q[batch], found["average_precision"])
+            emb_QD[batch] = found["emb"]
+            result.seconds[name] += float(found["seconds"])
+            examples += _examples(victim, name, batch, found)
+            examples = sorted(examples, key=lambda e: -e.margin)[:EXAMPLES]
+            progress(len(batch))
+        progress(len(start.hit_Q) - len(rows))
         score = Score(hit_Q, precision_Q)
         alone = alone.worst(score)
         result.attacks[name][eps] = score if config.independent else alone
-        if config.independent and pair_accuracy is not None:
+        if pair_accuracy is not None:
             result.attack_pairs.setdefault(name, {})[eps] = pair_accuracy(emb_QD)
-        result.seconds[name] += time.perf_counter() - began
         result.images[name] += len(rows)
     result.examples[eps] = examples
     return alone
 
 
-def _fallen(
-    arena: Arena,
+def _outcome(
+    victim: Victim,
     name: str,
     batch: NDArray,
-    images: tuple[Tensor, Tensor],
-    nearest_QK: NDArray,
-    ranked: dict[str, NDArray],
+    eps: float,
     start: Score,
+    examples: Sequence[Example],
+) -> dict[str, NDArray]:
+    """What one attack makes of a batch of queries.
+
+    Returns:
+        `hit`, `average_precision`, `emb` of the batch; `seconds`; and of those that were right,
+        are not any more, and belong among the surest `EXAMPLES` so far: `fallen` (places in the
+        batch), `margin`, `after` (neighbours), `adversarial` (images).
+    """
+    began = time.perf_counter()
+    adversarial_MCHW = perturb(victim, name, batch, eps)[1]
+    emb_MD = victim.embed(adversarial_MCHW)
+    ranked = victim.rank(emb_MD, victim.labels_Q[batch])
+    fallen = np.flatnonzero(start.hit_Q[batch] & ~ranked["hit"])
+    fallen = fallen[~np.isin(batch[fallen], [example.query for example in examples])]
+    cosine_FG = victim.emb_QD[batch[fallen]] @ victim.gallery_GD.T
+    own_FG = victim.gallery_labels_G == victim.labels_Q[batch[fallen], None]
+    right_F = np.where(own_FG, cosine_FG, -np.inf).max(1, initial=-np.inf)
+    margin_F = right_F - np.where(own_FG, -1.0, cosine_FG).max(1, initial=-1.0)
+    least = examples[-1].margin if len(examples) == EXAMPLES else -np.inf
+    surest = np.argsort(margin_F)[::-1][:EXAMPLES]
+    surest = surest[margin_F[surest] > least]
+    fallen = fallen[surest]
+    return {
+        "hit": ranked["hit"],
+        "average_precision": ranked["average_precision"],
+        "emb": emb_MD,
+        "fallen": fallen,
+        "margin": margin_F[surest],
+        "after": ranked["nearest"][fallen],
+        "adversarial": adversarial_MCHW[torch.from_numpy(fallen)].cpu().numpy(),
+        "seconds": np.array(time.perf_counter() - began),
+    }
+
+
+def _examples(
+    victim: Victim, name: str, batch: NDArray, found: dict[str, NDArray]
 ) -> list[Example]:
-    """The queries of a batch that were right and are not any more; the surest ones only."""
-    rows = np.flatnonzero(start.hit_Q[batch] & ~ranked["hit"])
-    margins = []
-    for query in batch[rows]:
-        cosine_G = arena.gallery_GD @ arena.emb_QD[query]
-        own_G = arena.gallery_labels_G == arena.labels_Q[query]
-        margins.append(float(cosine_G[own_G].max() - cosine_G[~own_G].max(initial=-1.0)))
-    surest = np.argsort(margins)[::-1][:EXAMPLES]
+    clean = victim.queries(batch[found["fallen"]])[0].cpu() if len(found["fallen"]) else ()
     return [
         Example(
-            int(batch[rows[i]]),
+            int(batch[row]),
             name,
-            images[0][rows[i]].cpu().clone(),
-            images[1][rows[i]].cpu().clone(),
-            nearest_QK[batch[rows[i]]],
-            ranked["nearest"][rows[i]],
-            margins[i],
+            image,
+            torch.from_numpy(found["adversarial"][i]),
+            found["after"][i],
+            float(found["margin"][i]),
         )
-        for i in surest
+        for i, (row, image) in enumerate(zip(found["fallen"], clean, strict=True))
     ]

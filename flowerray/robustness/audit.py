@@ -7,6 +7,7 @@ section 4 and 5, and of AutoAttack's own warnings (Croce & Hein, ICML 2020), for
 Letters: Q audited queries, M of one batch, B images, C H W an image, D embedding dimensions.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from itertools import pairwise
@@ -23,8 +24,7 @@ from flowerray.attacks.pgd import Attacked, Objective, PGDConfig, pgd
 from flowerray.model.precision import full_precision
 from flowerray.robustness.attack import Robustness, perturb
 from flowerray.robustness.checks import Audit, Check, beyond_chance, telling_eps
-from flowerray.robustness.config import AttackConfig
-from flowerray.robustness.subject import Arena, embed_images, narrow, rank
+from flowerray.robustness.victim import Victim
 
 CHECKS = (
     "zero_radius", "inside", "monotone", "huge", "more_steps", "order", "survivors", "black_box",
@@ -52,28 +52,28 @@ class Auditor:
 
     def __init__(
         self,
-        arena: Arena,
+        victim: Victim,
         result: Robustness,
         *,
         queries: int = 128,
-        standard: Arena | None = None,
+        standard: Victim | None = None,
         standard_result: Robustness | None = None,
     ) -> None:
         """Prepares the queries.
 
         Args:
-            arena: of the measurement.
+            victim: of the measurement.
             result: of `robustness.attack` there.
             queries: how many are looked at.
             standard: the same queries for the model that was not hardened; None = no transfer.
             standard_result: its measurement.
         """
-        self.config: AttackConfig = result.config
+        self.config = victim.config
         self.result = result
         self.standard_result = standard_result
         self.eps = telling_eps(result)
-        self.arena, self.rows = narrow(arena, queries, self.config.seed)
-        self.standard = None if standard is None else narrow(standard, queries, self.config.seed)[0]
+        self.victim, self.rows = victim.narrow(queries)
+        self.standard = None if standard is None else standard.narrow(queries)[0]
         self.clean_Q = result.clean.hit_Q[self.rows]
 
     @full_precision()
@@ -81,10 +81,15 @@ class Auditor:
         """All checks; `progress` is called with 1 after each."""
         checks = []
         for name in CHECKS:
-            checks += getattr(self, name)()
+            kept = self.victim.journal.once(f"audit {name}", partial(self._kept, name))
+            checks += [Check(**check) for check in json.loads(str(kept["checks"]))]
             if progress is not None:
                 progress(1)
         return Audit(self.eps, len(self.clean_Q), tuple(checks))
+
+    def _kept(self, name: str) -> dict[str, NDArray]:
+        found: list[Check] = getattr(self, name)()
+        return {"checks": np.array(json.dumps([check.to_dict() for check in found]))}
 
     # ---- what the attacks of the bank say
 
@@ -107,13 +112,13 @@ class Auditor:
             text = "these attacks count only where they end inside"
             return [Check("attacks stay inside", None, None, text)]
         batch = np.arange(min(ALONE, len(self.clean_Q)))
-        images = self.arena.images(self.arena.chosen_Q[batch])
+        images = self.victim.images(self.victim.chosen_Q[batch])
         few = {"restarts": 1, "steps": STEPS[1], "black_box_queries": FEW_PASSES}
         budget = self.config.model_copy(update=few)
         outside = 0
         for name in names:
             attacked = bank.run(
-                name, self.arena.embedder, images, self._labels(batch), *self.arena.gallery(),
+                name, self.victim.embedder, images, self._labels(batch), *self.victim.gallery(),
                 norm=self.config.norm, epsilon=self.eps, budget=budget, seed=self.config.seed,
                 raw=True, own_images_refused=False,
             )  # fmt: skip
@@ -134,10 +139,10 @@ class Auditor:
 
     def huge(self) -> list[Check]:
         """A radius of half the range leaves chance."""
-        size = self.arena.embedder.image_size
+        size = self.victim.embedder.image_size
         eps = HUGE if self.config.norm == "linf" else HUGE * np.sqrt(3 * size * size)
         right_Q = self._margin(eps, STEPS[-1], self.clean_Q)
-        value, chance = float(right_Q.mean()), self.arena.chance()
+        value, chance = float(right_Q.mean()), self.victim.chance()
         text = f"at {eps:.0f}/255 R@1 is {value:.3f}; chance is {chance:.3f}"
         return [Check("huge eps kills", value <= chance + 0.05, value, text)]
 
@@ -149,7 +154,7 @@ class Auditor:
 
             def attacked(batch: NDArray, steps: int = steps) -> Tensor:
                 nonlocal reached
-                found = self._pgd(self.arena, self.eps, steps, 0, None, batch)
+                found = self._pgd(self.victim, self.eps, steps, 0, None, batch)
                 reached += float(found.value_B.sum())
                 return found.images_BCHW
 
@@ -179,7 +184,7 @@ class Auditor:
         said, worst, bad = [], 0.0, False
         for eps, score in self.result.alone.items():
             if eps > 0:
-                share, too_much, text = self._fallen(self.arena, score.hit_Q, eps)
+                share, too_much, text = self._fallen(self.victim, score.hit_Q, eps)
                 said.append(f"{text} at {eps:g}/255")
                 worst, bad = max(worst, share), bad or too_much
         steps = MANY_STEPS * self.config.steps
@@ -198,7 +203,7 @@ class Auditor:
         """Images made on the standard model do not break what an attack on this one leaves."""
         if self.standard is None:
             return [Check("transfer not stronger", None, None, "no standard model was given")]
-        if self.standard.embedder.image_size != self.arena.embedder.image_size:
+        if self.standard.embedder.image_size != self.victim.embedder.image_size:
             text = "the standard model takes images of another size"
             return [Check("transfer not stronger", None, None, text)]
         attacked = partial(self._pgd, self.standard, self.eps, STEPS[-1], 0, None)
@@ -222,13 +227,13 @@ class Auditor:
     def gradients(self) -> list[Check]:
         """Gradients that are exactly 0 hide the way that an attack would take."""
         zero = 0
-        logits_of = MaxSimLogits(self.arena.embedder, *self.arena.gallery())
+        logits_of = MaxSimLogits(self.victim.embedder, *self.victim.gallery())
         for batch in self._batches():
             start = self._perturb("noise", batch, self.eps)[1]
             zero_B = torch.zeros(len(batch), dtype=torch.bool, device=start.device)
             places_B = logits_of.places(self._labels(batch))
             for objective in (
-                self._objective(self.arena, batch),
+                self._objective(self.victim, batch),
                 cross_entropy(logits_of, places_B),
             ):
                 gradient_BN = _gradient(objective, start).flatten(1)
@@ -258,8 +263,8 @@ class Auditor:
         value, falls = left.recall_at_1, left.recall_at_1 <= 0.05
         text = f"its R@1 at {radii[0]:g}/255 is {value:.3f}"
         if not falls:
-            arena = self.standard or self.arena
-            _, too_much, broken = self._fallen(arena, left.hit_Q, radii[0])
+            victim = self.standard or self.victim
+            _, too_much, broken = self._fallen(victim, left.hit_Q, radii[0])
             falls = not too_much
             text += f", {MANY_STEPS * self.config.steps} steps of APGD break {broken}"
         return [Check(name, falls, value, text)]
@@ -267,12 +272,12 @@ class Auditor:
     def batches(self) -> list[Check]:
         """An image's gradient does not depend on the images beside it."""
         batch = np.arange(min(32, len(self.clean_Q)))
-        images = self.arena.images(self.arena.chosen_Q[batch])
-        together = _gradient(self._objective(self.arena, batch), images)
+        images = self.victim.images(self.victim.chosen_Q[batch])
+        together = _gradient(self._objective(self.victim, batch), images)
         differences = []
         for row in batch[:ALONE]:
             alone = _gradient(
-                self._objective(self.arena, batch[row : row + 1]), images[row : row + 1]
+                self._objective(self.victim, batch[row : row + 1]), images[row : row + 1]
             )
             size = float(together[row].norm())
             differences.append(float((alone[0] - together[row]).norm()) / max(size, 1e-30))
@@ -293,13 +298,13 @@ class Auditor:
     def decision(self) -> list[Check]:
         """The logits that are attacked decide as the search does, on clean and attacked images."""
         agree = []
-        logits_of = MaxSimLogits(self.arena.embedder, *self.arena.gallery())
+        logits_of = MaxSimLogits(self.victim.embedder, *self.victim.gallery())
         for batch in self._batches():
             for images in self._perturb("pgd", batch, self.eps):
                 with torch.inference_mode():
                     column_B = logits_of(images).argmax(1)
                 said_B = logits_of.classes_C[column_B].cpu().numpy()
-                ranked = rank(self.arena, embed_images(self.arena, images), said_B)
+                ranked = self.victim.rank(self.victim.embed(images), said_B)
                 agree.append(ranked["hit"])
         share = float(np.concatenate(agree).mean())
         text = f"arg max of the attacked logits = nearest neighbour for {share:.3f}"
@@ -316,7 +321,7 @@ class Auditor:
         size = self.config.batch_size
         yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
-    def _fallen(self, arena: Arena, hit_Q: NDArray, eps: float) -> tuple[float, bool, str]:
+    def _fallen(self, victim: Victim, hit_Q: NDArray, eps: float) -> tuple[float, bool, str]:
         """What APGD with five times the steps takes from the survivors of a measurement.
 
         Args:
@@ -329,7 +334,7 @@ class Auditor:
         config = self.config.model_copy(update=many)
         left_Q = hit_Q[self.rows]
         right_Q = self._survive(
-            left_Q, lambda batch: perturb(arena, "apgd-ce", batch, eps, config)[1], arena
+            left_Q, lambda batch: perturb(victim, "apgd-ce", batch, eps, config)[1], victim
         )
         share, too_much = beyond_chance(right_Q, left_Q)
         return share, too_much, f"{left_Q.sum() - right_Q.sum()} of {left_Q.sum()}"
@@ -338,20 +343,20 @@ class Auditor:
         self,
         left_Q: NDArray[np.bool_],
         attacked: Callable[[NDArray], Tensor],
-        arena: Arena | None = None,
+        victim: Victim | None = None,
     ) -> NDArray[np.bool_]:
         """(Q,): which of these queries are right on the images that `attacked` makes of a batch of
-        them, in the arena of the measurement where no other is given.
+        them, in the victim of the measurement where no other is given.
         """
-        arena, right_Q = arena or self.arena, left_Q.copy()
+        victim, right_Q = victim or self.victim, left_Q.copy()
         for batch in self._batches(np.flatnonzero(left_Q)):
-            emb_MD = embed_images(arena, attacked(batch))
-            right_Q[batch] = rank(arena, emb_MD, arena.labels_Q[batch])["hit"]
+            emb_MD = victim.embed(attacked(batch))
+            right_Q[batch] = victim.rank(emb_MD, victim.labels_Q[batch])["hit"]
         return right_Q
 
     def _perturb(self, name: str, batch: NDArray, eps: float) -> tuple[Tensor, Tensor]:
         once = self.config.model_copy(update={"restarts": 1})
-        return perturb(self.arena, name, batch, eps, once)
+        return perturb(self.victim, name, batch, eps, once)
 
     def _bank(self, name: str, left_Q: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """(Q,): which of these are right under one start of an attack at the telling radius."""
@@ -371,16 +376,22 @@ class Auditor:
         self, eps: float, steps: int, left_Q: NDArray[np.bool_], restart: int = 0
     ) -> NDArray[np.bool_]:
         """(Q,): which of these are right under one start of PGD on the margin."""
-        attacked = partial(self._pgd, self.arena, eps, steps, restart, 0.0)
+        attacked = partial(self._pgd, self.victim, eps, steps, restart, 0.0)
         return self._survive(left_Q, lambda batch: attacked(batch).images_BCHW)
 
     def _pgd(
-        self, arena: Arena, eps: float, steps: int, restart: int, stop: float | None, batch: NDArray
+        self,
+        victim: Victim,
+        eps: float,
+        steps: int,
+        restart: int,
+        stop: float | None,
+        batch: NDArray,
     ) -> Attacked:
         """One start of PGD on the margin; above the value `stop` an image is left alone."""
         return pgd(
-            self._objective(arena, batch),
-            arena.images(arena.chosen_Q[batch]),
+            self._objective(victim, batch),
+            victim.images(victim.chosen_Q[batch]),
             PGDConfig(norm=self.config.norm, epsilon=eps, steps=steps),
             seed=(self.config.seed, restart),
             positions=batch.tolist(),
@@ -388,10 +399,10 @@ class Auditor:
         )
 
     def _labels(self, batch: NDArray) -> Tensor:
-        return torch.from_numpy(self.arena.labels_Q[batch]).to(self.arena.device)
+        return torch.from_numpy(self.victim.labels_Q[batch]).to(self.victim.device)
 
-    def _objective(self, arena: Arena, batch: NDArray) -> Objective:
-        return margin(arena.embedder, *arena.gallery(), self._labels(batch))
+    def _objective(self, victim: Victim, batch: NDArray) -> Objective:
+        return margin(victim.embedder, *victim.gallery(), self._labels(batch))
 
 
 def _gradient(objective: Objective, images_BCHW: Tensor) -> Tensor:

@@ -3,31 +3,30 @@
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from flowerray.attacks import bank
 from flowerray.data.dataset import Dataset
-from flowerray.data.images import resize_side
-from flowerray.data.store import build_store
+from flowerray.description import VERSION
 from flowerray.errors import UserError
 from flowerray.files import locked, read_kept, write_json
 from flowerray.opening import Model, open_model
 from flowerray.retrieval.command import new_pairs, not_kept, refuse_trained, stored_pairs
 from flowerray.retrieval.pairs import Pairs
-from flowerray.robustness.attack import Robustness, attack, key
+from flowerray.robustness.attack import Robustness, attack, images_to_attack, key
 from flowerray.robustness.audit import CHECKS, Auditor
 from flowerray.robustness.config import AttackConfig
-from flowerray.robustness.gallery import attack_gallery
+from flowerray.robustness.journal import keeping
 from flowerray.robustness.pictures import Fallen, plot_robustness, worst_sheet
 from flowerray.robustness.record import Attacks, metrics, record
 from flowerray.robustness.score import ers as ers_terms
-from flowerray.robustness.subject import Arena, Subject, attacked_queries, narrow, prepare
-from flowerray.robustness.verification import attack_pairs, pairs_of_queries, query_pair_accuracy
+from flowerray.robustness.verification import pairs_of_queries
+from flowerray.robustness.victim import Victim, open_victim
 from flowerray.tracking import sync
 from flowerray.training import checkpoint
 from flowerray.training.run import Run
@@ -46,6 +45,7 @@ def attack_model(
     audit: bool = False,
     audit_queries: int = 128,
     ers: bool = False,
+    resume: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Attacks a model on its own data and, the same way, another one beside it.
@@ -58,10 +58,12 @@ def attack_model(
         audit: also ask whether the figures can be believed, about as long again.
         audit_queries: queries that the audit looks at.
         ers: also the terms of the Empirical Robustness Score, on as many queries as the audit.
+        resume: only go on with the same attack, which was interrupted; by default it begins anew
+            where something that decides its outcome has changed.
         quiet: no progress bars.
 
     Returns:
-        See `attack_record.record`.
+        See `record.record`.
 
     Raises:
         UserError: an unknown split, gallery or attack; no such RUN; an audit of another attack than
@@ -74,7 +76,6 @@ def attack_model(
         )
     device = next(model.embedder.parameters()).device
     dataset = model.own_dataset(quiet)
-    chosen_Q = attacked_queries(dataset, config)
     standard = None if beside is None else open_model(beside, device)
     if standard is not None:
         try:
@@ -84,41 +85,61 @@ def attack_model(
                 raise
             print(f"nothing is attacked beside it: {error}", file=sys.stderr)
             standard = None
-    subject = prepare(model, dataset, chosen_Q, config, quiet)
-    config = possible(config, len(np.unique(subject.arena.gallery_labels_G)))
-    other = None if standard is None else prepare(standard, dataset, chosen_Q, config, quiet)
-    pairs = split_pairs(model, dataset, chosen_Q, config)
-    other_result = None if other is None else _measure(other, pairs, config, quiet)
-    result = _measure(subject, pairs, config, quiet)
-    content = _record(subject, result)
-    if other is not None and other_result is not None:
-        content["beside"] = _record(other, other_result)
-    if model.folder is not None:
-        with suppress(OSError):  # `keep` says so
-            note(model.folder, content)  # what follows is long, and may be interrupted
-    if audit:
-        unhardened = standard is not None and not standard.run.harden.on
-        auditor = Auditor(
-            subject.arena,
-            result,
-            queries=audit_queries,
-            standard=other.arena if other is not None and unhardened else None,
-            standard_result=(other_result if unhardened else None)
-            if model.run.harden.on
-            else result,
-        )
-        with tqdm(total=len(CHECKS), unit="check", desc="audit", disable=quiet or None) as bar:
-            content["audit"] = auditor.run(bar.update).to_dict()
-    if ers:
-        content["ers"] = _score(subject, result, audit_queries, quiet)
+    asked = {
+        "config": config.model_dump(mode="json"),
+        "beside": beside,
+        "beside_may_lack": beside_may_lack,
+        "audit": audit,
+        "audit_queries": audit_queries,
+        "ers": ers,
+    }
+    run = None if model.folder is None else model.folder.path
+    with keeping(run, asked, facts(dataset, model, standard), resume) as journal:
+        victim = replace(open_victim(model, dataset, config, quiet), journal=journal)
+        other = None
+        if standard is not None:
+            other = open_victim(standard, dataset, victim.config, quiet)
+            other = replace(other, journal=journal.of("beside"))
+        pairs = split_pairs(victim, dataset)
+        other_result = None if other is None else _attack(other, pairs, quiet)
+        result = _attack(victim, pairs, quiet)
+        content = record(victim, result)
         if other is not None and other_result is not None:
-            content["beside"]["ers"] = _score(other, other_result, audit_queries, quiet)
-    if model.folder is not None:
-        try:
-            keep(model, content, subject, result)
-        except (OSError, UserError) as error:  # a full disk, somebody else's RUN
-            not_kept(model.name, error)
+            content["beside"] = record(other, other_result)
+        if model.folder is not None:
+            with suppress(OSError):  # `keep` says so
+                note(model.folder, content)  # what follows is long, and may be interrupted
+        if audit:
+            content["audit"] = _audit(victim, result, other, other_result, audit_queries, quiet)
+        if ers:
+            content["ers"] = _score(victim, result, audit_queries, quiet)
+            if other is not None and other_result is not None:
+                content["beside"]["ers"] = _score(other, other_result, audit_queries, quiet)
+        if model.folder is not None:
+            try:
+                keep(victim, content, result)
+            except (OSError, UserError) as error:  # a full disk, somebody else's RUN
+                not_kept(model.name, error)
     return content
+
+
+def facts(dataset: Dataset, *models: Model | None) -> dict[str, str]:
+    """What decides an attack's outcome beside its options."""
+    digest = blake2b(digest_size=8)
+    devices = set()
+    for model in models:
+        if model is not None:
+            digest.update(repr((model.run.embedder, model.threshold)).encode())
+            for tensor in model.embedder.state_dict().values():
+                digest.update(tensor.cpu().numpy().tobytes())
+                devices.add(tensor.device.type)
+    return {
+        "flowerray": VERSION,
+        "torch": torch.__version__,
+        "device": " ".join(sorted(devices)),
+        "data set": str(dataset.tags["dataset/fingerprint"]),
+        "model": digest.hexdigest(),
+    }
 
 
 def refuse_strangers(other: Model, model: Model, dataset: Dataset, split: str) -> None:
@@ -134,23 +155,6 @@ def refuse_strangers(other: Model, model: Model, dataset: Dataset, split: str) -
             f"{other.name} was trained before {dataset.root} got other files, classes or splits, "
             "and may know the queries: name another --beside."
         )
-
-
-def possible(config: AttackConfig, classes: int) -> AttackConfig:
-    """The configuration without those of the default attacks that need more classes.
-
-    Raises:
-        UserError: attacks were named, and one of them does.
-    """
-    fits = tuple(name for name in config.attacks if bank.least_classes(name) <= classes)
-    if fits == config.attacks:
-        return config
-    left = ", ".join(name for name in config.attacks if name not in fits)
-    why = f"it compares more classes than the {classes} of the gallery"
-    if config.attacks != AttackConfig().attacks:
-        raise UserError(f"--attacks: leave {left} out, since {why}.")
-    print(f"{left} is left out: {why}.", file=sys.stderr)
-    return config.model_copy(update={"attacks": fits})
 
 
 def standard_of(model: Model) -> str | None:
@@ -171,75 +175,56 @@ def standard_of(model: Model) -> str | None:
     return None
 
 
-def _score(subject: Subject, result: Robustness, queries: int, quiet: bool) -> dict[str, Any]:
-    """The terms of the Empirical Robustness Score, never without what puts them into proportion."""
-    config = result.config
-    arena, _ = narrow(subject.arena, queries, config.seed)
-    size = resize_side(subject.model.embedder.image_size)
-    store = build_store(subject.measurement.gallery_paths, size, progress=not quiet)
-    with tqdm(total=9, unit="attack", desc="ers", disable=quiet or None) as bar:
-        found = ers_terms(
-            arena, store, batch_size=config.batch_size, seed=config.seed, progress=bar.update
-        )
-    clean = result.clean.recall_at_1
-    return {"clean_recall_at_1": clean, "collapsed": result.collapse["collapsed"], **found}
-
-
-def split_pairs(
-    model: Model, dataset: Dataset, chosen_Q: NDArray[np.int64], config: AttackConfig
-) -> Pairs | None:
+def split_pairs(victim: Victim, dataset: Dataset) -> Pairs | None:
     """Verification pairs whose attacked side is a query; None where none are wanted or possible."""
+    config = victim.config
     if not config.max_pairs or config.perturb == "gallery":
         return None
-    if model.folder is not None:
-        pairs = stored_pairs(model, dataset, config.split)
-    else:
-        pairs = new_pairs(model, dataset, config.split)
+    find = new_pairs if victim.model.folder is None else stored_pairs
+    pairs = find(victim.model, dataset, config.split)
     if pairs is None:
         return None
-    chosen = pairs_of_queries(pairs, chosen_Q, config.max_pairs, config.seed)
-    both = chosen.same.any() and not chosen.same.all()
-    return chosen if both else None
+    chosen = pairs_of_queries(pairs, victim.chosen_Q, config.max_pairs, config.seed)
+    return chosen if chosen.same.any() and not chosen.same.all() else None
 
 
-def _measure(
-    subject: Subject, pairs: Pairs | None, config: AttackConfig, quiet: bool
-) -> Robustness:
-    """All attacks on one model."""
-    arena, threshold = subject.arena, subject.model.threshold
-
-    def arena_at(eps: float) -> Arena:
-        if config.perturb == "query":
-            return arena
-        size = resize_side(subject.model.embedder.image_size)
-        store = build_store(subject.measurement.gallery_paths, size, progress=not quiet)
-        return replace(arena, gallery_GD=attack_gallery(arena, store, eps, config, bar.update))
-
-    images = 0 if config.perturb == "gallery" else len(config.attacks) * len(arena.chosen_Q)
-    images += 0 if config.perturb == "query" else len(arena.gallery_GD)
-    images += 0 if pairs is None else len(pairs.index)
-    total = images * sum(eps > 0 for eps in config.eps)
-    title = f"attack {subject.model.name}"[-30:]
+def _attack(victim: Victim, pairs: Pairs | None, quiet: bool) -> Robustness:
+    """All attacks on one model, with a progress bar."""
+    total, title = images_to_attack(victim, pairs), f"attack {victim.model.name}"[-30:]
     with tqdm(
         total=total, unit="img", desc=title, disable=quiet or None, dynamic_ncols=True
     ) as bar:
-        accuracy = None
-        if pairs is not None and config.independent:
-            accuracy = query_pair_accuracy(arena, pairs, threshold, config.batch_size)
-        result = attack(
-            arena, config, arena_at=arena_at, pair_accuracy=accuracy, progress=bar.update
-        )
-        if pairs is not None:
-            result.pairs = attack_pairs(arena, pairs, threshold, config, bar.update)
-    return result
+        return attack(victim, pairs, bar.update)
 
 
-def _record(subject: Subject, result: Robustness) -> dict[str, Any]:
-    model = subject.model
-    return record(
-        model.name, model.run, model.threshold, subject.arena, subject.measurement,
-        subject.gallery, result,
-    )  # fmt: skip
+def _audit(
+    victim: Victim,
+    result: Robustness,
+    other: Victim | None,
+    other_result: Robustness | None,
+    queries: int,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Whether the figures can be believed; the model beside helps where it was not hardened."""
+    if other is not None and other.model.run.harden.on:
+        other, other_result = None, None
+    auditor = Auditor(
+        victim,
+        result,
+        queries=queries,
+        standard=other,
+        standard_result=other_result if victim.model.run.harden.on else result,
+    )
+    with tqdm(total=len(CHECKS), unit="check", desc="audit", disable=quiet or None) as bar:
+        return auditor.run(bar.update).to_dict()
+
+
+def _score(victim: Victim, result: Robustness, queries: int, quiet: bool) -> dict[str, Any]:
+    """The terms of the Empirical Robustness Score, never without what puts them into proportion."""
+    with tqdm(total=9, unit="attack", desc="ers", disable=quiet or None) as bar:
+        found = ers_terms(victim.narrow(queries)[0], bar.update)
+    clean = result.clean.recall_at_1
+    return {"clean_recall_at_1": clean, "collapsed": result.collapse["collapsed"], **found}
 
 
 def same_attack(kept: dict[str, Any], own: dict[str, Any]) -> bool:
@@ -277,9 +262,9 @@ def note(folder: RunDir, content: dict[str, Any]) -> bool:
     return stays
 
 
-def keep(model: Model, content: dict[str, Any], subject: Subject, result: Robustness) -> None:
+def keep(victim: Victim, content: dict[str, Any], result: Robustness) -> None:
     """Writes RUN/robustness.json, the pictures and the metrics, and sends them to MLflow."""
-    folder = model.folder
+    folder = victim.model.folder
     assert folder is not None
     if note(folder, content):
         print(
@@ -293,7 +278,7 @@ def keep(model: Model, content: dict[str, Any], subject: Subject, result: Robust
         name = Path(content["beside"]["run"]).name
         shown[f"{name}, beside it" if name in shown else name] = content["beside"]
     plot_robustness(shown, picture_title(content), folder.plots / "robustness.png")
-    if rows := fallen(subject, result):
+    if rows := fallen(victim, result):
         eps = max(result.examples, key=lambda e: (len(result.examples[e]), -e))
         title = f"queries that fell at {key(eps)}/255 ({content['norm']})"
         worst_sheet(rows, title, folder.plots / "worst_queries.png")
@@ -309,23 +294,22 @@ def picture_title(content: dict[str, Any]) -> str:
     )
 
 
-def fallen(subject: Subject, result: Robustness, shown: int = 3) -> list[Fallen]:
+def fallen(victim: Victim, result: Robustness, shown: int = 3) -> list[Fallen]:
     """The examples of the radius that has most of them, the smallest such radius."""
     if not any(result.examples.values()):
         return []
     eps = max(result.examples, key=lambda e: (len(result.examples[e]), -e))
-    clean = subject.measurement
 
     def neighbours(index_K: NDArray) -> list[tuple[Path, str]]:
         return [
-            (clean.gallery_paths[g], clean.classes[clean.gallery_labels[g]])
+            (victim.gallery_paths[g], victim.classes[victim.gallery_labels_G[g]])
             for g in index_K[:shown]
             if g >= 0
         ]
 
     return [
         Fallen(
-            clean.classes[clean.query_labels[example.query]],
+            victim.classes[victim.labels_Q[example.query]],
             example.attack,
             example.clean_CHW.float().numpy(),
             example.adversarial_CHW.float().numpy(),

@@ -19,7 +19,7 @@ from flowerray.data.store import Store
 from flowerray.model.embedder import Embedder
 from flowerray.model.precision import full_precision
 from flowerray.robustness.attack import collapse
-from flowerray.robustness.subject import choose_queries
+from flowerray.robustness.victim import choose_queries
 from flowerray.training.harden import HardenConfig, nfgsm
 
 QUERY_SEED = 0

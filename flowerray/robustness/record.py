@@ -9,11 +9,9 @@ import torch
 from typing_extensions import TypedDict
 
 from flowerray.description import VERSION
-from flowerray.retrieval.measure import Measurement
 from flowerray.robustness.attack import Robustness
 from flowerray.robustness.config import AttackConfig
-from flowerray.robustness.subject import Arena
-from flowerray.training.run import Run
+from flowerray.robustness.victim import Victim
 
 
 class Attacked(TypedDict):
@@ -36,25 +34,8 @@ class Attacks(TypedDict):
     results: list[Attacked]
 
 
-def record(
-    run_name: str,
-    run: Run,
-    threshold: float,
-    arena: Arena,
-    clean: Measurement,
-    gallery: str,
-    result: Robustness,
-) -> dict[str, Any]:
-    """One attack on one model as plain data.
-
-    Args:
-        run_name: what the user called the model.
-        run: its Run.
-        threshold: cosine from which a pair counts as the same.
-        arena: what was attacked.
-        clean: the measurement of the clean queries.
-        gallery: what they are searched for in, as `evaluate` names it.
-        result: what the attacks found.
+def record(victim: Victim, result: Robustness) -> dict[str, Any]:
+    """What the attacks on one model found, as plain data.
 
     Keys: `run`, `method`, `hardening`, `flowerray`, `torch`, `device`, `threads`, `time`; `split`,
     `gallery`, `protocol`, `norm`, `perturb`, `num_queries`, `num_gallery`, `gallery_hash`,
@@ -71,45 +52,45 @@ def record(
     None, `beside`: another model's record or None, and `ers` where asked for.
     An eps is a string in 1/255 such as "0.5"; pair keys are missing where there are no pairs.
     """
-    config, root = result.config, run.data.root
-    content = {
-        "run": run_name,
-        "method": run.method_name,
-        "hardening": run.harden.kind,
+    model, config = victim.model, victim.config
+    queries, gallery = len(victim.chosen_Q), len(victim.gallery_labels_G)
+    base = model.run.data.root or victim.query_paths[0].parent
+    return {
+        "run": model.name,
+        "method": model.run.method_name,
+        "hardening": model.run.harden.kind,
         "flowerray": VERSION,
         "torch": torch.__version__,
-        "device": str(arena.device),
+        "device": str(victim.device),
         "threads": torch.get_num_threads(),
         "time": time.time(),
         "split": config.split,
-        "gallery": gallery,
-        "protocol": clean.metrics["protocol"],
+        "gallery": victim.gallery_name,
+        "protocol": victim.protocol,
         "norm": config.norm,
         "perturb": config.perturb,
-        "num_queries": len(arena.chosen_Q),
-        "num_gallery": len(arena.gallery_labels_G),
-        "gallery_hash": gallery_hash(arena),
-        "threshold": threshold,
-        "threat_model": threat_model(config, len(arena.chosen_Q), len(arena.gallery_labels_G)),
+        "num_queries": queries,
+        "num_gallery": gallery,
+        "gallery_hash": gallery_hash(victim),
+        "threshold": model.threshold,
+        "threat_model": threat_model(config, queries, gallery),
         "config": config.model_dump(mode="json"),
         **result.to_dict(),
         "audit": None,
         "beside": None,
         "ers": None,
+        "queries": [
+            path.relative_to(base).as_posix() if path.is_relative_to(base) else path.name
+            for path in victim.query_paths
+        ],
     }
-    base = root if root is not None else clean.query_paths[0].parent
-    content["queries"] = [
-        path.relative_to(base).as_posix() if path.is_relative_to(base) else path.name
-        for path in clean.query_paths
-    ]
-    return content
 
 
-def gallery_hash(arena: Arena) -> str:
+def gallery_hash(victim: Victim) -> str:
     """Of the gallery's embeddings and labels."""
     digest = blake2b(digest_size=8)
-    digest.update(np.ascontiguousarray(arena.gallery_GD).tobytes())
-    digest.update(arena.gallery_labels_G.tobytes())
+    digest.update(np.ascontiguousarray(victim.gallery_GD).tobytes())
+    digest.update(victim.gallery_labels_G.tobytes())
     return digest.hexdigest()
 
 

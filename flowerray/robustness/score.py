@@ -26,8 +26,7 @@ from torch import Tensor
 from flowerray.attacks.objectives import match, shift
 from flowerray.attacks.pgd import Objective, PGDConfig, pgd
 from flowerray.model.precision import full_precision
-from flowerray.retrieval.embed import Images
-from flowerray.robustness.subject import Arena, embed_images
+from flowerray.robustness.victim import Victim
 
 EPSILON, ALPHA, NUM_STEPS = 8.0, 3.0, 32
 """Radius and step in 1/255, and steps, of the authors' profile at 224 px."""
@@ -52,52 +51,33 @@ class _Draw:
 
 
 @full_precision()
-def ers(
-    arena: Arena,
-    gallery_store: Images,
-    *,
-    batch_size: int = 64,
-    seed: int = 0,
-    progress: Callable[[int], object] | None = None,
-) -> dict[str, Any]:
-    """The ten terms and their mean.
+def ers(victim: Victim, progress: Callable[[int], object] | None = None) -> dict[str, Any]:
+    """The ten terms and their mean, of all the victim's queries.
 
     Args:
-        arena: its queries are all used.
-        gallery_store: the gallery's images, for CA+ and CA-.
-        batch_size: images at a time.
-        seed: of the items that are drawn, and of ES's random start.
         progress: called with 1 after each of the nine attacks (ES gives two terms).
 
     Returns:
         `ers`, `terms` (name -> 0..100, higher is more robust), `raw` (before they are scaled),
         `num_queries`, `eps`, `steps`.
     """
-    attack = _Attack(arena, gallery_store, batch_size, seed, progress)
-    return attack.all_terms()
+    return _Attack(victim, progress).all_terms()
 
 
 class _Attack:
-    def __init__(
-        self,
-        arena: Arena,
-        gallery_store: Images,
-        batch_size: int,
-        seed: int,
-        progress: Callable[[int], object] | None,
-    ) -> None:
-        self.arena, self.store, self.batch_size, self.seed = arena, gallery_store, batch_size, seed
+    def __init__(self, victim: Victim, progress: Callable[[int], object] | None) -> None:
+        self.victim, self.embedder = victim, victim.embedder
         self.progress = progress or (lambda _: None)
-        self.embedder = arena.embedder
-        self.gallery_GD, labels_G = arena.gallery()
-        labels_Q = torch.from_numpy(arena.labels_Q).to(arena.device)
-        query_QD = torch.from_numpy(arena.emb_QD).to(arena.device)
+        self.attacks = 0
+        self.gallery_GD, labels_G = victim.gallery()
+        labels_Q = torch.from_numpy(victim.labels_Q).to(victim.device)
+        query_QD = torch.from_numpy(victim.emb_QD).to(victim.device)
         cosine_QG = query_QD @ self.gallery_GD.T
-        rng = np.random.default_rng((seed, 5))
+        rng = np.random.default_rng((victim.config.seed, 5))
         size, count = len(query_QD), len(labels_G)
 
         def drawn(highest: int) -> Tensor:
-            return torch.from_numpy(rng.integers(highest, size=size)).to(arena.device)
+            return torch.from_numpy(rng.integers(highest, size=size)).to(victim.device)
 
         order_QG = cosine_QG.argsort(dim=1, descending=True)
         near_Q1 = drawn(max(1, int(TOP * count)))[:, None]
@@ -175,12 +155,10 @@ class _Attack:
             return -(sign * (cosine_BG - own_B1)).clamp(min=0).mean(1)
 
         objective = Objective(value, (self.draw.query_QD, self.draw.cosine_QG), (self.embedder,))
-        size = self.embedder.image_size
 
         def images(rows: NDArray) -> Tensor:
-            pixels = self.store.centre(item_Q[torch.from_numpy(rows)].cpu().numpy(), size)
-            floats = pixels.to(self.arena.device).float() / 255
-            return floats.contiguous(memory_format=torch.channels_last)
+            items = item_Q[torch.from_numpy(rows)].cpu().numpy()
+            return self.victim.images(items, self.victim.gallery_store)
 
         return self._run(objective, images, random_start=False)
 
@@ -207,7 +185,7 @@ class _Attack:
 
     def _queries(self, objective: Objective, random_start: bool = False) -> Tensor:
         return self._run(
-            objective, lambda rows: self.arena.images(self.arena.chosen_Q[rows]), random_start
+            objective, lambda rows: self.victim.images(self.victim.chosen_Q[rows]), random_start
         )
 
     def _run(
@@ -220,14 +198,21 @@ class _Attack:
             alpha_ratio=NUM_STEPS * ALPHA / EPSILON,
             random_start=random_start,
         )
-        parts = []
-        for start in range(0, len(self.draw.query_QD), self.batch_size):
-            rows = np.arange(start, min(start + self.batch_size, len(self.draw.query_QD)))
-            some = objective.take(torch.from_numpy(rows).to(self.arena.device))
-            found = pgd(some, images(rows), config, seed=(self.seed,), positions=rows.tolist())
-            parts.append(torch.from_numpy(embed_images(self.arena, found.images_BCHW)))
+        seed, size = self.victim.config.seed, self.victim.config.batch_size
+
+        def run() -> dict[str, NDArray]:
+            parts = []
+            for start in range(0, len(self.draw.query_QD), size):
+                rows = np.arange(start, min(start + size, len(self.draw.query_QD)))
+                some = objective.take(torch.from_numpy(rows).to(self.victim.device))
+                found = pgd(some, images(rows), config, seed=(seed,), positions=rows.tolist())
+                parts.append(self.victim.embed(found.images_BCHW))
+            return {"emb": np.concatenate(parts)}
+
+        self.attacks += 1
+        emb_QD = self.victim.journal.once(f"ers {self.attacks}", run)["emb"]
         self.progress(1)
-        return torch.cat(parts).to(self.arena.device)
+        return torch.from_numpy(emb_QD).to(self.victim.device)
 
     def _percentile(self, item_QD: Tensor | None, item_Q: Tensor, query_QD: Tensor | None) -> float:
         """Mean share of the gallery, in %, that is nearer to the query than the item."""

@@ -14,8 +14,7 @@ from flowerray.attacks.objectives import pair_flip
 from flowerray.attacks.pgd import pgd
 from flowerray.model.precision import full_precision
 from flowerray.retrieval.pairs import KINDS, Pairs, pair_metrics
-from flowerray.robustness.config import AttackConfig
-from flowerray.robustness.subject import Arena, embed_images
+from flowerray.robustness.victim import Victim
 
 
 def pairs_of_queries(pairs: Pairs, chosen_Q: NDArray, number: int, seed: int) -> Pairs:
@@ -48,14 +47,13 @@ def sides_metrics(
     return {name: metrics[name] for name in ("pair_accuracy", "pair_auc")}
 
 
-def query_pair_accuracy(
-    arena: Arena, pairs: Pairs, threshold: float, batch_size: int
-) -> Callable[[NDArray[np.float32]], float]:
+def query_pair_accuracy(victim: Victim, pairs: Pairs) -> Callable[[NDArray[np.float32]], float]:
     """Pair accuracy as a function of the attacked queries' embeddings (Q, D); the other side of
     each pair is clean. For attacks that aim at retrieval, not at the pair.
     """
-    other_PD = embed_positions(arena, pairs.index[:, 1], batch_size)
-    row_P = np.searchsorted(arena.chosen_Q, pairs.index[:, 0])
+    other_PD = embed_positions(victim, pairs.index[:, 1])
+    row_P = np.searchsorted(victim.chosen_Q, pairs.index[:, 0])
+    threshold = victim.model.threshold
 
     def accuracy(emb_QD: NDArray[np.float32]) -> float:
         return sides_metrics(emb_QD[row_P], other_PD, pairs, threshold)["pair_accuracy"]
@@ -64,30 +62,26 @@ def query_pair_accuracy(
 
 
 @full_precision()
-def embed_positions(arena: Arena, positions_P: NDArray, batch_size: int) -> NDArray[np.float32]:
+def embed_positions(victim: Victim, positions_P: NDArray) -> NDArray[np.float32]:
     """(P, D) embeddings of photographs of the split, each one embedded once."""
     unique, back_P = np.unique(positions_P, return_inverse=True)
+    size = victim.config.batch_size
     parts = [
-        embed_images(arena, arena.images(unique[start : start + batch_size]))
-        for start in range(0, len(unique), batch_size)
+        victim.embed(victim.images(unique[start : start + size]))
+        for start in range(0, len(unique), size)
     ]
     return np.concatenate(parts)[back_P]
 
 
 @full_precision()
 def attack_pairs(
-    arena: Arena,
-    pairs: Pairs,
-    threshold: float,
-    config: AttackConfig,
-    progress: Callable[[int], object] | None = None,
+    victim: Victim, pairs: Pairs, progress: Callable[[int], object] | None = None
 ) -> dict[float, dict[str, float]]:
     """Pair accuracy and AUC at each radius, the threshold as it was fitted on clean val pairs.
 
-    The attacked side is moved by PGD, with the steps and restarts of the configuration, away from
-    its partner where the pair is of one class, towards it where it is not. What was found at a
-    smaller radius also counts at a larger one. The other side is a clean photograph that the
-    attacker knows.
+    The attacked side is moved by PGD away from its partner where the pair is of one class, towards
+    it where it is not. What was found at a smaller radius also counts at a larger one. The other
+    side is a clean photograph that the attacker knows.
 
     Args:
         pairs: from `pairs_of_queries`, of both sorts.
@@ -96,41 +90,47 @@ def attack_pairs(
     Returns:
         radius in 1/255 -> `pair_accuracy`, `pair_auc`, `num_pairs`.
     """
-    other_PD = embed_positions(arena, pairs.index[:, 1], config.batch_size)
-    attacked_PD = embed_positions(arena, pairs.index[:, 0], config.batch_size)
+    other_PD = embed_positions(victim, pairs.index[:, 1])
+    attacked_PD = embed_positions(victim, pairs.index[:, 0])
     sign_P = np.where(pairs.same, -1.0, 1.0)
     result = {}
-    for eps in config.eps:
+    for eps in victim.config.eps:
         if eps > 0:
             value_P = sign_P * (attacked_PD * other_PD).sum(1)
-            turned_PD = _turned(arena, pairs, other_PD, eps, config, progress)
+            turned_PD = _turned(victim, pairs, other_PD, eps, progress)
             better_P = sign_P * (turned_PD * other_PD).sum(1) > value_P
             attacked_PD = np.where(better_P[:, None], turned_PD, attacked_PD)
-        metrics = sides_metrics(attacked_PD, other_PD, pairs, threshold)
+        metrics = sides_metrics(attacked_PD, other_PD, pairs, victim.model.threshold)
         result[eps] = metrics | {"num_pairs": len(pairs.index)}
     return result
 
 
 def _turned(
-    arena: Arena,
+    victim: Victim,
     pairs: Pairs,
     other_PD: NDArray[np.float32],
     eps: float,
-    config: AttackConfig,
     progress: Callable[[int], object] | None,
 ) -> NDArray[np.float32]:
     """(P, D): the attacked sides at one radius."""
-    settings = config.pgd(config.norm, eps)
-    parts = []
+    config, parts = victim.config, []
     for start in range(0, len(other_PD), config.batch_size):
         batch = slice(start, start + config.batch_size)
-        other_MD = torch.from_numpy(other_PD[batch]).to(arena.device)
-        same_M = torch.from_numpy(pairs.same[batch]).to(arena.device)
-        objective = pair_flip(arena.embedder, other_MD, same_M)
-        images_MCHW = arena.images(pairs.index[batch, 0])
-        positions = range(start, start + len(images_MCHW))
-        found = pgd(objective, images_MCHW, settings, seed=(config.seed,), positions=positions)
-        parts.append(embed_images(arena, found.images_BCHW))
+        positions = range(start, start + len(other_PD[batch]))
+
+        def turn(batch: slice = batch, positions: range = positions) -> dict[str, NDArray]:
+            other_MD = torch.from_numpy(other_PD[batch]).to(victim.device)
+            same_M = torch.from_numpy(pairs.same[batch]).to(victim.device)
+            found = pgd(
+                pair_flip(victim.embedder, other_MD, same_M),
+                victim.images(pairs.index[batch, 0]),
+                config.pgd(config.norm, eps),
+                seed=(config.seed,),
+                positions=positions,
+            )
+            return {"emb": victim.embed(found.images_BCHW)}
+
+        parts.append(victim.journal.once(f"pairs {eps:g} {start}", turn)["emb"])
         if progress is not None:
-            progress(len(images_MCHW))
+            progress(len(positions))
     return np.concatenate(parts)

@@ -15,6 +15,7 @@ import json
 import platform
 import statistics
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,19 @@ from flowerray.opening import open_model
 from flowerray.retrieval.search import retrieval_metrics
 from flowerray.robustness.attack import attack
 from flowerray.robustness.config import AttackConfig
-from flowerray.robustness.subject import Arena, attacked_queries, prepare
+from flowerray.robustness.victim import Victim, open_victim
 
 
-def ours(arena: Arena, config: AttackConfig, eps: float) -> float:
+def ours(victim: Victim, eps: float) -> float:
     """R@1 by the command's own loop."""
-    return attack(arena, config).worst[eps].recall_at_1
+    return attack(victim).worst[eps].recall_at_1
 
 
-def readme(arena: Arena, config: AttackConfig, eps: float) -> float:
+def readme(victim: Victim, eps: float) -> float:
     """R@1 as the library's README attacks a model."""
-    logits_of = MaxSimLogits(arena.embedder, *arena.gallery()).eval()
-    place_Q = logits_of.places(torch.from_numpy(arena.labels_Q).to(arena.device))
+    config = victim.config
+    logits_of = MaxSimLogits(victim.embedder, *victim.gallery()).eval()
+    place_Q = logits_of.places(torch.from_numpy(victim.labels_Q).to(victim.device))
     pgd = torchattacks.PGD(
         logits_of,
         eps=eps / 255,
@@ -52,12 +54,12 @@ def readme(arena: Arena, config: AttackConfig, eps: float) -> float:
     parts: list[Tensor] = []
     for start in range(0, len(place_Q), config.batch_size):
         rows = np.arange(start, min(start + config.batch_size, len(place_Q)))
-        images = arena.images(arena.chosen_Q[rows])
-        attacked = pgd(images, place_Q[torch.from_numpy(rows).to(arena.device)])
+        images = victim.images(victim.chosen_Q[rows])
+        attacked = pgd(images, place_Q[torch.from_numpy(rows).to(victim.device)])
         with torch.no_grad():
-            parts.append(arena.embedder(attacked))
+            parts.append(victim.embedder(attacked))
     emb_QD = torch.cat(parts)
-    found = retrieval_metrics(emb_QD, arena.labels_Q, *arena.gallery())
+    found = retrieval_metrics(emb_QD, victim.labels_Q, *victim.gallery())
     return found["recall_at_1"]
 
 
@@ -80,12 +82,12 @@ def main() -> None:
     )  # fmt: skip
     model = open_model(options.run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     dataset = open_dataset(model.run.data)
-    arena = prepare(model, dataset, attacked_queries(dataset, config), config, quiet=False).arena
-    every = config.model_copy(update={"independent": True})
+    victim = open_victim(model, dataset, config, quiet=False)
+    every = replace(victim, config=config.model_copy(update={"independent": True}))
     sides: dict[str, Any] = {
-        "flowerray": lambda: ours(arena, config, options.eps),
-        "torchattacks README": lambda: readme(arena, config, options.eps),
-        "flowerray, every query and step": lambda: ours(arena, every, options.eps),
+        "flowerray": lambda: ours(victim, options.eps),
+        "torchattacks README": lambda: readme(victim, options.eps),
+        "flowerray, every query and step": lambda: ours(every, options.eps),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     recall: dict[str, float] = {}
@@ -100,7 +102,7 @@ def main() -> None:
     content = {
         "run": options.run,
         "clean_recall_at_1": attack(
-            arena, config.model_copy(update={"eps": (0.0,)})
+            replace(victim, config=config.model_copy(update={"eps": (0.0,)}))
         ).clean.recall_at_1,
         "settings": {k: v for k, v in vars(options).items() if k not in ("out", "run")},
         "seconds": seconds,
@@ -109,7 +111,7 @@ def main() -> None:
         "recall_at_1": recall,
         "torch": torch.__version__,
         "torchattacks": version("torchattacks"),
-        "device": str(arena.device),
+        "device": str(victim.device),
         "machine": platform.processor() or platform.machine(),
     }
     options.out.write_text(json.dumps(content, indent=2) + "\n")

@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +34,7 @@ from flowerray.data.source import open_dataset
 from flowerray.opening import open_model
 from flowerray.robustness.attack import attack
 from flowerray.robustness.config import AttackConfig
-from flowerray.robustness.subject import Arena, attacked_queries, embed_images, prepare, rank
+from flowerray.robustness.victim import Victim, open_victim
 from tests.benchmarks.command import about
 
 TARGETS = 9
@@ -124,23 +125,23 @@ def installed(name: str) -> str | None:
 
 
 def withstand(
-    arena: Arena, parts: Mapping[str, Part], right_Q: NDArray[np.bool_], eps: float, size: int
+    victim: Victim, parts: Mapping[str, Part], right_Q: NDArray[np.bool_], eps: float, size: int
 ) -> dict[str, NDArray[np.bool_]]:
     """By part, which of these queries (Q,) are still right after it and all before it."""
-    logits = MaxSimLogits(arena.embedder, *arena.gallery()).eval()
-    places_Q = logits.places(torch.from_numpy(arena.labels_Q).to(arena.device))
+    logits = MaxSimLogits(victim.embedder, *victim.gallery()).eval()
+    places_Q = logits.places(torch.from_numpy(victim.labels_Q).to(victim.device))
     right_Q, found = right_Q.copy(), {}
     torch.manual_seed(0)
     for name, part in parts.items():
         left = np.flatnonzero(right_Q)
         for start in range(0, len(left), size):
             rows = left[start : start + size]
-            images = arena.images(arena.chosen_Q[rows])
+            images = victim.images(victim.chosen_Q[rows])
             attacked = part(logits, images, places_Q[torch.from_numpy(rows)], eps / 255).detach()
             within = (attacked - images).abs().flatten(1).amax(1).cpu().numpy() <= (
                 eps / 255 + ROUNDING
             )
-            hit = rank(arena, embed_images(arena, attacked), arena.labels_Q[rows])["hit"]
+            hit = victim.rank(victim.embed(attacked), victim.labels_Q[rows])["hit"]
             right_Q[rows] = hit | ~within
         found[name] = right_Q.copy()
     return found
@@ -167,7 +168,7 @@ def main() -> None:
     )  # fmt: skip
     model = open_model(options.run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     dataset = open_dataset(model.run.data)
-    arena = prepare(model, dataset, attacked_queries(dataset, config), config, quiet=False).arena
+    victim = open_victim(model, dataset, config, quiet=False)
     many = options.times * options.steps
     versions = {name: installed(name) for name in ("adv-lib", "foolbox", "torchattacks")}
     peers = {
@@ -175,11 +176,15 @@ def main() -> None:
         "foolbox": lambda: foolbox(many),
         "torchattacks": lambda: torchattacks(options.steps),
     }
-    clean_Q = rank(arena, arena.emb_QD, arena.labels_Q)["hit"].astype(bool)
-    passes, results = Passes(arena.embedder), []
+    clean_Q = victim.rank(victim.emb_QD, victim.labels_Q)["hit"].astype(bool)
+    passes, results = Passes(victim.embedder), []
     for eps in config.eps:
         began = time.perf_counter()
-        ours_Q = attack(arena, config.model_copy(update={"eps": (eps,)})).alone[eps].hit_Q
+        ours_Q = (
+            attack(replace(victim, config=config.model_copy(update={"eps": (eps,)})))
+            .alone[eps]
+            .hit_Q
+        )
         row: dict[str, Any] = {
             "eps": eps,
             "flowerray": {
@@ -193,7 +198,7 @@ def main() -> None:
                 continue
             began = time.perf_counter()
             start_Q = ours_Q if options.survivors else clean_Q
-            found = withstand(arena, parts(), start_Q, eps, options.batch_size)
+            found = withstand(victim, parts(), start_Q, eps, options.batch_size)
             left_Q = list(found.values())[-1]
             row[name] = {
                 "after": {part: float(right_Q.mean()) for part, right_Q in found.items()},

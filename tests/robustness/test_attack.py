@@ -13,15 +13,23 @@ from flowerray.attacks.pgd import pgd
 from flowerray.errors import UserError
 from flowerray.retrieval.pairs import Pairs, make_pairs, pair_metrics
 from flowerray.retrieval.search import retrieval_metrics
-from flowerray.robustness.attack import Score, attack, bits, collapse, perturb
+from flowerray.robustness.attack import (
+    Robustness,
+    Score,
+    attack,
+    bits,
+    collapse,
+    images_to_attack,
+    perturb,
+)
 from flowerray.robustness.audit import Auditor
 from flowerray.robustness.config import AttackConfig
 from flowerray.robustness.gallery import attack_gallery
 from flowerray.robustness.score import ers
-from flowerray.robustness.subject import choose_queries, embed_images
 from flowerray.robustness.verification import attack_pairs, pairs_of_queries, query_pair_accuracy
-from tests.robustness.arena import Colours, Constant, arena_of, pictures
+from flowerray.robustness.victim import choose_queries
 from tests.robustness.fakes import store_of
+from tests.robustness.victim import Colours, Constant, pictures, victim_of
 
 QUICK = AttackConfig(
     attacks=("fgsm", "margin", "apgd-ce"), eps=(0, 8, 16, 64), steps=5, restarts=2, max_pairs=30
@@ -53,11 +61,11 @@ def test_collapse_by_hand() -> None:
 
 
 def test_the_curve() -> None:
-    arena = arena_of()
+    victim = victim_of(config=QUICK)
     done: list[int] = []
-    result = attack(arena, QUICK, progress=done.append)
+    result = attack(victim, progress=done.append)
     reference = retrieval_metrics(
-        arena.emb_QD, arena.labels_Q, arena.gallery_GD, arena.gallery_labels_G
+        victim.emb_QD, victim.labels_Q, victim.gallery_GD, victim.gallery_labels_G
     )
     assert result.clean.recall_at_1 == reference["recall_at_1"] > 0.8
     assert result.clean.average_precision_Q.mean() == pytest.approx(reference["map_at_r"])
@@ -67,7 +75,7 @@ def test_the_curve() -> None:
         rows = [result.attacks[name][eps].recall_at_1 for name in QUICK.attacks]
         assert rows == sorted(rows, reverse=True)  # each one gets what the one before left
         assert result.alone[eps].recall_at_1 == rows[-1]
-    assert sum(done) == 3 * 3 * 24
+    assert sum(done) == 3 * 3 * 24 == images_to_attack(victim)
     # Survivors only: the second attack gets what the first left.
     left = sum(int(result.attacks["fgsm"][eps].hit_Q.sum()) for eps in (8, 16, 64))
     assert result.images["margin"] == left < result.images["fgsm"]
@@ -88,26 +96,26 @@ def test_what_fell_at_a_smaller_radius_stays_down(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(bank, "run", run)
     monkeypatch.setattr(bank, "admissible", lambda c, *_: c.new_ones(len(c), dtype=torch.bool))
-    result = attack(arena_of(), QUICK.model_copy(update={"eps": (0.0, 64.0, 200.0)}))
+    result = attack(victim_of(config=QUICK.model_copy(update={"eps": (0.0, 64.0, 200.0)})))
     assert result.worst[200].recall_at_1 == result.worst[64].recall_at_1 < 0.1
     assert result.alone[200].recall_at_1 == result.clean.recall_at_1
 
 
 def test_independent_rows_stand_alone_and_share_the_worst_case() -> None:
     config = QUICK.model_copy(update={"independent": True, "attacks": ("margin", "fgsm")})
-    result = attack(arena_of(), config)
+    result = attack(victim_of(config=config))
     assert result.attacks["fgsm"][16].recall_at_1 >= result.attacks["margin"][16].recall_at_1
     assert result.images == {"margin": 72, "fgsm": 72}
     both = result.attacks["margin"][16].worst(result.attacks["fgsm"][16])
     assert np.array_equal(result.alone[16].hit_Q, both.hit_Q)
-    cumulative = attack(arena_of(), config.model_copy(update={"independent": False}))
+    cumulative = attack(victim_of(config=config.model_copy(update={"independent": False})))
     assert np.array_equal(cumulative.alone[16].hit_Q, both.hit_Q)
 
 
 def test_batches_do_not_change_the_outcome() -> None:
     config = QUICK.model_copy(update={"attacks": ("fgsm", "pgd", "margin"), "eps": (0.0, 16.0)})
-    a = attack(arena_of(), config.model_copy(update={"batch_size": 1}))
-    b = attack(arena_of(), config.model_copy(update={"batch_size": 32}))
+    a = attack(victim_of(config=config.model_copy(update={"batch_size": 1})))
+    b = attack(victim_of(config=config.model_copy(update={"batch_size": 32})))
     assert bits(a.worst[16].hit_Q) == bits(b.worst[16].hit_Q)
 
 
@@ -122,22 +130,20 @@ def test_only_what_lies_within_the_budget_counts(monkeypatch: pytest.MonkeyPatch
     assert inside == [[True, False, False, False, True], [False, False, False, False, True]]
 
     monkeypatch.setattr(bank, "run", lambda name, embedder, images, *_, **__: 1 - images)
-    result = attack(arena_of(), QUICK)
+    result = attack(victim_of(config=QUICK))
     assert result.worst[16].recall_at_1 == result.clean.recall_at_1
 
 
 def test_one_double_photograph_stops_no_attack_and_a_gallery_of_queries_does() -> None:
     """Batches hold survivors, and a query whose double is in the gallery survives longest."""
-    arena = arena_of()
-    gallery_GD, labels_G = arena.gallery_GD.copy(), arena.gallery_labels_G
-    gallery_GD[np.flatnonzero(labels_G == arena.labels_Q[0])[0]] = arena.emb_QD[0]
-    result = attack(
-        replace(arena, gallery_GD=gallery_GD), QUICK.model_copy(update={"batch_size": 1})
-    )
+    victim = victim_of(config=QUICK.model_copy(update={"batch_size": 1}))
+    gallery_GD, labels_G = victim.gallery_GD.copy(), victim.gallery_labels_G
+    gallery_GD[np.flatnonzero(labels_G == victim.labels_Q[0])[0]] = victim.emb_QD[0]
+    result = attack(replace(victim, gallery_GD=gallery_GD))
     assert 0 < result.worst[16].recall_at_1 < 1
-    own = replace(arena, gallery_GD=arena.emb_QD, gallery_labels_G=arena.labels_Q)
+    own = replace(victim, gallery_GD=victim.emb_QD, gallery_labels_G=victim.labels_Q)
     with pytest.raises(UserError, match="24 of 24 attacked images are in the gallery"):
-        attack(own, QUICK)
+        attack(own)
 
 
 def test_every_attack_computes_in_full_precision() -> None:
@@ -147,18 +153,18 @@ def test_every_attack_computes_in_full_precision() -> None:
             return super().forward(images_BCHW)
 
     seen: set[tuple[bool, bool]] = set()
-    arena = replace(arena_of(Spy()), store=arena_of().store)
     config = QUICK.model_copy(update={"eps": (0.0, 16.0), "black_box_queries": 5})
+    victim = victim_of(Spy(), config)
     labels = pictures(6, 1)[1]
     pairs = make_pairs(labels, 0, 60, np.eye(6)[labels] + 0.01 * np.arange(36)[:, None])
-    chosen = pairs_of_queries(pairs, arena.chosen_Q, 60, 0)
-    result = attack(arena, config)
+    chosen = pairs_of_queries(pairs, victim.chosen_Q, 60, 0)
+    result = attack(victim)
     parts: dict[str, Any] = {
-        "attack": lambda: attack(arena, config),
-        "pairs": lambda: attack_pairs(arena, chosen, 0.5, config),
-        "gallery": lambda: attack_gallery(arena, store_of(pictures(5, 2)[0]), 16.0, config),
-        "audit": lambda: Auditor(arena, result).run(),
-        "ers": lambda: ers(arena, store_of(pictures(5, 2)[0]), batch_size=32, seed=0),
+        "attack": lambda: attack(victim),
+        "pairs": lambda: attack_pairs(victim, chosen),
+        "gallery": lambda: attack_gallery(victim, 16.0),
+        "audit": lambda: Auditor(victim, result).run(),
+        "ers": lambda: ers(victim),
     }
     assert torch.backends.cudnn.allow_tf32, "torch's own default, which has to be turned off"
     for name, part in parts.items():
@@ -179,40 +185,40 @@ def test_the_step_size_adapts_wherever_robustness_is_measured(
 
     for module in ("robustness.verification", "robustness.gallery", "robustness.audit"):
         monkeypatch.setattr(f"flowerray.{module}.pgd", partial(spy, module))
-    arena, _, pairs = pairs_here()
     config = QUICK.model_copy(update={"alpha_ratio": 1.5, "eps": (0.0, 16.0)})
-    attack_pairs(arena, pairs, 0.5, config)
-    attack_gallery(arena, store_of(pictures(5, 2)[0]), 16.0, config)
-    Auditor(arena, attack(arena, config)).huge()
+    victim, _, pairs = pairs_here(config)
+    attack_pairs(victim, pairs)
+    attack_gallery(victim, 16.0)
+    Auditor(victim, attack(victim)).huge()
     assert list(taken.values()) == 3 * [{None}]
     for name, ratio in (("margin", None), ("shift", None), ("pgd", 1.5)):
         monkeypatch.setattr("flowerray.attacks.bank.pgd", partial(spy, name))
-        perturb(arena, name, np.arange(4), 16.0, config)
+        perturb(victim, name, np.arange(4), 16.0)
         assert taken[name] == {ratio}
 
 
 def test_pixels_that_are_no_pixels_are_refused() -> None:
     """The planted fault: images that were normalised (or scaled) before they came."""
     images, _ = pictures(6, 1)
-    arena = replace(arena_of(), store=store_of(images.astype(np.int64) * 2 - 200))  # type: ignore[arg-type]
+    victim = replace(victim_of(), store=store_of(images.astype(np.int64) * 2 - 200))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"\[0,1\]"):
-        perturb(arena, "fgsm", np.arange(4), 4.0, QUICK)
+        perturb(victim, "fgsm", np.arange(4), 4.0)
 
 
 def test_a_constant_encoder_is_called_collapsed() -> None:
-    assert attack(arena_of(Constant()), QUICK).collapse["collapsed"]
-    assert not attack(arena_of(Colours()), QUICK).collapse["collapsed"]
+    assert attack(victim_of(Constant(), QUICK)).collapse["collapsed"]
+    assert not attack(victim_of(Colours(), QUICK)).collapse["collapsed"]
 
 
 def test_examples_are_queries_that_fell() -> None:
-    arena = arena_of()
-    result = attack(arena, QUICK)
+    victim = victim_of(config=QUICK)
+    result = attack(victim)
     examples = result.examples[64]
     assert 0 < len(examples) <= 6 and len({e.query for e in examples}) == len(examples)
     for example in examples:
-        label = arena.labels_Q[example.query]
-        assert arena.gallery_labels_G[example.before_K[0]] == label
-        assert arena.gallery_labels_G[example.after_K[0]] != label and example.margin > 0
+        label = victim.labels_Q[example.query]
+        assert victim.gallery_labels_G[example.before_K[0]] == label
+        assert victim.gallery_labels_G[example.after_K[0]] != label and example.margin > 0
         change = (example.adversarial_CHW - example.clean_CHW).abs().max()
         assert 0 < change <= 64 / 255 + 1e-6
 
@@ -251,41 +257,41 @@ def test_bad_options(change: dict[str, Any], message: str) -> None:
 # --- pairs ----------------------------------------------------------------------------------------
 
 
-def pairs_here(number: int = 60) -> tuple[Any, Pairs, Pairs]:
-    """The arena, pairs of its whole split, and those with an attacked query."""
-    arena = arena_of(queries=12)
+def pairs_here(config: AttackConfig = QUICK, number: int = 60) -> tuple[Any, Pairs, Pairs]:
+    """The victim, pairs of its whole split, and those with an attacked query."""
+    victim = victim_of(config=config, queries=12)
     _, labels = pictures(6, 1)
     everything = make_pairs(labels, 0, 60, np.eye(6)[labels] + 0.01 * np.arange(36)[:, None])
-    return arena, everything, pairs_of_queries(everything, arena.chosen_Q, number, 0)
+    return victim, everything, pairs_of_queries(everything, victim.chosen_Q, number, 0)
 
 
 def test_the_attacked_side_is_a_query() -> None:
-    arena, everything, chosen = pairs_here()
+    victim, everything, chosen = pairs_here()
     known = {(*sorted(p), k) for p, k in zip(everything.index.tolist(), everything.kind,
                                              strict=True)}  # fmt: skip
-    assert np.isin(chosen.index[:, 0], arena.chosen_Q).all()
-    assert not np.isin(chosen.index[:, 1], arena.chosen_Q).all()
+    assert np.isin(chosen.index[:, 0], victim.chosen_Q).all()
+    assert not np.isin(chosen.index[:, 1], victim.chosen_Q).all()
     for pair, kind in zip(chosen.index.tolist(), chosen.kind, strict=True):
         assert (*sorted(pair), kind) in known  # still one of the pairs, with its own kind
     assert np.array_equal(np.bincount(chosen.kind), [20, 20, 20])
 
 
 def test_pairs_under_attack() -> None:
-    arena, _, chosen = pairs_here()
-    config = QUICK.model_copy(update={"eps": (0.0, 8.0, 64.0)})
-    found = attack_pairs(arena, chosen, 0.9, config)
-    emb_ND = embed_images(arena, arena.images(np.arange(36)))
+    victim, _, chosen = pairs_here(QUICK.model_copy(update={"eps": (0.0, 8.0, 64.0)}))
+    found = attack_pairs(victim, chosen)
+    emb_ND = victim.embed(victim.images(np.arange(36)))
     clean = pair_metrics(emb_ND, chosen, 0.9)
     # The planted fault: pairs whose kinds are misaligned with their images.
     misaligned = Pairs(chosen.index, np.roll(chosen.kind, 20))
-    wrong = attack_pairs(arena, misaligned, 0.9, config.model_copy(update={"eps": (0.0,)}))
+    clean_only = replace(victim, config=QUICK.model_copy(update={"eps": (0.0,)}))
+    wrong = attack_pairs(clean_only, misaligned)
     for name in ("pair_accuracy", "pair_auc"):
         assert found[0.0][name] == pytest.approx(clean[name])
         assert found[0.0][name] >= found[8.0][name] >= found[64.0][name]
         assert abs(wrong[0.0][name] - clean[name]) > 0.2
     assert found[64.0]["pair_accuracy"] < 0.3 < 0.6 < found[0.0]["pair_accuracy"]
-    query_emb = emb_ND[arena.chosen_Q]
-    accuracy = query_pair_accuracy(arena, chosen, 0.9, 64)
+    query_emb = emb_ND[victim.chosen_Q]
+    accuracy = query_pair_accuracy(victim, chosen)
     assert accuracy(query_emb) == pytest.approx(clean["pair_accuracy"])
     assert accuracy(-query_emb) < clean["pair_accuracy"]
 
@@ -294,17 +300,12 @@ def test_pairs_under_attack() -> None:
 
 
 def test_an_attacked_gallery() -> None:
-    arena = arena_of()
-    gallery, _ = pictures(5, 2)
-    store = store_of(gallery)
+    def perturbed(side: str) -> Robustness:
+        return attack(victim_of(config=QUICK.model_copy(update={"perturb": side})))
 
-    def at(eps: float) -> Any:
-        return replace(arena, gallery_GD=attack_gallery(arena, store, eps, QUICK))
-
-    assert np.array_equal(at(0).gallery_GD, arena.gallery_GD)
-    alone = attack(arena, QUICK.model_copy(update={"perturb": "gallery"}), arena_at=at)
+    victim = victim_of(config=QUICK)
+    assert np.array_equal(attack_gallery(victim, 0), victim.gallery_GD)
+    alone, both, query = map(perturbed, ("gallery", "both", "query"))
     assert alone.worst[64].recall_at_1 < 0.5 < alone.worst[0].recall_at_1
     assert alone.images == {"fgsm": 0, "margin": 0, "apgd-ce": 0}
-    both = attack(arena, QUICK.model_copy(update={"perturb": "both"}), arena_at=at)
-    query = attack(arena, QUICK)
     assert both.worst[8].recall_at_1 <= min(alone.worst[8].recall_at_1, query.worst[0].recall_at_1)

@@ -19,8 +19,8 @@ from flowerray.robustness.attack import Robustness, Score, attack
 from flowerray.robustness.audit import Auditor
 from flowerray.robustness.checks import Check, beyond_chance, telling_eps
 from flowerray.robustness.config import AttackConfig
-from flowerray.robustness.subject import Arena, narrow
-from tests.robustness.arena import Colours, Constant, Leaking, Masked, Rippled, arena_of
+from flowerray.robustness.victim import Victim
+from tests.robustness.victim import Colours, Constant, Leaking, Masked, Rippled, victim_of
 
 CONFIG = AttackConfig(
     attacks=("margin", "apgd-ce"), eps=(0, 8, 16, 32), steps=10, restarts=1, black_box_queries=100
@@ -29,7 +29,7 @@ CONFIG = AttackConfig(
 
 @pytest.fixture(scope="module")
 def measured() -> Robustness:
-    return attack(arena_of(), CONFIG)
+    return attack(victim_of(config=CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +41,15 @@ def fell(measured: Robustness) -> Robustness:
 
 @pytest.fixture
 def auditor(measured: Robustness, fell: Robustness) -> Auditor:
-    return Auditor(arena_of(), measured, standard=arena_of(), standard_result=fell)
+    victim = victim_of(config=CONFIG)
+    return Auditor(victim, measured, standard=victim, standard_result=fell)
 
 
 def faulty(model: Any) -> Auditor:
     """The auditor of a model with a fault in it."""
-    arena = arena_of(model)
-    config = CONFIG.model_copy(update={"attacks": ("margin",), "black_box_queries": 1000})
-    return Auditor(arena, attack(arena, config))
+    changes = {"attacks": ("margin",), "black_box_queries": 1000}
+    victim = victim_of(model, CONFIG.model_copy(update=changes))
+    return Auditor(victim, attack(victim))
 
 
 def failed(checks: list[Check]) -> bool:
@@ -64,7 +65,7 @@ def test_a_healthy_measurement_passes(auditor: Auditor, measured: Robustness) ->
     assert found.failed == [] and found.to_dict()["passed"] and len(done) == len(module.CHECKS)
     unasked = {check.name for check in found.checks if check.passed is None}
     assert unasked == set()
-    alone = Auditor(arena_of(), measured)
+    alone = Auditor(victim_of(config=CONFIG), measured)
     assert alone.transfer()[0].passed is None and alone.undefended()[0].passed is None
 
 
@@ -82,8 +83,8 @@ def test_where_it_looks(measured: Robustness) -> None:
     half = measured.clean.recall_at_1 / 2
     gaps = {e: abs(s.recall_at_1 - half) for e, s in measured.alone.items() if e > 0}
     assert gaps[telling_eps(measured)] == min(gaps.values())
-    arena, rows = narrow(arena_of(), 7, seed=0)
-    assert len(rows) == 7 and np.array_equal(arena.chosen_Q, arena_of().chosen_Q[rows])
+    victim, rows = victim_of().narrow(7)
+    assert len(rows) == 7 and np.array_equal(victim.chosen_Q, victim_of().chosen_Q[rows])
 
 
 # --- faults of the model --------------------------------------------------------------------------
@@ -129,15 +130,15 @@ def test_a_batch_that_leaks() -> None:
     assert not failed(faulty(Colours()).batches())
 
 
-def turned(arena: Arena, batch: Any) -> tuple[Tensor, Tensor]:
+def turned(victim: Victim, batch: Any) -> tuple[Tensor, Tensor]:
     """Each photograph, and another one in its place."""
-    images = arena.images(arena.chosen_Q[batch])
+    images = victim.images(victim.chosen_Q[batch])
     return images, images.flip(0)
 
 
 def test_noise_that_kills(auditor: Auditor, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not failed(auditor.noise())
-    monkeypatch.setattr(module, "perturb", lambda arena, name, batch, *_: turned(arena, batch))
+    monkeypatch.setattr(module, "perturb", lambda victim, name, batch, *_: turned(victim, batch))
     assert failed(auditor.noise())
 
 
@@ -160,9 +161,9 @@ def test_a_standard_model_that_stands(auditor: Auditor, measured: Robustness) ->
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_huge_radius_is_huge_in_each_norm(norm: str, measured: Robustness) -> None:
     config = CONFIG.model_copy(update={"norm": norm})
-    (check,) = Auditor(arena_of(), replace(measured, config=config)).huge()
+    (check,) = Auditor(victim_of(config=config), measured).huge()
     assert check.passed
-    (check,) = Auditor(arena_of(Masked()), replace(measured, config=config)).huge()
+    (check,) = Auditor(victim_of(Masked(), config), measured).huge()
     assert not check.passed
 
 
@@ -203,15 +204,15 @@ def test_steps_that_weaken(auditor: Auditor, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_attack_whose_budget_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: the fixed step of 0.1.0, with which more steps were only smaller steps."""
-    arena = arena_of(Rippled(), queries=64, per_class=12)
     config = AttackConfig(attacks=("margin",), eps=(0, 16), restarts=1)
-    assert not failed(Auditor(arena, attack(arena, config)).survivors())
+    victim = victim_of(Rippled(), config, queries=64, per_class=12)
+    assert not failed(Auditor(victim, attack(victim)).survivors())
 
     def fixed(self: BankConfig, norm: Any, epsilon: float, _: float | None = None) -> PGDConfig:
         return PGDConfig(norm=norm, epsilon=epsilon, steps=self.steps, alpha_ratio=2.5)
 
     monkeypatch.setattr(BankConfig, "pgd", fixed)
-    (check,) = Auditor(arena, attack(arena, config)).survivors()
+    (check,) = Auditor(victim, attack(victim)).survivors()
     assert check.passed is False and "100 steps of APGD break 5 of 64 at 16/255" in check.text
 
 

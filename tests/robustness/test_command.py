@@ -7,7 +7,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,8 +19,8 @@ from flowerray.robustness import command as command
 from flowerray.robustness.command import attack_model, standard_of
 from flowerray.robustness.config import AttackConfig
 from flowerray.robustness.record import metrics
-from flowerray.robustness.subject import prepare
 from flowerray.robustness.table import attack_table
+from flowerray.robustness.victim import _possible, open_victim
 from flowerray.training.rundir import RunDir
 
 CPU = torch.device("cpu")
@@ -118,12 +117,12 @@ def test_few_classes_and_a_long_distance(
 ) -> None:
     """Found before the first attack, not after hours of them."""
     default = AttackConfig()
-    assert command.possible(default, 4) == default
-    left = command.possible(default, 3)
+    assert _possible(default, 4) == default
+    left = _possible(default, 3)
     assert left.attacks == tuple(name for name in default.attacks if name != "apgd-dlr")
     assert "apgd-dlr is left out" in capsys.readouterr().err
     with pytest.raises(UserError, match="leave standard out"):
-        command.possible(QUICK.model_copy(update={"attacks": ("fgsm", "standard")}), 3)
+        _possible(QUICK.model_copy(update={"attacks": ("fgsm", "standard")}), 3)
 
     asked: list[AttackConfig] = []
 
@@ -183,11 +182,10 @@ def test_a_model_beside_that_was_trained_on_the_queries_is_refused(
 def test_self_gallery_leaves_the_attacked_queries_out(model: Model) -> None:
     config = QUICK.model_copy(update={"gallery": "self", "max_queries": 1000, "max_pairs": 0})
     dataset = open_dataset(model.run.data)
-    chosen_Q = command.attacked_queries(dataset, config)
-    assert len(chosen_Q) == 12  # half of 6 classes of 4
-    subject = prepare(model, dataset, chosen_Q, config, quiet=True)
-    assert not set(subject.measurement.query_paths) & set(subject.measurement.gallery_paths)
-    assert len(subject.arena.gallery_labels_G) == 12
+    victim = open_victim(model, dataset, config, quiet=True)
+    assert len(victim.chosen_Q) == 12  # half of 6 classes of 4
+    assert not set(victim.query_paths) & set(victim.gallery_paths)
+    assert len(victim.gallery_labels_G) == 12
     content = attack_model(model, config, quiet=True)
     assert content["gallery"] == "self" and content["num_gallery"] == 12
 
@@ -196,9 +194,8 @@ def test_self_gallery_leaves_the_attacked_queries_out(model: Model) -> None:
 def test_train_queries_never_meet_themselves(model: Model, gallery: str | None) -> None:
     config = QUICK.model_copy(update={"split": "train", "gallery": gallery, "max_pairs": 0})
     dataset = open_dataset(model.run.data)
-    chosen_Q = command.attacked_queries(dataset, config)
-    subject = prepare(model, dataset, chosen_Q, config, quiet=True)
-    queries, rest = subject.measurement.query_paths, subject.measurement.gallery_paths
+    victim = open_victim(model, dataset, config, quiet=True)
+    queries, rest = victim.query_paths, victim.gallery_paths
     assert len(queries) == 12 and not set(queries) & set(rest)
     assert set(queries) | set(rest) == {dataset.paths[i] for i in dataset.splits["train"]}
     content = attack_model(model, config.model_copy(update={"eps": (0.0,)}), quiet=True)
@@ -383,10 +380,8 @@ def test_a_split_that_is_not_there(model: Model) -> None:
     splits = {"test": dataset.splits["test"]}
     config = QUICK.model_copy(update={"split": "val"})
     with pytest.raises(UserError, match="no val split"):
-        command.attacked_queries(replace(dataset, splits=splits), config)
+        open_victim(model, replace(dataset, splits=splits), config, quiet=True)
     lonely = replace(dataset, splits={"test": dataset.splits["test"][:1]})
     with pytest.raises(UserError, match="two test images"):
-        command.attacked_queries(lonely, QUICK.model_copy(update={"gallery": "self"}))
-    assert np.array_equal(
-        command.attacked_queries(dataset, QUICK), command.attacked_queries(dataset, QUICK)
-    )
+        own = QUICK.model_copy(update={"gallery": "self"})
+        open_victim(model, lonely, own, quiet=True)

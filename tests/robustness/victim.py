@@ -1,5 +1,7 @@
-"""A small attackable arena without files: a smooth embedder, coloured images, a clean gallery."""
+"""A small victim without files: a smooth embedder, coloured images, a clean gallery."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -7,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from flowerray.model.embedder import Embedder
-from flowerray.robustness.subject import Arena, choose_queries, embed_images, frozen_copy
+from flowerray.opening import Model
+from flowerray.robustness.config import AttackConfig
+from flowerray.robustness.victim import Victim, choose_queries
 from tests.robustness.fakes import store_of
+from tests.small import small
 
 SIDE = 16
 CLASSES = 6
@@ -72,18 +77,38 @@ def pictures(per_class: int, seed: int, classes: int = CLASSES) -> tuple[np.ndar
     return images.clip(0, 255).astype(np.uint8), labels
 
 
-def arena_of(
-    model: nn.Module | None = None, queries: int = 24, per_class: int = 6, classes: int = CLASSES
-) -> Arena:
-    """Queries and gallery of `classes` classes."""
-    embedder = frozen_copy(cast(Embedder, model or Colours()))
+def victim_of(
+    model: nn.Module | None = None,
+    config: AttackConfig | None = None,
+    queries: int = 24,
+    per_class: int = 6,
+    classes: int = CLASSES,
+) -> Victim:
+    """Queries and gallery of `classes` classes; the threshold of pairs is 0.9."""
+    embedder = cast(Embedder, (model or Colours()).eval().requires_grad_(False))
     images, labels = pictures(per_class, 1, classes)
     gallery, gallery_labels = pictures(5, 2, classes)
-    store = store_of(images)
+    store, gallery_store = store_of(images), store_of(gallery)
     chosen_Q = choose_queries(labels, queries, 0)
     empty = np.empty((0, 8), np.float32)
-    arena = Arena(embedder, store, chosen_Q, labels[chosen_Q], empty, empty, gallery_labels)
-    return Arena(
-        embedder, store, chosen_Q, labels[chosen_Q], embed_images(arena, arena.images(chosen_Q)),
-        embed_images(arena, torch.from_numpy(gallery).float() / 255), gallery_labels,
-    )  # fmt: skip
+    victim = Victim(
+        model=Model("tiny", None, small(Path("flowers")), embedder, threshold=0.9),
+        config=config or AttackConfig(),
+        store=store,
+        chosen_Q=chosen_Q,
+        query_paths=tuple(Path(f"{i}.png") for i in chosen_Q),
+        labels_Q=labels[chosen_Q],
+        emb_QD=empty,
+        protocol="official",
+        gallery_name="train",
+        gallery_store=gallery_store,
+        gallery_paths=tuple(Path(f"gallery/{i}.png") for i in range(len(gallery))),
+        gallery_labels_G=gallery_labels,
+        gallery_GD=empty,
+        classes=tuple(f"class {i}" for i in range(classes)),
+    )
+    return replace(
+        victim,
+        emb_QD=victim.embed(victim.images(chosen_Q)),
+        gallery_GD=victim.embed(torch.from_numpy(gallery).float() / 255),
+    )
