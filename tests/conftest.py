@@ -47,11 +47,11 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_run(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished RUN on `small_set`, trained in this process; a test that changes it copies it."""
-    from flowerray.cluster.fit import fit
+    from flowerray.cluster.driver import train_run
     from tests.small import small
 
     out = tmp_path_factory.mktemp("runs") / "small"
-    fit(small(small_set), out, quiet=True)
+    train_run(small(small_set), out, quiet=True)
     return out
 
 

@@ -36,8 +36,8 @@ FLOORS = [
     "explore: align scan counts duplicates likeness leaks maps exploration pictures results"
     " chapters command",
     "report: gather numbers sections attacked evidence command",
-    "cluster: session worker trainer fit tasks",
-    "tuning: space pictures trial study live searcher confirm command",
+    "cluster: session worker trainer watch driver tasks",
+    "tuning: space pictures trial study searcher confirm command",
     "comparison: plan pictures command",
     "backbones: bench remote pictures command",
     "serve: pyfunc",

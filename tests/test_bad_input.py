@@ -12,7 +12,7 @@ import torch
 from scipy.io import loadmat, savemat
 
 from flowerray.cli import dispatch
-from flowerray.cluster.fit import prepare
+from flowerray.cluster.driver import check_run
 from flowerray.errors import UserError
 from flowerray.files import only_driver
 from tests.small import small, words
@@ -260,9 +260,9 @@ def test_synchronised_batchnorm_needs_gpus_that_may_be_a_clusters(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(UserError, match="needs GPUs"):
-        prepare(run, quiet=True)
+        check_run(run, quiet=True)
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")  # its driver's machine has none
-    assert prepare(run, quiet=True)[1] > 0
+    assert check_run(run, quiet=True)[1] > 0
 
 
 def test_unknown_command_and_method(refused: Refused) -> None:

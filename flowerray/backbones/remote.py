@@ -2,7 +2,6 @@
 nothing beside them.
 """
 
-import math
 import os
 import platform
 import sys
@@ -13,14 +12,14 @@ import torch
 from tqdm import tqdm
 
 from flowerray.backbones.bench import BackbonesConfig, assess, time_models
-from flowerray.cluster.fit import innermost
 from flowerray.cluster.session import ray_session, require_gpus
+from flowerray.cluster.tasks import run_tasks
+from flowerray.cluster.trainer import innermost
 from flowerray.cluster.worker import pick_device
 from flowerray.data.images import resize_side
 from flowerray.data.source import DataConfig, open_dataset
 from flowerray.data.store import build_store
 from flowerray.errors import UserError
-from flowerray.pool import cores
 
 Keep = Callable[[dict[str, Any]], None]
 """Gets each model's row as soon as it is there; see `assess_one`."""
@@ -37,10 +36,7 @@ def assess_all(
     quiet: bool = False,
     in_process: bool = False,
 ) -> None:
-    """Assesses every model, as many at a time as there is room for.
-
-    Without a cluster in `RAY_ADDRESS`, a single model, or models that need all cores each, are
-    assessed in this process one after the other.
+    """Assesses every model, as many at a time as there is room for; see `run_tasks`.
 
     Args:
         keep: called here, in the order in which models are done.
@@ -52,45 +48,22 @@ def assess_all(
         UserError: fewer GPUs here than asked for; Ray does not start.
     """
     require_gpus(gpus)
-    if not names:
-        return
-    local = "RAY_ADDRESS" not in os.environ
-    threads, device = max(1, int(cpus)), "cuda" if gpus else "cpu"
-    work = (config.model_dump(), data.model_dump(), threads, device)
-    bar = tqdm(total=len(names), unit="model", desc="accuracy", disable=quiet or None)
-    with bar:
-        if in_process or (local and (len(names) == 1 or cpus >= cores())):
-            before = torch.get_num_threads()
-            try:
-                for name in names:
-                    bar.set_postfix_str(name)
-                    keep(assess_one(name, *work))
-                    bar.update()
-            finally:
-                torch.set_num_threads(before)
-            return
-        if not quiet:
-            print(f"starting Ray for {len(names)} models of {cpus:g} CPUs each", file=sys.stderr)
-        with ray_session(min_cpus=math.ceil(cpus)) as ray:
-            task = ray.remote(assess_one).options(num_cpus=cpus, num_gpus=gpus, max_retries=2)
-            running = {task.remote(name, *work): name for name in names}
-            try:
-                while running:
-                    (done,), _ = ray.wait(list(running), num_returns=1)
-                    name = running.pop(done)
-                    try:
-                        keep(ray.get(done))
-                    except Exception as error:  # a node that died: the other models go on
-                        keep({"model": name, "skipped": f"Its task failed: {innermost(error)}"})
-                    bar.set_postfix_str(name)
-                    bar.update()
-            finally:
-                for reference in running:
-                    ray.cancel(reference, force=True)
+    work = (config.model_dump(), data.model_dump(), "cuda" if gpus else "cpu")
+    with tqdm(total=len(names), unit="model", desc="accuracy", disable=quiet or None) as bar:
+
+        def ended(name: str, outcome: Any) -> None:
+            if isinstance(outcome, Exception):  # a node that died: the other models go on
+                outcome = {"model": name, "skipped": f"Its task failed: {innermost(outcome)}"}
+            keep(outcome)
+            bar.set_postfix_str(name)
+            bar.update()
+
+        calls = {name: (name, *work) for name in names}
+        run_tasks(assess_one, calls, ended, cpus=cpus, gpus=gpus, in_process=in_process)
 
 
 def assess_one(
-    name: str, config: dict[str, Any], data: dict[str, Any], threads: int, device: str
+    name: str, config: dict[str, Any], data: dict[str, Any], device: str, threads: int
 ) -> dict[str, Any]:
     """The task: the row of `assess`, or `model` and `skipped`, the reason why there is none."""
     torch.set_num_threads(threads)

@@ -14,12 +14,12 @@ def train(words: list[str]) -> int:
     """`flowerray train METHOD [options]`."""
     method, words = take_method("train", words)
     options, run = parse_run(f"train {method}", method, words)
-    from flowerray.cluster.fit import fit
+    from flowerray.cluster.driver import train_run
     from flowerray.training.table import training
 
     out = options.resume or options.out or default_out(method)
     with resumable(f"train {method}", out, "run.json"):
-        summary = fit(run, out, resume=options.resume is not None)
+        summary = train_run(run, out, resume=options.resume is not None)
     print(training(out, summary))
     end_of_logging(out)
     return 0
@@ -29,7 +29,7 @@ def demo(words: list[str]) -> int:
     """`flowerray demo`: the main job on rendered flowers, start to end."""
     about = "Renders 40 species, trains triplet, and measures it beside the untrained backbone."
     options, run = parse_run("demo", "triplet", words, default_preset="demo", about=about)
-    from flowerray.cluster.fit import fit
+    from flowerray.cluster.driver import train_run
     from flowerray.opening import open_model
     from flowerray.retrieval.command import evaluate_frozen, evaluate_model
     from flowerray.retrieval.measure import EvaluateConfig
@@ -38,7 +38,7 @@ def demo(words: list[str]) -> int:
 
     out = options.resume or options.out or default_out("demo")
     with resumable("demo", out, "run.json"):
-        summary = fit(run, out, resume=options.resume is not None)
+        summary = train_run(run, out, resume=options.resume is not None)
     device = pick_device("auto")
     frozen = evaluate_frozen(run.embedder, run.data, EvaluateConfig(), device)
     trained = evaluate_model(open_model(str(out), device), run.data, False, EvaluateConfig())

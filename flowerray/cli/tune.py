@@ -31,7 +31,7 @@ def tune(words: list[str]) -> int:
     from flowerray.files import as_json
     from flowerray.training import harden
     from flowerray.training.run import PRESETS, Run
-    from flowerray.tuning.command import Choices, TrialResources, new_study
+    from flowerray.tuning.command import SpaceOptions, TrialResources, new_study, resume_study
     from flowerray.tuning.command import tune as search
     from flowerray.tuning.pictures import study_table
     from flowerray.tuning.space import COMMON, DIM
@@ -95,7 +95,7 @@ def tune(words: list[str]) -> int:
         space = harden.space if options.hardened else {}
         fixed = frozenset(given(words, [*file.space, *COMMON, *DIM, *space]))
         out = (options.out or default_out(f"tune-{method}")).expanduser().absolute()
-        choices = Choices(fixed, options.search_dim, space)
+        choices = SpaceOptions(fixed, options.search_dim, space)
         study = new_study(run, out, config, resources, choices)
     else:
         study = old
@@ -109,6 +109,7 @@ def tune(words: list[str]) -> int:
         study.resources = resources.model_dump()
         study.searched = study.searched and not given(words, ["trials", "time_limit"])
         study.resume_with(run, config)
+        resume_study(study, resources, options.as_json)
     with resumable(f"tune {method}", study.folder, "study.json"):
         result = search(study, resources, quiet=options.as_json)
     print(as_json(result) if options.as_json else study_table(result))

@@ -2,10 +2,14 @@
 
 import logging
 import os
+import secrets
 import signal
+import socket
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from typing import Any
 
 from flowerray import memory
@@ -29,6 +33,27 @@ ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+
+
+OWN = {
+    # As on other systems, where Ray makes no clusters: all of it listens on the loopback alone.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+"""For a Ray that is started on this machine."""
+TOKEN = secrets.token_hex(32)
+"""Without which nobody else on this machine can use that one."""
+ANSWER_SECONDS = 5.0
+
+KNOWN_RAY = "2.60."
+"""The version whose private names are used, each where the public way costs seconds; any other
+Ray goes the public way."""
+
+
+def knows_ray() -> bool:
+    """Whether the installed Ray is the one whose private names are known."""
+    import ray
+
+    return ray.__version__.startswith(KNOWN_RAY)
 
 
 def require_gpus(gpus: float, option: str = "--gpus") -> None:
@@ -80,7 +105,7 @@ def own_signals() -> Iterator[None]:
 @contextmanager
 def ray_session(min_cpus: int, frees_workers: bool = False) -> Iterator[Any]:
     """A Ray that is up: the cluster at `RAY_ADDRESS` (a job finds it set), else one started on this
-    machine.
+    machine, which nothing outside it reaches, and which leaves nothing behind.
 
     Args:
         min_cpus: CPU slots that a cluster started here must have; more than there are cores is
@@ -91,45 +116,88 @@ def ray_session(min_cpus: int, frees_workers: bool = False) -> Iterator[Any]:
     Raises:
         UserError: the cluster cannot be reached.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import ray
+    address = os.environ.get("RAY_ADDRESS")
+    with tempfile.TemporaryDirectory(prefix="flowerray-", ignore_cleanup_errors=True) as place:
+        for name, value in (ENVIRONMENT if address else {**ENVIRONMENT, **OWN}).items():
+            os.environ.setdefault(name, value)
+        if address:
+            refuse_dead(address)
+        elif "RAY_AUTH_MODE" not in os.environ:  # Ray would leave a token in the user's home
+            os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", TOKEN
+        import ray
 
-    joined = ray.is_initialized()
-    if not joined:
-        address = os.environ.get("RAY_ADDRESS")
-        start: dict[str, Any] = (
-            {"address": address}
-            if address
-            else {
-                "address": "local",
-                "num_cpus": max(min_cpus, cores()),
-                "include_dashboard": frees_workers,
-                "object_store_memory": 256 * 2**20,
-            }
-        )
-        names = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "FLOWERRAY_HOME", "OMP_NUM_THREADS")
-        given = {name: os.environ[name] for name in names if name in os.environ}
-        if given.get("FLOWERRAY_HOME"):
-            given["FLOWERRAY_HOME"] = str(home())  # workers have another working directory
-        variables = {**memory.ENVIRONMENT, **given}
+        if ray.is_initialized():  # by somebody else, who ends it too
+            yield ray
+            return
+        start: dict[str, Any] = {
+            "address": "local",
+            "num_cpus": max(min_cpus, cores()),
+            "include_dashboard": frees_workers,
+            "object_store_memory": 256 * 2**20,
+            "_temp_dir": place,
+        }
         try:
-            with own_signals():
+            # Ray has its workers import from the folder where it was started.
+            with own_signals(), chdir(place):
                 ray.init(
-                    **start,
+                    **({"address": address} if address else start),
                     log_to_driver=False,
                     logging_level=logging.ERROR,
-                    runtime_env={"env_vars": variables},
+                    runtime_env={"env_vars": worker_variables()},
                 )
         except Exception as error:  # a start that takes too long raises a bare Exception
-            why = str(error).splitlines()[0].rstrip(".")
+            why = str(error).strip().rstrip(".")
             if address is None:
-                raise UserError(f"Ray did not start on this machine: {why}.") from error
-            if "RAY_AUTH_MODE" not in os.environ:
-                why += " (where it asks for a token: export RAY_AUTH_MODE=token)"
-            raise UserError(f"the Ray at {address} cannot be joined: {why}.") from error
-    try:
-        yield ray
-    finally:
-        if not joined:
+                first = why.splitlines()[0].rstrip(".")
+                raise UserError(f"Ray did not start on this machine: {first}.") from error
+            raise UserError(f"the Ray at {address} cannot be joined: {advice(why)}.") from error
+        try:
+            yield ray
+        finally:
             ray.shutdown()
+
+
+def worker_variables() -> dict[str, str]:
+    """Environment variables of workers: they import from where this process does, and know its
+    settings.
+    """
+    names = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "FLOWERRAY_HOME", "OMP_NUM_THREADS")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if given.get("FLOWERRAY_HOME"):
+        given["FLOWERRAY_HOME"] = str(home())  # workers have another working directory
+    installed = tuple({sys.prefix, sys.base_prefix})
+    paths = [os.path.abspath(path) for path in sys.path]
+    own = [path for path in paths if not path.startswith(installed)]
+    if own:
+        given["PYTHONPATH"] = os.pathsep.join(own)
+    return {**memory.ENVIRONMENT, **given}
+
+
+def refuse_dead(address: str) -> None:
+    """Raises UserError where nothing listens at a cluster's address: Ray would try for a quarter of
+    an hour.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("http"):
+        raise UserError(
+            f"RAY_ADDRESS={address} is a dashboard, which only `ray job submit` uses: give "
+            "HOST:PORT of the cluster's head (`ray start --head` prints it; its port is 6379)."
+        )
+    if not host or not port.isdigit():  # such as "auto"
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray answers at RAY_ADDRESS={address} ({error.strerror or error}): start it there "
+            "(`ray start --head`, or `ray up cluster.yaml`), or unset RAY_ADDRESS to use this "
+            "machine alone."
+        ) from error
+
+
+def advice(why: str) -> str:
+    """Ray's own words on one line, and what else may help."""
+    said = " ".join(line.strip() for line in why.splitlines()[:3]).rstrip(".")
+    if "RAY_AUTH_MODE" not in os.environ:
+        said += " (where it asks for a token: export RAY_AUTH_MODE=token)"
+    return said

@@ -30,6 +30,9 @@ from flowerray.training.loop import Data, Result, train
 from flowerray.training.run import Run
 from flowerray.training.rundir import FolderReporter, RunDir
 
+TOLD = ("epochs", "steps", "images", "seconds", "val_map_at_r", "precision")
+"""Of a summary, what thresholds.json keeps of the training."""
+
 
 def split_store(dataset: Dataset, split: str, image_size: int, progress: bool = False) -> Store:
     """The decoded store of a split, built on this node if it is not there."""
@@ -83,7 +86,7 @@ def class_names(dataset: Dataset, classes: NDArray[np.int64]) -> tuple[str, ...]
     return tuple(dataset.classes[c] for c in classes)
 
 
-def work(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str, Any]:
+def train_worker(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str, Any]:
     """Trains one run as one of `reporter.world` workers; returns a summary as plain data.
 
     Raises:
@@ -175,6 +178,7 @@ def finish(
             "threshold": threshold,
             "fitted_on": "val" if run.threshold is None else "given",
             "best_epoch": summary["best_epoch"],
+            "training": {name: summary[name] for name in TOLD},
         },
     )
     return summary

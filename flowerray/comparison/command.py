@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from flowerray.cluster.fit import prepare
+from flowerray.cluster.driver import check_run
 from flowerray.cluster.session import require_gpus
 from flowerray.cluster.tasks import DivergedTrainingsError, train_many
+from flowerray.cluster.watch import Watcher
 from flowerray.cluster.worker import pick_device
 from flowerray.comparison.pictures import (
     METRICS,
@@ -23,7 +24,7 @@ from flowerray.comparison.pictures import (
     plot_comparison,
     rows_of,
 )
-from flowerray.comparison.plan import CompareConfig, Entry, plan
+from flowerray.comparison.plan import CompareConfig, PlannedRun, plan
 from flowerray.data.dataset import Dataset
 from flowerray.data.source import open_dataset
 from flowerray.description import VERSION, flatten
@@ -33,6 +34,7 @@ from flowerray.opening import open_model
 from flowerray.retrieval.command import as_record, evaluate_frozen, keep, run_measure
 from flowerray.retrieval.measure import EvaluateConfig, Evaluation
 from flowerray.tracking import sync
+from flowerray.training.rundir import RunDir
 
 ELSEWHERE = ("cpus", "gpus")
 """Where trainings run; it does not change the comparison, so a resume may change it."""
@@ -59,11 +61,11 @@ def compare(
             failed, named.
         KeyboardInterrupt: the user's; `resume` goes on.
     """
-    entries, trials, notes = plan(config, quiet)
+    entries, trials, notes = plan(config)
     require_gpus(config.gpus)
     for entry in entries:
         if entry.run.train.seed == entries[0].run.train.seed:
-            prepare(entry.run, quiet)  # what is wrong with a row is wrong with all its seeds
+            check_run(entry.run, quiet)  # what is wrong with a row is wrong with all its seeds
     open_folder(config, out, resume)
     with only_driver(out):
         return run_comparison(config, out, entries, trials, notes, quiet)
@@ -72,16 +74,14 @@ def compare(
 def run_comparison(
     config: CompareConfig,
     out: Path,
-    entries: Sequence[Entry],
+    entries: Sequence[PlannedRun],
     trials: int,
     notes: list[str],
     quiet: bool,
 ) -> dict[str, Any]:
     """Trains what is missing, measures and writes; see `compare`."""
     params = config.model_dump(mode="json")
-    sync.start(out, out.name, params)
-    sync.send(out)  # before its trainings, which are shown under it
-    with sync.noted_end(out):
+    with Watcher(quiet, line=None, bar=False) as watcher, watcher.running(RunDir(out), params, {}):
         entries, costs, lost = train(config, out, entries, quiet)
         content = {
             "flowerray": VERSION,
@@ -102,8 +102,8 @@ def run_comparison(
 
 
 def train(
-    config: CompareConfig, out: Path, entries: Sequence[Entry], quiet: bool
-) -> tuple[list[Entry], list[dict[str, Any]], list[str]]:
+    config: CompareConfig, out: Path, entries: Sequence[PlannedRun], quiet: bool
+) -> tuple[list[PlannedRun], list[dict[str, Any]], list[str]]:
     """Trains what is missing. Where a training diverges its seed is left out for every row, so that
     all are compared over the same seeds.
 
@@ -114,7 +114,7 @@ def train(
         UserError: a training failed, other than by diverging; no seed is left.
     """
 
-    def go(entries: Sequence[Entry], quiet: bool) -> list[dict[str, Any]]:
+    def go(entries: Sequence[PlannedRun], quiet: bool) -> list[dict[str, Any]]:
         runs = [(entry.run, out / "runs" / entry.name) for entry in entries]
         return train_many(runs, cpus=config.cpus, gpus=config.gpus, quiet=quiet, parent=out)
 
@@ -169,7 +169,7 @@ def read_options(out: Path) -> CompareConfig:
 def protocol_results(
     config: CompareConfig,
     protocol: str,
-    entries: Sequence[Entry],
+    entries: Sequence[PlannedRun],
     costs: Sequence[dict[str, Any]],
     out: Path,
     quiet: bool,

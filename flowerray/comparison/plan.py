@@ -1,31 +1,28 @@
 """What a comparison trains: every row over the protocols and seeds, under one budget."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple, NotRequired
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from flowerray import methods
 from flowerray.config import Config
 from flowerray.data.augment import AugmentConfig
-from flowerray.data.batches import PKSampler
-from flowerray.data.source import DataConfig, open_dataset
+from flowerray.data.source import DataConfig
 from flowerray.errors import UserError
 from flowerray.files import read_json
 from flowerray.model.embedder import EmbedderConfig
 from flowerray.training.loop import TrainConfig
 from flowerray.training.run import Run, differences
 from flowerray.training.rundir import RunDir
+from flowerray.tuning.study import Study
 
 ENOUGH_SEEDS = 5
 FRESH_SEED = 2000
 """First seed of tuned configurations: neither their searches nor the confirmations used it."""
-SET_HERE = ("epochs", "seed", "patience")
+SET_HERE = ("epochs", "images", "seed", "patience")
 """Of TrainConfig: what the budget and the seeds decide."""
 
 
@@ -35,6 +32,7 @@ class Result(TypedDict):
     trials: dict[str, int]
     champion: str
     """RUN folder."""
+    confirmed: NotRequired[dict[str, Any]]
 
 
 class CompareConfig(Config):
@@ -49,7 +47,7 @@ class CompareConfig(Config):
     train: TrainConfig = TrainConfig()
     """The optimisation of untuned methods; --images and --seeds set epochs, patience and seed."""
     images: int = Field(12_000, ge=1)
-    """Training images that each training sees at least: whole epochs, rounded up."""
+    """Images that each training draws, repeats included: equally many for every row, to a batch."""
     seeds: int = Field(5, ge=1, le=1000)
     """Trainings of each row and protocol, with seeds 0, 1, ...; tuned ones with 2000, 2001, ..."""
     protocols: tuple[Literal["official", "disjoint"], ...] = ("official", "disjoint")
@@ -69,7 +67,7 @@ class CompareConfig(Config):
 
 
 @dataclass(frozen=True)
-class Entry:
+class PlannedRun:
     """One training of the comparison."""
 
     protocol: str
@@ -82,7 +80,7 @@ class Entry:
         return f"{self.protocol}-{self.row}-seed{self.run.train.seed}"
 
 
-def plan(config: CompareConfig, quiet: bool) -> tuple[list[Entry], int, list[str]]:
+def plan(config: CompareConfig) -> tuple[list[PlannedRun], int, list[str]]:
     """Every training, the trials behind each method (0: defaults), and what a reader must know.
 
     Raises:
@@ -109,14 +107,12 @@ def plan(config: CompareConfig, quiet: bool) -> tuple[list[Entry], int, list[str
     entries = []
     for protocol in config.protocols:
         data = config.data.model_copy(update={"protocol": protocol})
-        labels_N = open_dataset(data, progress=not quiet).split_labels("train")
         for row, base in bases.items():
-            epochs = epochs_for(config.images, labels_N, base.train)
             for seed in range(first_seed, first_seed + config.seeds):
-                changes = {"epochs": epochs, "patience": 0, "seed": seed}
+                changes = {"images": config.images, "patience": 0, "seed": seed}
                 train = base.train.model_copy(update=changes)
                 run = base.model_copy(update={"data": data, "train": train})
-                entries.append(Entry(protocol, row, run))
+                entries.append(PlannedRun(protocol, row, run))
     return entries, trials, notes
 
 
@@ -137,11 +133,18 @@ def base_runs(config: CompareConfig, notes: list[str]) -> tuple[dict[str, Run], 
         if config.train != TrainConfig():
             raise UserError("with studies the optimisation is theirs: leave --train options out.")
         found = {name: read_study(path, name) for name, path in studies.items()}
-        trials = found["center"][1]
-        if any(count != trials for _, count in found.values()):
-            text = ", ".join(f"{name} {count}" for name, (_, count) in found.items())
+        trials = found["center"].trials
+        if any(study.trials != trials for study in found.values()):
+            text = ", ".join(f"{name} {study.trials}" for name, study in found.items())
             raise UserError(f"one budget for all: the studies have unequal trials ({text}).")
-        for name, (best, _) in found.items():
+        measured = range(FRESH_SEED, FRESH_SEED + config.seeds)
+        for name, (best, _, seeds) in found.items():
+            if used := sorted(seeds.intersection(measured)):
+                raise UserError(
+                    f"the study of --{name} chose by seed {', '.join(map(str, used))}, with which "
+                    f"tuned methods are compared ({measured[0]} to {measured[-1]}): give one whose "
+                    "--train.seed, and that + 1000 for its confirmation, lie below."
+                )
             if best.harden.on or best.init is not None:
                 raise UserError(
                     f"one budget for all: the study of --{name} hardens or goes on from another "
@@ -163,8 +166,18 @@ def base_runs(config: CompareConfig, notes: list[str]) -> tuple[dict[str, Run], 
     return {"cross-entropy": center.model_copy(update={"method": plain}), **runs}, trials
 
 
-def read_study(folder: Path, method: str) -> tuple[Run, int]:
-    """The run of a study's champion, and how many trials it was chosen from.
+class Champion(NamedTuple):
+    """What a study chose."""
+
+    run: Run
+    trials: int
+    """From which it was chosen."""
+    seeds: set[int]
+    """By which it was chosen: the search's, and its confirmation's."""
+
+
+def read_study(folder: Path, method: str) -> Champion:
+    """The champion of a study.
 
     Raises:
         UserError: no finished study of this method.
@@ -173,13 +186,9 @@ def read_study(folder: Path, method: str) -> tuple[Run, int]:
     result = read_json(folder / "result.json", Result, missing=missing)
     champion = Path(*Path(result["champion"]).parts[-2:])  # the study may have been moved
     best = Run.from_dict(RunDir(folder / champion).read())
+    seeds = {best.train.seed, *result.get("confirmed", {}).get("seeds", ())}
+    if (folder / "study.json").exists():
+        seeds.add(Study.read(folder).base.train.seed)
     if best.method_name != method:
         raise UserError(f"--{method} {folder} is a study of {best.method_name}.")
-    return best, sum(result["trials"].values())
-
-
-def epochs_for(images: int, labels_N: NDArray[np.int64], train: TrainConfig) -> int:
-    """The whole epochs that show at least so many images."""
-    _, targets_N = np.unique(labels_N, return_inverse=True)
-    sampler = PKSampler(targets_N, train.classes_per_batch, train.images_per_class, train.seed)
-    return math.ceil(images / (sampler.steps * sampler.p * sampler.k))
+    return Champion(best, sum(result["trials"].values()), seeds)

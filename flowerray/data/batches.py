@@ -23,13 +23,16 @@ READ_AHEAD = 2
 class PKSampler:
     """The images of every batch: each batch holds P distinct classes with K images each.
 
-    An epoch shows every image once: each class is shuffled and cut into chunks of K, and each batch
-    takes P chunks of distinct classes. A short chunk is filled from its class; a batch that finds
-    fewer than P classes with chunks left is completed by classes drawn again. The number of steps
-    is the smallest that this allows. The global random state is neither read nor written.
+    An epoch shows every image at least once: each class is shuffled and cut into chunks of K, and
+    each batch takes P chunks of distinct classes. A short chunk is filled from its class; a batch
+    that finds fewer than P classes with chunks left is completed by classes drawn again. The number
+    of steps is the smallest that this allows; it draws `steps` x P x K images, repeats included.
+    The global random state is neither read nor written.
     """
 
-    def __init__(self, targets_N: NDArray[np.int64], p: int, k: int, seed: int) -> None:
+    def __init__(
+        self, targets_N: NDArray[np.int64], p: int, k: int, seed: int, max_repeats: int = 0
+    ) -> None:
         """Checks that the batches can be formed.
 
         Args:
@@ -37,6 +40,8 @@ class PKSampler:
             p: classes of a batch.
             k: images of a class.
             seed: not negative.
+            max_repeats: times that an epoch shows an image on average at most, beyond one chunk of
+                each class: it ends earlier then, and shows a part of large classes; 0 = no bound.
 
         Raises:
             UserError: fewer than P classes, or fewer than P x K images.
@@ -61,19 +66,45 @@ class PKSampler:
         self._chunks = np.array([-(-len(members) // k) for members in self.members])
         # A batch takes at most one chunk of a class, so the largest class can set the length.
         self.steps = max(-(-int(self._chunks.sum()) // p), int(self._chunks.max()))
+        most = np.maximum(self._chunks, max_repeats * counts // k)
+        if max_repeats:
+            while np.minimum(most, self.steps).sum() < p * self.steps:
+                self.steps -= 1
+        else:
+            most[:] = self.steps
+        shares = self._shared(np.minimum(most, self.steps))
+        if max_repeats:
+            self._chunks = shares
+        self.repeats = float((shares * k / counts).max())
+        """Times that an epoch shows an image of the class that is repeated most, on average."""
+
+    def _shared(self, most: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The chunks of each class in an epoch, evenly beyond its own ones, at most so many."""
+        shares = np.minimum(self._chunks, self.steps)
+        missing = self.p * self.steps - int(shares.sum())
+        while missing > 0 and (open_ := np.flatnonzero(shares < most)).size:
+            each = max(1, missing // open_.size)
+            open_ = open_[:missing]
+            added = np.minimum(each, most[open_] - shares[open_])
+            shares[open_] += added
+            missing -= int(added.sum())
+        return shares
 
     def epoch(self, epoch: int) -> NDArray[np.int64]:
         """The epoch's batches, (S, P*K) positions in `targets_N`; a class's rows stand together."""
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, epoch))))
         chunks = [self._cut(members, rng) for members in self.members]
         left = self._chunks.copy()
+        if (spare := int(left.sum()) - self.p * self.steps) > 0:  # of a shorter epoch
+            left[rng.choice(np.flatnonzero(left), spare, replace=False)] -= 1
         batches = np.empty((self.steps, self.p, self.k), dtype=np.int64)
         for step in range(self.steps):
             for row, c in enumerate(self._classes(left, self.steps - step, rng)):
-                if left[c]:
-                    left[c] -= 1
+                left[c] -= 1
+                if 0 <= left[c] < len(chunks[c]):
                     batches[step, row] = chunks[c][left[c]]
                 else:
+                    left[c] = max(left[c], 0)
                     batches[step, row] = self._fill(self.members[c][:0], self.members[c], rng)
         assert not left.any()
         return batches.reshape(self.steps, -1)

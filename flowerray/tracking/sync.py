@@ -9,9 +9,7 @@ warning, never an exception, unless the caller asks for it.
 import itertools
 import logging
 import shlex
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +64,7 @@ def start(
     parent: Path | None = None,
     experiment: str = EXPERIMENT,
 ) -> bool:
-    """Notes how a run is to be shown; the next `sync` (`LiveTracking`'s first) makes it in MLflow.
+    """Notes how a run is to be shown; the next `sync` (a `Watcher`'s first) makes it in MLflow.
 
     A resumed RUN keeps its MLflow run. Takes milliseconds and loads no MLflow.
 
@@ -84,35 +82,6 @@ def start(
         **UNFINISHED,
     )
     return _attempt(run_dir, lambda: State().store(run_dir, **note))
-
-
-class LiveTracking:
-    """While its block runs, a thread of the driver sends a RUN's metrics.
-
-    The database is made before the block, and MLflow loaded, since two threads that load the same
-    large libraries may trip over each other. In the block nothing raises or holds it up.
-    """
-
-    def __init__(self, run_dir: Path, every: float = 5.0) -> None:
-        self.run_dir = run_dir
-        self.every = every
-        """Seconds between two looks at metrics.jsonl; six times as many after a failure."""
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._loop, daemon=True, name="flowerray-tracking")
-
-    def __enter__(self) -> "LiveTracking":
-        prepare(self.run_dir, State.read(self.run_dir).experiment)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(server.LOCK_SECONDS)  # a call that hangs ends by itself
-
-    def _loop(self) -> None:
-        pause = 0.0
-        while not self._stop.wait(pause):
-            pause = self.every if send(self.run_dir) else 6 * self.every
 
 
 def send(run_dir: Path, strict: bool = False) -> bool:
@@ -143,21 +112,6 @@ def finish(run_dir: Path, status: Status = "FINISHED", reason: str | None = None
         _send(run_dir, files=status != "KILLED")  # who pressed Ctrl-C does not wait for uploads
 
     return _attempt(run_dir, action)
-
-
-@contextmanager
-def noted_end(run_dir: Path) -> Iterator[None]:
-    """Notes how the block ended: FINISHED, FAILED with the reason, or KILLED by an interrupt."""
-    status: Status = "KILLED"
-    reason: str | None = "interrupted"
-    try:
-        yield
-        status, reason = "FINISHED", None
-    except Exception as error:
-        status, reason = "FAILED", (str(error) or type(error).__name__).splitlines()[0]
-        raise
-    finally:
-        finish(run_dir, status, reason)
 
 
 def log_folder(

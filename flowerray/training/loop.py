@@ -39,6 +39,13 @@ class TrainConfig(Config):
 
     epochs: int = Field(15, ge=1)
     """Passes over the training images."""
+    images: int = Field(0, ge=0)
+    """Images drawn, repeats included, after which the training ends, also in mid-epoch and
+    whatever `epochs` says: trainings of other batches are then equally long; 0 = after `epochs`."""
+    max_repeats: int = Field(0, ge=0)
+    """Times that an epoch shows an image on average at most, where classes are very unequal;
+    epochs are then shorter, and show a part of the large classes; 0 = as often as full batches of
+    distinct classes need."""
     classes_per_batch: int = Field(12, ge=2)
     """P: distinct classes of a global batch."""
     images_per_class: int = Field(4, ge=2)
@@ -116,6 +123,8 @@ class Result(NamedTuple):
 
     epochs: int
     steps: int
+    images: int
+    """Images drawn, repeats included."""
     best: float
     """Best value of `harden.selection`'s metric, -inf without a val split."""
     best_epoch: int
@@ -148,12 +157,10 @@ def train(
         UserError: the batch does not fit the data or the workers; the checkpoint is of another
             method.
     """
-    config = config.model_copy(update={"epochs": harden.passes(config.epochs)})
     device = next(method.parameters()).device
     size = method.embedder.image_size
-    sampler = PKSampler(
-        data.targets_N, config.classes_per_batch, config.images_per_class, config.seed
-    )
+    sampler = make_sampler(config, data.targets_N)
+    steps = total_steps(config, harden, sampler)
     batches = Batches(
         data.store,
         data.targets_N,
@@ -163,7 +170,7 @@ def train(
         device=device,
         draw=lambda epoch, step, batch: draw(config.seed, epoch, step, batch),
     )
-    schedule = Schedule(config, sampler.steps)
+    schedule = Schedule(steps, round(config.warmup_epochs * sampler.steps))
     optimizer = make_optimizer(config, method)
     average = MovingAverage(method.embedder, config.ema) if config.ema else None
     restored = reporter.restore()
@@ -172,12 +179,11 @@ def train(
     begun_in = state.get("precision") if state else None
     precision = begun_in or pick_precision(config, method, device, reporter)
     autocast = make_autocast(precision, device)
-    steps = config.epochs * sampler.steps
     hardening = Hardening(harden, method, autocast, config.seed, steps, reporter.rank)
 
     progress = Progress()
     if restored is not None and state is not None:
-        progress = load(restored, state, hardening, optimizer, average)
+        progress = load(restored, state, config, hardening, optimizer, average)
     del state  # as large as the model and its optimizer
     reporter.rewind(progress.step)  # also to 0: one that died before its first checkpoint
 
@@ -208,7 +214,7 @@ def train(
         output.loss.total.backward()
         return output
 
-    while progress.epoch < config.epochs and not progress.stopped_early(config.patience):
+    while progress.step < steps and not progress.stopped_early(config.patience):
         epoch = progress.epoch
         window = Window(progress)
         method.train()
@@ -223,6 +229,7 @@ def train(
             # A clean run has one round, without adversarial images; see `harden.Hardening.rounds`.
             for adversarial in hardening.rounds(images, batch.labels, progress.step):
                 output = backward(images, adversarial, batch.labels)
+                progress.images += sampler.p * sampler.k
                 if harden.awp and adversarial is not None:
                     last_loss = hardening.last_loss  # of the weights themselves
                     with perturbed_weights(method, harden.awp):
@@ -238,10 +245,11 @@ def train(
             progress.step += 1
             progress.step_in_epoch = batch.step + 1
             window.add(output, len(output.labels_B))
-            ends_epoch = progress.step_in_epoch == sampler.steps
+            ends_epoch = progress.step == steps or progress.step_in_epoch == sampler.steps
             saves = progress.step % config.checkpoint_every_steps == 0 and not ends_epoch
             if saves or ends_epoch or progress.step % config.log_every_steps == 0:
                 metrics = window.read()
+                metrics["train/images"] = progress.images
                 metrics["train/lr"] = config.lr * schedule.factor(progress.step - 1)
                 metrics["train/bf16"] = float(precision == "bf16")
                 if harden.on:
@@ -252,9 +260,12 @@ def train(
                     {**metrics, **system.sample()},
                     save if saves else None,
                 )
+            if progress.step == steps:
+                break
 
         metrics = {
-            f"epoch/{name}": total / sampler.steps for name, total in progress.epoch_curves.items()
+            f"epoch/{name}": total / progress.step_in_epoch
+            for name, total in progress.epoch_curves.items()
         }
         if data.validate:
             with average.swapped_into(method.embedder) if average else nullcontext():
@@ -262,12 +273,14 @@ def train(
         best = note_epoch(progress, metrics, harden.selection)
         if harden.on and hardening.epsilon(progress.step - 1) < harden.epsilon:
             progress.bad_epochs = 0  # while the attack still grows, falling back is no sign
+        metrics["epoch/images"] = progress.images
         metrics["epoch/seconds"] = window.elapsed()
         reporter.report(progress.step, progress.epoch, metrics, save, best)
 
     return Result(
         progress.epoch,
         progress.step,
+        progress.images,
         progress.best,
         progress.best_epoch,
         progress.seconds,
@@ -275,14 +288,33 @@ def train(
     )
 
 
+def make_sampler(config: TrainConfig, targets_N: NDArray[np.int64]) -> PKSampler:
+    """The batches of a training set with these classes; see `PKSampler`."""
+    p, k = config.classes_per_batch, config.images_per_class
+    return PKSampler(targets_N, p, k, config.seed, config.max_repeats)
+
+
+def images_a_step(config: TrainConfig, harden: HardenConfig) -> int:
+    """Images that a step draws: free trains on each batch several times."""
+    rounds = harden.replays if harden.kind == "free" else 1
+    return config.classes_per_batch * config.images_per_class * rounds
+
+
+def total_steps(config: TrainConfig, harden: HardenConfig, sampler: PKSampler) -> int:
+    """Steps of a whole training."""
+    if config.images:
+        return math.ceil(config.images / images_a_step(config, harden))
+    return harden.passes(config.epochs) * sampler.steps
+
+
 class Schedule:
     """Linear warm-up, then a cosine to zero; a function of the step alone, so there is no state to
     save.
     """
 
-    def __init__(self, config: TrainConfig, steps_per_epoch: int) -> None:
-        self.total = config.epochs * steps_per_epoch
-        self.warmup = min(round(config.warmup_epochs * steps_per_epoch), self.total - 1)
+    def __init__(self, total: int, warmup: int) -> None:
+        self.total = total
+        self.warmup = min(warmup, total - 1)
 
     def factor(self, step: int) -> float:
         """The share of the peak learning rate at `step`, counted from 0."""
@@ -351,6 +383,7 @@ def make_autocast(
 def load(
     folder: Path,
     state: dict[str, Any],
+    config: TrainConfig,
     hardening: Hardening,
     optimizer: torch.optim.Optimizer,
     average: MovingAverage | None,
@@ -373,4 +406,7 @@ def load(
             raise UserError(f"{folder} has no moving average: it was trained with --train.ema 0.")
         average.state = state["average"]
     hardening.last_loss = state.get("last_loss", hardening.last_loss)
-    return Progress(**state["progress"])
+    progress = Progress(**state["progress"])
+    if not progress.images:  # saved before they were counted
+        progress.images = progress.step * images_a_step(config, hardening.config)
+    return progress

@@ -22,6 +22,8 @@ class Progress:
     epoch: int = 0
     step_in_epoch: int = 0
     step: int = 0
+    images: int = 0
+    """Drawn so far, repeats included; of a batch that is trained on several times, each time."""
     best: float = -math.inf
     best_map_at_r: float = -math.inf
     """Val MAP@R of the best epoch, where it is not `best` itself: decides between equal ones."""

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -48,6 +48,8 @@ class Outcome(TypedDict):
     threshold: float
     """Cosine from which two photographs count as the same class."""
     best_epoch: int
+    training: NotRequired[dict[str, Any]]
+    """What it cost; older versions did not write it."""
 
 
 def read_records(path: Path, start: int = 0) -> Iterator[tuple[Record, int]]:

@@ -13,23 +13,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from flowerray.cluster.fit import prepare
+from flowerray.cluster.driver import check_run
 from flowerray.cluster.session import own_signals, ray_session, require_gpus, slots
+from flowerray.cluster.watch import Ending, Watcher
 from flowerray.cluster.worker import refuse_changed
 from flowerray.config import Config
 from flowerray.data.source import open_dataset
 from flowerray.errors import UserError
-from flowerray.files import only_driver
-from flowerray.tracking import sync
+from flowerray.files import only_driver, refuse_unwritable
 from flowerray.tracking.state import State
+from flowerray.training.loop import images_a_step
 from flowerray.training.run import ResourcesConfig, Run
+from flowerray.training.rundir import Record, RunDir
 from flowerray.tuning.confirm import confirm
-from flowerray.tuning.live import Lines, LiveStudy, finish_left
 from flowerray.tuning.pictures import plot_study
 from flowerray.tuning.searcher import make_scheduler, make_searcher
 from flowerray.tuning.space import search_space
-from flowerray.tuning.study import Study, StudyConfig, label, outcome
-from flowerray.tuning.trial import trial, trial_of_workers
+from flowerray.tuning.study import Study, StudyConfig, label, refuse_existing
+from flowerray.tuning.trial import trial
 
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the RUN folders hold the results
@@ -82,7 +83,7 @@ class TrialResources(Config):
         )
 
 
-class Choices(NamedTuple):
+class SpaceOptions(NamedTuple):
     """What the user said of the space."""
 
     fixed: frozenset[str] = frozenset()
@@ -94,7 +95,7 @@ class Choices(NamedTuple):
 
 
 def new_study(
-    run: Run, out: Path, config: StudyConfig, resources: TrialResources, choices: Choices
+    run: Run, out: Path, config: StudyConfig, resources: TrialResources, choices: SpaceOptions
 ) -> Study:
     """The study of a new folder.
 
@@ -102,6 +103,10 @@ def new_study(
         UserError: the folder is there already; nothing to search; options that exclude each other;
             bad data, backbone, weights or batch. No folder is made then.
     """
+    refuse_existing(out)
+    refuse_unwritable(out)
+    resources.check()
+    require_gpus(resources.gpus_per_trial, "--gpus-per-trial")
     if config.objective == "pareto" and not run.harden.on:
         raise UserError(
             "--objective pareto needs trainings that are attacked on val: add --harden, or "
@@ -122,103 +127,104 @@ def new_study(
         dim=choices.dim,
         more=choices.more,
     )
-    resources.check()
-    tags, _ = prepare(run.model_copy(update={"resources": resources.of_a_run}))
+    run = run.model_copy(update={"resources": resources.of_a_run})
+    tags, steps = check_run(run)
+    # Trials of other batches draw as many images, and so does the default that they are held to.
+    images = run.train.images or steps * images_a_step(run.train, run.harden)
+    run = run.model_copy(update={"train": run.train.model_copy(update={"images": images})})
     study = Study.create(out, run, config, knobs, resources.model_dump())
-    study.tags = tags
+    study.see(tags, labels)
     return study
 
 
+def resume_study(study: Study, resources: TrialResources, quiet: bool = False) -> None:
+    """Opens what a study that goes on works with.
+
+    Raises:
+        UserError: other resources than it can use; its photographs have changed.
+    """
+    resources.check()
+    require_gpus(resources.gpus_per_trial, "--gpus-per-trial")
+    refuse_unequal_shares(study, resources.workers_per_trial)
+    study.base = study.base.model_copy(update={"resources": resources.of_a_run})
+    tags, _ = check_run(study.base, quiet)
+    known = State.read(study.folder).tags.get("dataset/fingerprint")
+    refuse_changed(known, tags, study.base.data.root)
+    study.see(tags, open_dataset(study.base.data, progress=False).split_labels("train"))
+
+
 def tune(study: Study, resources: TrialResources, quiet: bool = False) -> dict[str, Any]:
-    """`run_study`, by the only driver of the study's folder."""
-    with only_driver(study.folder):
-        return run_study(study, resources, quiet)
-
-
-def run_study(study: Study, resources: TrialResources, quiet: bool) -> dict[str, Any]:
     """Searches, or goes on searching, and confirms; returns what result.json holds.
 
     Args:
-        study: `Study.create`'s, or `Study.read`'s of a folder to go on with.
+        study: `new_study`'s, or one that `resume_study` opened.
         quiet: no lines.
 
     Raises:
-        UserError: bad data, options or cluster; no trial came to its end. The study stays
-            resumable.
+        UserError: no cluster; no trial came to its end; another process is at work on the study. It
+            stays resumable.
         KeyboardInterrupt: the user's; the study stays resumable.
     """
-    resources.check()
-    refuse_unequal_shares(study, resources.workers_per_trial)
-    require_gpus(resources.gpus_per_trial, "--gpus-per-trial")
-    study.base = study.base.model_copy(update={"resources": resources.of_a_run})
-    if not study.tags:  # a resumed one
-        study.tags, _ = prepare(study.base, quiet)
-        known = State.read(study.folder).tags.get("dataset/fingerprint")
-        refuse_changed(known, study.tags, study.base.data.root)
+
+    def line(folder: RunDir, record: Record) -> str:
+        values = [f"{label(n)} {record['metrics'][n]:.3f}" for n in study.config.objectives]
+        return f"trial {folder.path.name}  epoch {record['epoch']:>2}  {'  '.join(values)}"
+
     params = {"study": study.config.model_dump(), "space": study.knobs, **study.base.to_dict()}
-    sync.start(study.folder, study.folder.name, params, {**study.tags, "kind": "study"})
-    with sync.noted_end(study.folder):
-        search(study, resources, quiet)
-        optuna_study = study.open_optuna()
-        finish_left(study, study.ended(optuna_study))
-        refuse_faults(study, optuna_study)
-        draw(study)
-        # One worker trains as several do, with what one of them gets.
-        gpus = min(1.0, resources.gpus_per_trial)
-        cpus = resources.cpus_per_trial / resources.workers_per_trial
-        return confirm(study, cpus, gpus, quiet)
+    with only_driver(study.folder), Watcher(quiet, line, bar=False) as watcher:
+        with watcher.running(RunDir(study.folder), params, {**study.tags, "kind": "study"}):
+            search(study, resources, watcher)
+            end_left(study, watcher)
+            refuse_faults(study)
+            labels = [label(name) for name in study.config.objectives]
+            plot_study(study.rows(), study.distributions, labels, study.folder / "plots")
+            # One worker trains as several do, with what one of them gets.
+            gpus = min(1.0, resources.gpus_per_trial)
+            cpus = resources.cpus_per_trial / resources.workers_per_trial
+            return confirm(study, watcher, cpus, gpus)
 
 
-def search(study: Study, resources: TrialResources, quiet: bool) -> None:
-    """Makes the trials that are missing."""
+def search(study: Study, resources: TrialResources, watcher: Watcher) -> None:
+    """Makes the trials that are missing.
+
+    Raises:
+        UserError: see `tune`; optuna.db could not be written.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    optuna_study = study.open_optuna()
-    missing = study.requeue(optuna_study)
+    missing = study.requeue()
     if missing == 0 or study.searched:
         return
-    ended = study.ended(optuna_study)
-    values = [t.values[0] for t in ended if outcome(t) == "complete"]
-    lines = Lines(study, max(values, default=None), len(ended), quiet)
-    lines.say(f"starting Ray for {missing} trials ...")
+    watcher.say(f"starting Ray for {missing} trials ...")
     workers = resources.workers_per_trial
-    with (
-        LiveStudy(study.folder) as live,
-        ray_session(math.ceil(resources.cpus_per_trial), frees_workers=workers > 1) as ray,
-    ):
+    with ray_session(math.ceil(resources.cpus_per_trial), frees_workers=workers > 1) as ray:
         from ray import tune as ray_tune
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         concurrent = resources.max_concurrent or room(nodes, resources)
-        config = {
-            "objectives": study.config.objectives,
-            "cpus": resources.cpus_per_trial,
-            "gpus": resources.gpus_per_trial,
-            "workers": workers,
-        }
-        share = (
-            {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
-            if workers == 1
-            # The trial's own process only waits for its workers, and stays on the head.
-            else {"cpu": 0, "node:__internal_head__": 0.001}
-        )
-        function = trial if workers == 1 else trial_of_workers
+        share = {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
+        if workers > 1:  # the trial's own process only waits for its workers, and stays on the head
+            share = {"cpu": 0, "node:__internal_head__": 0.001}
 
         def want_room(trials: int) -> None:
             if resources.max_concurrent:
                 ask_for_nodes(resources, min(concurrent, trials))
 
-        seconds = resources.time_limit * 60 if resources.time_limit else None
         tuner = ray_tune.Tuner(
-            ray_tune.with_resources(function, share),
-            param_space=config,
+            ray_tune.with_resources(trial, share),
+            param_space={
+                "objectives": study.config.objectives,
+                "cpus": resources.cpus_per_trial,
+                "gpus": resources.gpus_per_trial,
+                "workers": workers,
+            },
             tune_config=ray_tune.TuneConfig(
-                search_alg=make_searcher(study, optuna_study, live, lines, missing, want_room),
-                scheduler=make_scheduler(study, ended),
+                search_alg=make_searcher(study, watcher, missing, want_room),
+                scheduler=make_scheduler(study),
                 num_samples=missing,
                 max_concurrent_trials=min(concurrent, missing),
                 reuse_actors=workers == 1,
-                time_budget_s=seconds,
+                time_budget_s=resources.time_limit * 60 if resources.time_limit else None,
             ),
             run_config=ray_tune.RunConfig(
                 name=f"search-{time.time_ns()}",
@@ -235,9 +241,25 @@ def search(study: Study, resources: TrialResources, quiet: bool) -> None:
             raise KeyboardInterrupt from None
         finally:
             want_room(0)
-    if resources.time_limit and not study.cut_off(optuna_study):
+    if study.fault is not None:
+        raise study.fault
+    if resources.time_limit and not study.cut_off():
         study.searched = True  # a --resume goes on with the confirmation
         study.write()
+
+
+def end_left(study: Study, watcher: Watcher) -> None:
+    """Ends the MLflow runs of trials that ended just before their driver was killed, and of those
+    that the search, with fewer trials now, leaves out.
+    """
+    endings = [study.ending(trial) for trial in study.ended()]
+    known = {ending.folder for ending in endings}
+    left_out = sorted(set((study.folder / "trials").glob("*")) - known)
+    endings += [Ending(path, "KILLED", "left out") for path in left_out]
+    for ending in endings:
+        state = State.read(ending.folder)
+        if not (state.closed or (ending.folder in left_out and state.finished)):
+            watcher.close(ending)
 
 
 def refuse_unequal_shares(study: Study, workers: int) -> None:
@@ -255,11 +277,11 @@ def refuse_unequal_shares(study: Study, workers: int) -> None:
             )
 
 
-def refuse_faults(study: Study, optuna_study: Any) -> None:
+def refuse_faults(study: Study) -> None:
     """Raises UserError where trials could not be trained for a reason outside of them."""
-    reasons = [trial.user_attrs.get("reason") for trial in study.cut_off(optuna_study)]
+    reasons = [trial.user_attrs.get("reason") for trial in study.cut_off()]
     if any(reasons):
-        ended = len(study.ended(optuna_study))
+        ended = len(study.ended())
         without = f", and --resume with --trials {ended} goes on without them" if ended else ""
         raise UserError(
             f"{len(reasons)} of {study.config.trials} trials could not be trained "
@@ -278,13 +300,6 @@ def ask_for_nodes(resources: TrialResources, trials: int) -> None:
     share = {"CPU": resources.cpus_per_trial, "GPU": resources.gpus_per_trial}
     bundle = {name: amount / workers for name, amount in share.items() if amount}
     request_resources(bundles=[bundle] * workers * trials)
-
-
-def draw(study: Study) -> None:
-    """Draws the study's pictures."""
-    rows = study.rows(study.ended(study.open_optuna()))
-    labels = [label(name) for name in study.config.objectives]
-    plot_study(rows, study.distributions, labels, study.folder / "plots")
 
 
 def room(nodes: Sequence[Mapping[str, float]], resources: TrialResources) -> int:

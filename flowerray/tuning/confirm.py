@@ -10,16 +10,17 @@ from statistics import mean
 from typing import Any
 
 from flowerray.cluster.tasks import DivergedTrainingsError, train_many
+from flowerray.cluster.watch import Watcher
 from flowerray.errors import UserError
 from flowerray.files import write_json
 from flowerray.statistics import Interval, front, t_interval
 from flowerray.tracking import sync
 from flowerray.tracking.state import State
 from flowerray.training.run import Run
-from flowerray.training.rundir import FolderReporter, RunDir
+from flowerray.training.rundir import RunDir
 from flowerray.tuning.space import value_of, with_params
 from flowerray.tuning.study import Study, outcome
-from flowerray.tuning.trial import WORST, history
+from flowerray.tuning.trial import WORST
 
 NEAR_FRONT = 0.9
 """A pareto study's champion keeps this share of the front's best adversarial R@1."""
@@ -27,8 +28,11 @@ FIRST_SEED = 1000
 """The confirmation's seeds begin so far after the search's one."""
 
 
-def confirm(study: Study, cpus: float, gpus: float, quiet: bool = False) -> dict[str, Any]:
+def confirm(study: Study, watcher: Watcher, cpus: float, gpus: float) -> dict[str, Any]:
     """Picks the best trial, trains it and the default again, registers the winner.
+
+    Args:
+        cpus, gpus: of each training.
 
     Returns:
         The study's result, as result.json holds it.
@@ -37,10 +41,9 @@ def confirm(study: Study, cpus: float, gpus: float, quiet: bool = False) -> dict
         UserError: no trial came to its end; a training failed, other than by diverging, or all of
             the winner's did. Nothing is lost by then.
     """
-    optuna_study = study.open_optuna()
-    ended = study.ended(optuna_study)
+    ended = study.ended()
     best = champion(ended)
-    tag_best(study, ended, best)
+    tag_best(study, watcher, best)
     objectives = study.config.objectives
     result: dict[str, Any] = {
         "method": study.base.method_name,
@@ -60,8 +63,8 @@ def confirm(study: Study, cpus: float, gpus: float, quiet: bool = False) -> dict
     if study.config.confirm_seeds:
         tuned = with_params(study.base, best.params)
         sides = {"default": study.base} if is_default else {"tuned": tuned, "default": study.base}
-        folders, diverged = retrain(study, sides, winner.path.name, cpus, gpus, quiet)
-        found = measured(folders, objectives)
+        folders, diverged = retrain(study, sides, winner.path.name, cpus, gpus, watcher.quiet)
+        found = measured(study, folders)
         result["confirmed"] = {"seeds": seeds(study), "diverged": diverged, **found}
         if not is_default:
             gains = {n: gain(found["tuned"][n], found["default"][n]) for n in objectives}
@@ -77,7 +80,7 @@ def confirm(study: Study, cpus: float, gpus: float, quiet: bool = False) -> dict
             )
         note(study, result)
     name = f"flowerray-{study.base.method_name}"
-    version = sync.register(winner.path, name, "champion")
+    version = watcher.later(sync.register, winner.path, name, "champion").result()
     result["champion"] = str(winner.path)
     result["registered"] = {"name": name, "alias": "champion", "version": version}
     write_json(study.folder / "result.json", result)
@@ -148,19 +151,16 @@ def retrain(
     return folders, {}
 
 
-def measured(
-    folders: dict[str, list[RunDir]], objectives: Sequence[str]
-) -> dict[str, dict[str, list[float]]]:
+def measured(study: Study, folders: dict[str, list[RunDir]]) -> dict[str, dict[str, list[float]]]:
     """Each side's objectives, a value a seed; a training that diverged has the worst."""
 
-    def reached(run: RunDir, name: str) -> float:
-        finished = run.finished
-        return float(history(run, objectives)[-1][name]) if finished else WORST
-
-    return {
-        side: {name: [reached(run, name) for run in runs] for name in objectives}
-        for side, runs in folders.items()
-    }
+    objectives = study.config.objectives
+    found: dict[str, dict[str, list[float]]] = {}
+    for side, runs in folders.items():
+        stories = [study.story(run) for run in runs]
+        ends = [s.standings[-1] if s.finished and s.standings else {} for s in stories]
+        found[side] = {n: [float(end.get(n, WORST)) for end in ends] for n in objectives}
+    return found
 
 
 def gain(tuned_S: Sequence[float], default_S: Sequence[float]) -> Interval:
@@ -168,16 +168,16 @@ def gain(tuned_S: Sequence[float], default_S: Sequence[float]) -> Interval:
     return t_interval([a - b for a, b in zip(tuned_S, default_S, strict=True)])
 
 
-def tag_best(study: Study, ended: Sequence[Any], best: Any) -> None:
+def tag_best(study: Study, watcher: Watcher, best: Any) -> None:
     """Tags the best trial's MLflow run, and takes the tag from one that was best before."""
-    for trial in ended:
+    for trial in study.ended():
         path = study.trial_dir(trial).path
         state = State.read(path)
         is_best = "true" if trial.number == best.number else "false"
         if state.tags.get("flowerray.best", "false") != is_best:
             tags = {**state.tags, "flowerray.best": is_best}
             state.store(path, tags=tags, described=False)
-            sync.send(path)
+            watcher.later(sync.send, path)
 
 
 def note(study: Study, result: dict[str, Any]) -> None:
@@ -189,5 +189,4 @@ def note(study: Study, result: dict[str, Any]) -> None:
             metrics[f"confirmed/{side}_{name.rpartition('/')[2]}"] = mean(values)
     for name, interval in confirmed.get("gain", {}).items():
         metrics[f"confirmed/gain_{name.rpartition('/')[2]}"] = interval["mean"]
-    trials = sum(result["trials"].values())
-    FolderReporter(study.folder).report(trials, 0, metrics)
+    study.report(sum(result["trials"].values()), metrics)

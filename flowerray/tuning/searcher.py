@@ -1,14 +1,14 @@
 """Who proposes a study's trials and who stops them, as Ray Tune takes them: Optuna, and ASHA."""
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from flowerray.cluster.watch import Watcher
+from flowerray.errors import UserError
 from flowerray.training.rundir import RunDir
-from flowerray.tuning.live import Lines, LiveStudy
 from flowerray.tuning.study import Study
 from flowerray.tuning.trial import FAULT
 
@@ -17,65 +17,83 @@ REDUCTION = 3
 
 
 def make_searcher(
-    study: Study,
-    optuna_study: Any,
-    live: LiveStudy,
-    lines: Lines,
-    missing: int,
-    want_room: Callable[[int], None],
+    study: Study, watcher: Watcher, missing: int, want_room: Callable[[int], None]
 ) -> Any:
-    """Ray's OptunaSearch, which opens a RUN folder for each trial that it proposes and keeps the
-    study's books.
+    """A searcher of Ray Tune's that asks the study for trials, and tells it how they ended.
+
+    Where optuna.db cannot be used (`Study.fault`), no further trial is proposed.
 
     Args:
         missing: trials that it will propose.
         want_room: called with the number of trials that have not ended, whenever one ends.
     """
-    from ray.tune.search.optuna import OptunaSearch
+    from ray.tune.search import Searcher
 
-    class Searcher(OptunaSearch):
-        def suggest(self, trial_id: str) -> dict[str, Any]:
-            super().suggest(trial_id)
-            folder = study.open_trial(self._ot_trials[trial_id])
-            live.open(folder.path)
-            return {"folder": str(folder.path), "scheduled": time.time()}
+    class StudySearcher(Searcher):
+        def __init__(self) -> None:
+            super().__init__(metric=study.config.objectives[0], mode="max")
+            self.open: dict[str, Any] = {}
+            self.over = 0
 
-        def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-            lines.epoch(study.trial_dir(self._ot_trials[trial_id]), result)
+        def suggest(self, trial_id: str) -> Any:
+            try:
+                trial, folder, run = study.open_trial()
+            except UserError:
+                return Searcher.FINISHED
+            self.open[trial_id] = trial
+            name, tags = f"trial-{folder.path.name}", {**study.tags, "kind": "trial"}
+            watcher.open(folder, run.to_dict(), tags, name=name, parent=study.folder)
+            return {
+                "folder": str(folder.path), "epochs": study.epochs(run), "scheduled": time.time()
+            }  # fmt: skip
 
         def on_trial_complete(
             self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
         ) -> None:
-            if trial_id in self._completed_trials:
+            trial = self.open.pop(trial_id, None)
+            if trial is None:
                 return
-            self._completed_trials.add(trial_id)
-            trial = self._ot_trials[trial_id]
-            folder = study.trial_dir(trial)
-            closed = study.close_trial(self._ot_study, trial, None if error else result)
-            lines.end(folder, result, closed)
-            live.close(closed)
-            want_room(missing - len(self._completed_trials))
+            try:
+                ending = study.close_trial(trial, None if error else result)
+            except UserError:
+                return  # its RUN is whole: a --resume tells of it
+            watcher.close(ending)
+            watcher.say(end_line(study, trial))
+            self.over += 1
+            want_room(missing - self.over)
 
         # Optuna's database has it all, so Tune's own snapshots hold nothing.
         def save(self, checkpoint_path: str) -> None:
             Path(checkpoint_path).touch()
 
+        def restore(self, checkpoint_path: str) -> None:
+            raise AssertionError("a study is resumed from its own folder")
+
         def __reduce__(self) -> tuple[type, tuple[()]]:
             return object, ()
 
-    objectives = study.config.objectives
-    single = len(objectives) == 1
-    return Searcher(
-        study.distributions,
-        metric=objectives[0] if single else objectives,
-        mode="max" if single else ["max"] * len(objectives),
-        sampler=optuna_study.sampler,
-        storage=optuna_study._storage,
-        study_name=study.name,
-    )
+    return StudySearcher()
 
 
-def make_scheduler(study: Study, ended: list[Any]) -> Any:
+def end_line(study: Study, trial: Any) -> str:
+    """What is said of a trial that ended; notes the best so far among the study's own metrics."""
+    name = study.trial_dir(trial).path.name
+    trial = study.optuna.trials[trial.number]
+    reason = trial.user_attrs.get("reason")
+    if trial.state.name == "FAIL":
+        return f"trial {name}  could not be trained: {reason}"
+    ended, complete = len(study.ended()), study.complete()
+    best = max((trial.values[0] for trial in complete), default=None)
+    so_far = "" if best is None else f"; best val MAP@R so far {best:.3f}"
+    if best is not None:
+        study.report(ended, {"study/best_val_map_at_r": best})
+    what = reason or "complete"
+    if reason and trial.state.name != "PRUNED":
+        what = f"failed: {reason}"
+    return f"trial {name}  {what} ({ended} of {study.config.trials}{so_far})"
+
+
+def make_scheduler(study: Study) -> Any:
     """ASHA, which knows again what the ended trials of a resumed study reached; or none. Of two
     objectives it goes by their sum: by clean accuracy alone it would stop the robust trials.
 
@@ -106,18 +124,18 @@ def make_scheduler(study: Study, ended: list[Any]) -> Any:
         def on_trial_add(self, controller: Any, trial: Any) -> None:
             """Takes in what a trial that was cut off had reached before it goes on."""
             super().on_trial_add(controller, trial)
-            for standing in study.history(RunDir(Path(trial.config["folder"]))):
+            for standing in study.story(RunDir(Path(trial.config["folder"]))).standings:
                 self.on_trial_result(controller, trial, standing)
 
     scheduler = Scheduler(
-        time_attr="epoch",
+        time_attr="images",
         metric=objectives[0],
         mode="max",
-        max_t=study.epochs + 1,  # at max_t itself every trial would be stopped
-        grace_period=min(study.epochs, 1 + math.ceil(study.base.train.warmup_epochs)),
+        max_t=2**40,  # at max_t itself every trial would be stopped
+        grace_period=study.grace,
         reduction_factor=REDUCTION,
     )
-    for known in ended:
+    for known in study.ended():
         folder = str(study.trial_dir(known).path)
         one = SimpleNamespace(trial_id=f"ended-{known.number}", config={"folder": folder})
         scheduler.on_trial_add(None, one)

@@ -22,7 +22,8 @@ COMMON: Knobs = {
     "train.images_per_class": {"choices": [2, 4, 8]},
     "augment.strength": {"low": 0.0, "high": 2.0, "log": False},
 }
-"""Searched with every method; an epoch shows every image once whatever P and K are."""
+"""Searched with every method. With other P and K an epoch draws other numbers of images; trials end
+after equally many (`train.images`)."""
 
 DIM: Knobs = {"embedder.dim": {"choices": [64, 128, 256, 512]}}
 """Searched only if asked for, since methods are compared at one embedding size."""

@@ -6,26 +6,44 @@ Optuna's database is the truth about which trials were asked for and how they en
 was running when the driver died is asked for again, with its parameters and its RUN folder.
 """
 
+import math
+import shutil
+import sqlite3
+import sys
+import time
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import closing
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NotRequired
+from typing import Any, Literal, NotRequired
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from flowerray.cluster.watch import Ending
 from flowerray.config import Config
 from flowerray.description import VERSION
 from flowerray.errors import UserError
 from flowerray.files import only_driver, read_json, sqlite_url, write_json, writing
-from flowerray.tracking import sync
-from flowerray.tracking.state import Status
+from flowerray.tracking.state import State, Status
+from flowerray.training.loop import images_a_step, make_sampler, total_steps
 from flowerray.training.run import Run, differences
-from flowerray.training.rundir import RunDir
+from flowerray.training.rundir import FolderReporter, RunDir
 from flowerray.tuning.pictures import Row
-from flowerray.tuning.space import Knobs, defaults, distributions, with_params
-from flowerray.tuning.trial import ADVERSARIAL, FAILED, FAULT, MAP_AT_R, WORST, history
+from flowerray.tuning.space import Knobs, defaults, distributions, value_of, with_params
+from flowerray.tuning.trial import ADVERSARIAL, FAILED, FAULT, MAP_AT_R, WORST, Story, story
+
+STOPPED = "stopped early"
+"""How the reason of a trial begins that the pruner ended."""
+STATUSES: dict[str, Status] = {"complete": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+"""What MLflow calls the outcomes."""
+LOCK_SECONDS = 60.0
+"""That a call waits for a locked optuna.db, in each of `TRIES`."""
+TRIES = 4
 
 
 class StudyConfig(Config):
@@ -54,16 +72,6 @@ class StudyConfig(Config):
         return [MAP_AT_R] if self.objective == "map" else [MAP_AT_R, ADVERSARIAL]
 
 
-class Closed(NamedTuple):
-    """A trial that ended, for the thread that tells MLflow."""
-
-    folder: Path
-    status: Status
-    reason: str | None
-    final: bool = True
-    """Nothing goes on from its checkpoint any more."""
-
-
 class Stored(TypedDict):
     """What study.json holds at least."""
 
@@ -89,10 +97,14 @@ class Study:
         self.distributions = distributions(knobs)
         self.tags: dict[str, str] = {}
         """Of the data set, for the trials' MLflow runs."""
+        self.grace = 0
+        """Images that every trial may draw before the pruner looks at it."""
         self.resources: dict[str, Any] = {}
         """What a trial gets, for a command that resumes without saying it."""
         self.searched = False
         """The time limit ended the search, though trials are missing."""
+        self.fault: UserError | None = None
+        """What keeps optuna.db from being written."""
 
     @classmethod
     def create(
@@ -108,11 +120,7 @@ class Study:
         Raises:
             UserError: something is there already, or the place cannot be written.
         """
-        if folder.exists():
-            raise UserError(
-                f"{folder} exists already: choose another --out, or continue it with "
-                f"--resume {folder}."
-            )
+        refuse_existing(folder)
         study = cls(folder, f"{folder.name}-{uuid.uuid4().hex[:8]}", base, config, knobs)
         study.resources = resources or {}
         with writing(folder):
@@ -167,10 +175,19 @@ class Study:
         with only_driver(self.folder):
             self.write()
 
-    @property
-    def epochs(self) -> int:
-        """Of a whole trial."""
-        return self.base.harden.passes(self.base.train.epochs)
+    def see(self, tags: dict[str, str], targets_N: NDArray[np.int64]) -> None:
+        """Takes in the data set that it trains on: its tags, and the training images' classes."""
+        self.tags, self.targets_N = tags, targets_N
+        train, harden = self.base.train, self.base.harden
+        sampler = make_sampler(train, targets_N)
+        steps = sampler.steps * (1 + math.ceil(train.warmup_epochs))
+        steps = min(total_steps(train, harden, sampler), steps)
+        self.grace = steps * images_a_step(train, harden)
+
+    def epochs(self, run: Run) -> int:
+        """Of a whole trial with this configuration; the last one may be a part of one."""
+        sampler = make_sampler(run.train, self.targets_N)
+        return math.ceil(total_steps(run.train, run.harden, sampler) / sampler.steps)
 
     # ---- Optuna
 
@@ -179,31 +196,111 @@ class Study:
         """The address for optuna-dashboard."""
         return sqlite_url(self.folder / "optuna.db")
 
-    def open_optuna(self) -> Any:
-        """Optuna's study; makes it, with the default configuration to begin with."""
+    @cached_property
+    def optuna(self) -> Any:
+        """Optuna's study; made, with the default configuration to begin with, where there is none.
+        A damaged one is put aside, and made anew from the trials' RUN folders.
+        """
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        study = optuna.create_study(
-            storage=optuna.storages.RDBStorage(
-                self.database, engine_kwargs={"connect_args": {"timeout": 60}}
-            ),
+        file = self.folder / "optuna.db"
+        lost = file.exists() and damage(file)
+        if lost:
+            aside = file.with_name(f"optuna.db.damaged-{time.time_ns()}")
+            file.rename(aside)
+            print(
+                f"{file} is damaged ({lost}): put aside as {aside.name}; what the trials' RUN "
+                "folders hold is read back.",
+                file=sys.stderr,
+            )
+        study = self._book(self._open)
+        study.sampler = self.sampler(len(study.get_trials(deepcopy=False)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([label(name) for name in self.config.objectives])
+        if lost:
+            self._read_back(study)
+        if not study.get_trials(deepcopy=False):
+            study.enqueue_trial(defaults(self.base, self.knobs))
+        return study
+
+    def _open(self) -> Any:
+        import optuna
+
+        storage = optuna.storages.RDBStorage(
+            self.database, engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}}
+        )
+        return optuna.create_study(
+            storage=storage,
             study_name=self.name,
             directions=["maximize"] * len(self.config.objectives),
             load_if_exists=True,
         )
-        asked = len(study.get_trials(deepcopy=False))
-        study.sampler = self.sampler(asked)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names([label(name) for name in self.config.objectives])
-        if asked == 0:
-            study.enqueue_trial(defaults(self.base, self.knobs))
-        return study
+
+    def _book(self, call: Callable[[], Any]) -> Any:
+        """What a call of Optuna's gives; where optuna.db is locked, it is tried again.
+
+        Raises:
+            UserError: it stays locked, or cannot be used; the same from then on.
+        """
+        import optuna
+        import sqlalchemy.exc
+
+        for attempt in range(TRIES):
+            if self.fault is not None:
+                break
+            try:
+                return call()
+            except (
+                sqlalchemy.exc.DatabaseError, optuna.exceptions.StorageInternalError
+            ) as error:  # fmt: skip
+                why = str(error.__cause__ or error).splitlines()[0]
+                if "locked" not in why or attempt == TRIES - 1:
+                    self.fault = UserError(
+                        f"{self.folder / 'optuna.db'} cannot be used ({why}): end what else uses "
+                        "it, then --resume the study; its trainings are kept."
+                    )
+        assert self.fault is not None
+        raise self.fault
+
+    def _read_back(self, study: Any) -> None:
+        """Tells a new optuna.db of the trials whose folders are there: those that ended as they
+        did, the others as asked for.
+        """
+        from optuna.trial import TrialState, create_trial
+
+        for path in sorted((self.folder / "trials").glob("*/run.json")):
+            folder, run = RunDir(path.parent), Run.from_dict(RunDir(path.parent).read())
+            params = {name: value_of(run, name) for name in self.knobs}
+            told, (images, known, finished) = State.read(folder.path), self.story(folder)
+            note: dict[str, Any] = {"folder": folder.path.name, "images": images}
+            values: list[float] | None = None
+            single = len(self.config.objectives) == 1
+            if finished and known:
+                state, values = TrialState.COMPLETE, [known[-1][n] for n in self.config.objectives]
+            elif told.finished == "KILLED" and (told.reason or "").startswith(STOPPED):
+                state, note["reason"] = TrialState.PRUNED, told.reason
+                values = [known[-1][MAP_AT_R]] if single and known else None
+            elif told.finished == "FAILED" and told.reason:
+                state, note["reason"] = TrialState.COMPLETE, told.reason
+                values = [WORST] * len(self.config.objectives)
+            else:
+                study.enqueue_trial(params, user_attrs={"folder": folder.path.name})
+                continue
+            study.add_trial(
+                create_trial(
+                    state=state,
+                    params=params,
+                    distributions=self.distributions,
+                    values=values,
+                    user_attrs=note,
+                    intermediate_values={k["epoch"]: k[MAP_AT_R] for k in known} if single else {},
+                )
+            )
 
     def sampler(self, asked: int) -> Any:
         """The sampler; after `asked` trials it draws what was not drawn yet."""
-        import numpy as np
         import optuna
 
         seed = int(np.random.SeedSequence((self.config.seed, asked)).generate_state(1)[0])
@@ -223,34 +320,42 @@ class Study:
                 seed=seed, multivariate=True, constant_liar=True, n_startup_trials=startup
             )
 
-    def requeue(self, study: Any) -> int:
+    def requeue(self) -> int:
         """Asks again for the trials that have no outcome: those that were running when the driver
         ended, and those that a fault of a machine ended. Returns how many trials the search still
         has to make.
         """
         from optuna.trial import TrialState
 
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            study.tell(trial.number, state=TrialState.FAIL)
-        for trial in self.cut_off(study):
-            study.enqueue_trial(trial.params, user_attrs={"folder": folder_name(trial)})
-        return max(0, self.config.trials - len(self.ended(study)))
+        def again() -> int:
+            for trial in self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                self.optuna.tell(trial.number, state=TrialState.FAIL)
+            for trial in self.cut_off():
+                self.optuna.enqueue_trial(trial.params, user_attrs={"folder": folder_name(trial)})
+            return max(0, self.config.trials - len(self.ended()))
 
-    def cut_off(self, study: Any) -> list[Any]:
+        missing: int = self._book(again)
+        return missing
+
+    def cut_off(self) -> list[Any]:
         """Optuna's trials in the state FAIL, which have no outcome and were not asked for again."""
         from optuna.trial import TrialState
 
-        trials = study.get_trials(deepcopy=False)
+        trials = self.optuna.get_trials(deepcopy=False)
         carried = {folder_name(t) for t in trials if t.state != TrialState.FAIL}
         failed = [t for t in trials if t.state == TrialState.FAIL]
         return list({name: t for t in failed if (name := folder_name(t)) not in carried}.values())
 
-    def ended(self, study: Any) -> list[Any]:
+    def ended(self) -> list[Any]:
         """Optuna's trials that have an outcome, in the order of their numbers."""
         from optuna.trial import TrialState
 
         states = (TrialState.COMPLETE, TrialState.PRUNED)
-        return list(study.get_trials(deepcopy=False, states=states))
+        return list(self.optuna.get_trials(deepcopy=False, states=states))
+
+    def complete(self) -> list[Any]:
+        """Those that came to their end."""
+        return [trial for trial in self.ended() if outcome(trial) == "complete"]
 
     # ---- trials
 
@@ -258,88 +363,118 @@ class Study:
         """The RUN folder of an Optuna trial."""
         return RunDir(self.folder / "trials" / folder_name(trial))
 
-    def open_trial(self, trial: Any) -> RunDir:
-        """Makes the RUN folder of a trial that was just asked for, unless it is there already."""
-        trial.set_user_attr("folder", folder_name(trial))
-        folder = self.trial_dir(trial)
-        run = with_params(self.base, trial.params)
+    def open_trial(self) -> tuple[Any, RunDir, Run]:
+        """Asks for a trial and makes its RUN folder, unless it is there already.
+
+        Raises:
+            UserError: see `_book`.
+        """
+
+        def ask() -> Any:
+            trial = self.optuna.ask(self.distributions)
+            trial.set_user_attr("folder", folder_name(trial))
+            return trial
+
+        trial = self._book(ask)
+        folder, run = self.trial_dir(trial), with_params(self.base, trial.params)
         if not folder.run_json.exists():
             folder.path.mkdir(parents=True, exist_ok=True)
             write_json(folder.run_json, run.to_dict())
-        tags = {**self.tags, "kind": "trial"}
-        name = f"trial-{folder.path.name}"
-        sync.start(folder.path, name, run.to_dict(), tags, parent=self.folder)
-        return folder
+        return trial, folder, run
 
-    def history(self, folder: RunDir) -> list[dict[str, Any]]:
-        """See `trial.history`; nothing where the training reported no value."""
-        try:
-            return history(folder, self.config.objectives)
-        except UserError:
-            return []
+    def report(self, trials: int, metrics: dict[str, float]) -> None:
+        """Metrics of the study's own, after so many trials."""
+        FolderReporter(self.folder).report(trials, 0, metrics)
 
-    def rows(self, ended: Sequence[Any]) -> list[Row]:
+    def story(self, folder: RunDir) -> Story:
+        """See `trial.story`."""
+        return story(folder, self.config.objectives)
+
+    def rows(self) -> list[Row]:
         """The trials that ended, as the pictures take them."""
         rows = []
-        for trial in ended:
-            known = self.history(self.trial_dir(trial))
+        for trial in self.ended():
+            known = self.story(self.trial_dir(trial)).standings
             values = [known[-1][name] for name in self.config.objectives] if known else []
             curve = tuple((k["epoch"], k[MAP_AT_R]) for k in known)
             number = int(folder_name(trial))  # a trial that was asked for again keeps its first one
             rows.append(Row(number, outcome(trial), dict(trial.params), tuple(values), curve))
         return rows
 
-    def close_trial(self, study: Any, trial: Any, result: dict[str, Any] | None) -> Closed:
-        """Tells Optuna how a trial ended.
+    def close_trial(self, trial: Any, result: dict[str, Any] | None) -> Ending:
+        """Tells Optuna how a trial ended, and drops the checkpoints of one that is over.
 
         Args:
             result: its last report, or None where its process died too often.
-        """
-        from optuna.trial import TrialState
 
+        Returns:
+            What MLflow is told.
+
+        Raises:
+            UserError: see `_book`.
+        """
         folder = self.trial_dir(trial)
-        trial.set_user_attr("images", images_trained(folder))
-        if len(self.config.objectives) == 1:  # Optuna knows no curves of several
-            for standing in self.history(folder):
-                trial.report(standing[MAP_AT_R], standing["epoch"])
-        failure = "its worker died again and again" if result is None else result.get(FAILED)
-        if result is not None and result.get(FAULT):
-            trial.set_user_attr("reason", failure)
-            study.tell(trial, state=TrialState.FAIL)
-            return Closed(folder.path, "FAILED", failure, final=False)
-        if failure is not None:
-            trial.set_user_attr("reason", failure)
-            told = study.tell(trial, [WORST] * len(self.config.objectives))
-        elif not folder.finished:
+        told = self._book(lambda: self._tell(trial, folder, result))
+        if told is None:
             assert result is not None
-            reason = f"stopped early after epoch {result['epoch']} of {self.epochs}"
-            trial.set_user_attr("reason", reason)
-            told = study.tell(trial, state=TrialState.PRUNED)
-        else:
-            last = self.history(folder)[-1]
-            told = study.tell(trial, [last[name] for name in self.config.objectives])
+            return Ending(folder.path, "FAILED", result[FAILED])
+        shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
         return self.ending(told)
 
-    def ending(self, trial: Any) -> Closed:
+    def _tell(self, trial: Any, folder: RunDir, result: dict[str, Any] | None) -> Any:
+        """Optuna's record of the trial; None where it will be tried again."""
+        from optuna.trial import TrialState
+
+        images, known, finished = self.story(folder)
+        trial.set_user_attr("images", images)
+        if len(self.config.objectives) == 1:  # Optuna knows no curves of several
+            for standing in known:
+                trial.report(standing[MAP_AT_R], standing["epoch"])
+        failure = "its worker died again and again" if result is None else result.get(FAILED)
+        values, state = None, None
+        if result is not None and result.get(FAULT):
+            state = TrialState.FAIL
+        elif failure is not None:
+            values = [WORST] * len(self.config.objectives)
+        elif not finished:
+            assert result is not None
+            failure = f"{STOPPED} after epoch {result['epoch']}"
+            state = TrialState.PRUNED
+        else:
+            values = [known[-1][name] for name in self.config.objectives]
+        if failure is not None:
+            trial.set_user_attr("reason", failure)
+        told = self.optuna.tell(trial, values, state=state, skip_if_finished=True)
+        return None if state == TrialState.FAIL else told
+
+    def ending(self, trial: Any) -> Ending:
         """What MLflow is told of an Optuna trial that ended."""
-        statuses: dict[str, Status] = {
-            "complete": "FINISHED", "stopped": "KILLED", "failed": "FAILED",
-        }  # fmt: skip
-        status = statuses[outcome(trial)]
-        return Closed(self.trial_dir(trial).path, status, trial.user_attrs.get("reason"))
+        status: Status = STATUSES[outcome(trial)]
+        return Ending(self.trial_dir(trial).path, status, trial.user_attrs.get("reason"))
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raises UserError where a study's folder is there already."""
+    if folder.exists():
+        raise UserError(
+            f"{folder} exists already: choose another --out, or continue it with --resume {folder}."
+        )
+
+
+def damage(file: Path) -> str | None:
+    """What is wrong with a database of Optuna's, if anything; a lock is nothing wrong."""
+    try:
+        with closing(sqlite3.connect(file, timeout=LOCK_SECONDS)) as connection:
+            found = str(connection.execute("PRAGMA integrity_check").fetchone()[0])
+            connection.execute("SELECT count(*) FROM trials")
+        return None if found == "ok" else found.splitlines()[0]
+    except sqlite3.DatabaseError as error:
+        return None if "locked" in str(error) else str(error)
 
 
 def folder_name(trial: Any) -> str:
     """Of an Optuna trial's RUN folder; a trial that is asked for again keeps it."""
     return str(trial.user_attrs.get("folder", f"{trial.number:04d}"))
-
-
-def images_trained(folder: RunDir) -> int:
-    """Images that a RUN's training has seen."""
-    records = folder.records()
-    train = Run.from_dict(folder.read()).train
-    step = max((r["step"] for r in records), default=0)
-    return int(step * train.classes_per_batch * train.images_per_class)
 
 
 def outcome(trial: Any) -> Literal["complete", "stopped", "failed"]:

@@ -7,17 +7,18 @@ import gc
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from flowerray.cluster.fit import USER_ERROR, innermost
-from flowerray.cluster.trainer import make_trainer
-from flowerray.cluster.worker import pick_device, work
+from flowerray.cluster.trainer import innermost, train_on_workers
+from flowerray.cluster.worker import pick_device, train_worker
+from flowerray.training.loop import images_a_step
 from flowerray.training.progress import DivergedError, merit
 from flowerray.training.run import Run
-from flowerray.training.rundir import FolderReporter, RunDir, Save
+from flowerray.training.rundir import FolderReporter, Record, RunDir, Save
 
 MAP_AT_R = "val/map_at_r"
 ADVERSARIAL = "val/adversarial_recall_at_1"
@@ -36,17 +37,45 @@ Tell = Callable[[dict[str, Any]], None]
 """Takes a trial's standing: `epoch` and the objectives, or the reason of its failure."""
 
 
+class Story(NamedTuple):
+    """What a trial's RUN folder tells of it."""
+
+    images: int
+    """Drawn, repeats included."""
+    standings: list[dict[str, Any]]
+    """After each epoch, see `history`; none where an objective was not reported."""
+    finished: bool
+
+
+def story(folder: RunDir, objectives: Sequence[str]) -> Story:
+    """Reads a trial's RUN folder."""
+    run, records = Run.from_dict(folder.read()), folder.records()
+    images = max((drawn(record, run) for record in records), default=0)
+    try:
+        standings = _standings(folder, run, records, objectives)
+    except DivergedError:
+        standings = []
+    return Story(images, standings, folder.finished)
+
+
 def history(folder: RunDir, objectives: Sequence[str]) -> list[dict[str, Any]]:
-    """Where a trial stood after each epoch: `epoch`, and the objectives of its best checkpoint so
-    far, which is the one that a RUN exports.
+    """Where a trial stood after each epoch: `epoch`, `images` drawn, and the objectives of its best
+    checkpoint so far, which is the one that a RUN exports.
 
     Raises:
         DivergedError: the training does not report an objective, or not a finite one.
     """
-    selection = Run.from_dict(folder.read()).harden.selection
+    run = Run.from_dict(folder.read())
+    return _standings(folder, run, folder.records(), objectives)
+
+
+def _standings(
+    folder: RunDir, run: Run, records: Sequence[Record], objectives: Sequence[str]
+) -> list[dict[str, Any]]:
+    selection = run.harden.selection
     standings: list[dict[str, Any]] = []
     best: dict[str, float] | None = None
-    for record in folder.records():
+    for record in records:
         metrics = record["metrics"]
         if "epoch/seconds" not in metrics:
             continue
@@ -56,8 +85,15 @@ def history(folder: RunDir, objectives: Sequence[str]) -> list[dict[str, Any]]:
         if best is None or merit(metrics, selection) > merit(best, selection):
             best = metrics
         values = {name: best[name] for name in objectives}
-        standings.append({"epoch": record["epoch"], **values})
+        standings.append({"epoch": record["epoch"], "images": drawn(record, run), **values})
     return standings
+
+
+def drawn(record: Record, run: Run) -> int:
+    """Images that a training had drawn at a record, repeats included; older records do not say."""
+    metrics = record["metrics"]
+    known = metrics.get("train/images", metrics.get("epoch/images"))
+    return int(record["step"] * images_a_step(run.train, run.harden) if known is None else known)
 
 
 class TrialReporter(FolderReporter):
@@ -114,52 +150,71 @@ class TrialReporter(FolderReporter):
 
 
 def trial(config: dict[str, Any]) -> None:
-    """The function that Ray Tune runs for a trial of one worker.
+    """The function that Ray Tune runs for a trial.
 
     Args:
-        config: `folder` of the RUN, `objectives`, `cpus`, `gpus`, and when it was `scheduled`.
+        config: `folder` of the RUN, `objectives`, `epochs` of the whole training, `cpus` and `gpus`
+            of all workers together, their number (`workers`), and when it was `scheduled`.
     """
     from ray import tune
 
-    folder = RunDir(Path(config["folder"]))
+    folder, workers = RunDir(Path(config["folder"])), config["workers"]
+    reporter = partial(
+        TrialReporter, folder.path, _tell_train if workers > 1 else tune.report,
+        config["objectives"], config["epochs"], config["scheduled"],
+    )  # fmt: skip
 
     def training() -> None:
-        torch.set_num_threads(max(1, int(config["cpus"])))
         run = Run.from_dict(folder.read())
-        reporter = TrialReporter(
-            folder.path,
-            tune.report,
-            config["objectives"],
-            run.harden.passes(run.train.epochs),
-            config["scheduled"],
-        )
-        work(run, reporter, pick_device("cuda" if config["gpus"] else "cpu"))
+        if workers > 1:
+            from ray.tune.integration.ray_train import TuneReportCallback
 
-    guarded(folder, config["objectives"], tune.report, training)
+            resources = run.resources.model_copy(update={"workers": workers})
+            run = run.model_copy(update={"resources": resources})
+            train_on_workers(
+                run, folder, reporter, cpus=config["cpus"] / workers,
+                use_gpu=bool(config["gpus"]), callbacks=(TuneReportCallback(),),
+            )  # fmt: skip
+            return
+        torch.set_num_threads(max(1, int(config["cpus"])))
+        train_worker(run, reporter(0, 1), pick_device("cuda" if config["gpus"] else "cpu"))
+
+    result = outcome_of(folder, config["objectives"], training)
+    gc.collect()  # the next trial uses this process
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    tune.report(result)
 
 
-def guarded(
-    folder: RunDir, objectives: Sequence[str], tell: Tell, training: Callable[[], object]
-) -> None:
-    """Trains, unless that is done, and tells the result; a failure of any kind is told as the worst
-    value with its reason, since the search goes on, and as a fault where the configuration is not
-    to blame.
+def _tell_train(standing: dict[str, Any]) -> None:
+    import ray.train
+
+    ray.train.report(standing)
+
+
+def outcome_of(
+    folder: RunDir, objectives: Sequence[str], training: Callable[[], object]
+) -> dict[str, Any]:
+    """Trains, unless that is done, and gives the result; a failure of any kind is the worst value
+    with its reason, since the search goes on, and a fault where the configuration is not to blame.
     """
     try:
         if not folder.finished:
             training()
         refuse_collapse(folder)
-        result = history(folder, objectives)[-1]
+        return history(folder, objectives)[-1]
     except Exception as error:
         records = folder.records()
-        epoch = records[-1]["epoch"] if records else 0
-        result = {"epoch": epoch, **dict.fromkeys(objectives, WORST), FAILED: reason_of(error)}
+        counted = [r["metrics"].get(f"{n}/images", 0) for r in records for n in ("train", "epoch")]
+        result = {
+            "epoch": records[-1]["epoch"] if records else 0,
+            "images": max(counted, default=0),
+            **dict.fromkeys(objectives, WORST),
+            FAILED: reason_of(error),
+        }
         if not isinstance(error, DivergedError) and result[FAILED] != OUT_OF_MEMORY:
             result[FAULT] = True
-    gc.collect()  # the next trial uses this process
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    tell(result)
+        return result
 
 
 def refuse_collapse(folder: RunDir) -> None:
@@ -178,55 +233,3 @@ def reason_of(error: Exception) -> str:
         return OUT_OF_MEMORY
     known = ("not enough memory", "out of memory")  # of torch on the CPU; of a worker of several
     return OUT_OF_MEMORY if any(text in f"{error} {reason}" for text in known) else reason
-
-
-def trial_of_workers(config: dict[str, Any]) -> None:
-    """The function that Ray Tune runs for a trial of several workers: a Ray Train of its own.
-
-    Args:
-        config: as for `trial`, and the number of `workers`; `cpus` and `gpus` are of all together.
-    """
-    from ray import tune
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    folder = RunDir(Path(config["folder"]))
-    workers = config["workers"]
-
-    def training() -> None:
-        trainer = make_trainer(
-            trial_worker,
-            config,
-            folder,
-            workers=workers,
-            cpus=config["cpus"] / workers,
-            use_gpu=bool(config["gpus"]),
-            callbacks=(TuneReportCallback(),),
-        )
-        summary = trainer.fit().return_value
-        if summary and USER_ERROR in summary:
-            raise DivergedError(summary[USER_ERROR])
-
-    guarded(folder, config["objectives"], tune.report, training)
-
-
-def trial_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """The function that Ray Train runs on each worker of a trial."""
-    import ray.train
-    from ray.train.torch import get_device
-
-    torch.set_num_threads(max(1, int(config["cpus"] / config["workers"])))
-    context = ray.train.get_context()
-    run = Run.from_dict(RunDir(Path(config["folder"])).read())
-    reporter = TrialReporter(
-        Path(config["folder"]),
-        ray.train.report,
-        config["objectives"],
-        run.harden.passes(run.train.epochs),
-        config["scheduled"],
-        context.get_world_rank(),
-        context.get_world_size(),
-    )
-    try:
-        return work(run, reporter, get_device())
-    except DivergedError as error:  # every rank sees the same loss, so every rank returns
-        return {USER_ERROR: str(error)}

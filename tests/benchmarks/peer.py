@@ -167,7 +167,7 @@ def train_peer(
         ],
         weight_decay=config.weight_decay,
     )
-    schedule = Schedule(config, steps_per_epoch)
+    schedule = Schedule(config.epochs * steps_per_epoch, steps_per_epoch)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
 
     clock: Clock | None = None

@@ -112,10 +112,10 @@ def make_sampler(run: Run, dataset: Dataset) -> PKSampler:
 
 def flowerray(job: Job, run: Run) -> dict[str, Any]:
     """The user's own way: `fit` with one Ray Train worker and a local MLflow database."""
-    from flowerray.cluster.fit import fit
+    from flowerray.cluster.driver import train_run
 
     with tempfile.TemporaryDirectory(prefix="flowerray-pipeline-") as folder:
-        fit(run, Path(folder) / "run", quiet=True)
+        train_run(run, Path(folder) / "run", quiet=True)
         records = RunDir(Path(folder) / "run").records()
     batch = run.train.classes_per_batch * run.train.images_per_class
     marks, epochs = read_records(records, batch)
@@ -153,7 +153,10 @@ def compute(job: Job, run: Run) -> dict[str, Any]:
     labels_B = torch.from_numpy(targets_N[indices_B])
 
     method = build_method(run, int(targets_N.max()) + 1).train()
-    optimizer, schedule = make_optimizer(run.train, method), Schedule(run.train, sampler.steps)
+    optimizer, schedule = (
+        make_optimizer(run.train, method),
+        Schedule(run.train.epochs * sampler.steps, sampler.steps),
+    )
     clock = Clock()
     for step in range(WARMUP + job.steps):
         schedule.apply(optimizer, step)

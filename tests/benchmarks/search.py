@@ -91,7 +91,7 @@ def search(
 
 def by_time(study: Study) -> list[Any]:
     """The trials that ended, in the order in which they did."""
-    return sorted(study.ended(study.open_optuna()), key=lambda t: t.datetime_complete)
+    return sorted(study.ended(), key=lambda t: t.datetime_complete)
 
 
 def images(study: Study) -> int:
@@ -129,12 +129,12 @@ def images_to_reach(study: Study, value: float) -> int | None:
 
 def confirmed(study: Study, number: int, seeds: int) -> list[float]:
     """Val MAP@R of a trial's configuration with seeds that the search did not use."""
-    optuna_study = study.open_optuna()
+    optuna_study = study.optuna
     folder = study.trial_dir(optuna_study.trials[number])
     study.config = study.config.model_copy(update={"confirm_seeds": seeds})
     sides: dict[str, Run] = {"tuned": Run.from_dict(folder.read())}
     folders, _ = retrain(study, sides, folder.path.name, cpus=1, gpus=0, quiet=False)
-    return measured(folders, study.config.objectives)["tuned"][study.config.objectives[0]]
+    return measured(study, folders)["tuned"][study.config.objectives[0]]
 
 
 def costs(study: Study) -> dict[str, float]:

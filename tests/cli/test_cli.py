@@ -191,8 +191,8 @@ def test_an_interrupt_ends_with_130(
 @pytest.mark.parametrize(
     ("command", "work", "description"),
     [
-        ("train triplet", "flowerray.cluster.fit.fit", "run.json"),
-        ("demo", "flowerray.cluster.fit.fit", "run.json"),
+        ("train triplet", "flowerray.cluster.driver.fit", "run.json"),
+        ("demo", "flowerray.cluster.driver.fit", "run.json"),
         ("tune triplet", "flowerray.tuning.command.tune", "study.json"),
         ("compare", "flowerray.comparison.command.compare", "options.json"),
     ],

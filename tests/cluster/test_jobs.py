@@ -12,7 +12,7 @@ import pytest
 
 from flowerray.cli import dispatch
 from flowerray.tuning.study import Study
-from tests.cluster.test_fit import assert_whole_log
+from tests.cluster.test_driver import assert_whole_log
 from tests.small import words
 from tests.tuning.heads import start_head, submit
 from tests.tuning.studies import tune_words

@@ -1,12 +1,12 @@
 """Several trainings at a time: skipped, continued, failed ones; in this process and on Ray."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowerray.cluster import tasks as many
 from flowerray.cluster.session import ray_session
-from flowerray.cluster.tasks import DivergedTrainingsError, reasons_of, train_many
+from flowerray.cluster.tasks import DivergedTrainingsError, reasons_of, run_tasks, train_many
 from flowerray.errors import UserError
 from flowerray.training.checkpoint import load_export
 from flowerray.training.run import Run
@@ -64,7 +64,7 @@ def test_trains_each_once_and_says_what_it_cost(
     assert [s["folder"] for s in first] == [str(path) for _, path in runs]
     assert first[0].keys() == {
         "folder", "model", "threshold", "best_epoch", "val_map_at_r", "epochs", "steps", "images",
-        "seconds",
+        "seconds", "precision",
     }  # fmt: skip
     assert (first[0]["epochs"], first[0]["steps"], first[0]["images"]) == (2, 12, 12 * 3 * 4)
     assert first[0]["seconds"] > 0 and first[0]["val_map_at_r"] > 0
@@ -76,8 +76,7 @@ def test_trains_each_once_and_says_what_it_cost(
     # A driver that died between the export and MLflow; and nothing is trained again.
     note = tmp_path / "seed1" / "mlflow.json"
     note.write_text(json.dumps({**status(tmp_path / "seed1"), "finished": None}))
-    monkeypatch.setattr(many, "fit", None)
-    monkeypatch.setattr(many, "on_ray", None)
+    monkeypatch.setattr(many, "run_tasks", None)
     assert train_many(runs, cpus=0.5, quiet=True, in_process=True, parent=tmp_path) == first
     assert status(tmp_path / "seed1")["finished"] == "FINISHED"
 
@@ -93,10 +92,11 @@ def test_an_interrupted_training_goes_on_where_it_stopped(
 
     runs = [(small(small_set), tmp_path / "a"), (small(small_set, seed=1), tmp_path / "b")]
     with monkeypatch.context() as patch:
-        patch.setattr("flowerray.cluster.fit.FolderReporter", Interrupting)
+        patch.setattr(many, "FolderReporter", Interrupting)
         with pytest.raises(KeyboardInterrupt):
             train_many(runs, cpus=1, quiet=True, in_process=True)
-    assert status(tmp_path / "a")["finished"] == "KILLED" and not (tmp_path / "b").exists()
+    assert status(tmp_path / "a")["finished"] == "KILLED"
+    assert not (tmp_path / "b" / "metrics.jsonl").exists()
     train_many(runs, cpus=1, quiet=True, in_process=True)
     assert_equal(weights(tmp_path / "a"), weights(small_run))
     assert [s for s, _ in RunDir(tmp_path / "a").series("train/loss")] == list(range(2, 13, 2))
@@ -114,7 +114,9 @@ def test_a_failed_training_is_named_after_the_others_finished(
     assert str(caught.value).count("\n") == 0
     assert (good / "thresholds.json").exists() and not (bad / "thresholds.json").exists()
     assert status(bad)["finished"] == "FAILED"
-    assert f"training 2 of 2: {good}" in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    assert "1 of 2  bad  failed: the loss became nan" in "\n".join(lines)
+    assert lines[-1].startswith("2 of 2  good  loss ") and "val MAP@R" in lines[-1]
 
 
 def test_a_reason_of_many_trainings_is_given_once() -> None:
@@ -147,29 +149,35 @@ def test_ray_is_started_only_where_it_helps(
     count: int,
     address: str | None,
     alone: bool,
-    small_set: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    called: list[str] = []
+    class StartedError(Exception):
+        pass
 
-    def stand_in(name: str) -> Any:
-        def train(*_: Any) -> dict[Path, Exception]:
-            called.append(name)
-            return {tmp_path: UserError("said no")}
+    def start(*_: Any, **__: Any) -> Any:
+        raise StartedError
 
-        return train
-
-    monkeypatch.setattr(many, "one_by_one", stand_in("here"))
-    monkeypatch.setattr(many, "on_ray", stand_in("ray"))
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(many, "ray_session", start)
+    monkeypatch.setattr(many, "cores", lambda: 2)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if address:
         monkeypatch.setenv("RAY_ADDRESS", address)
-    runs = [(small(small_set, seed=seed), tmp_path / str(seed)) for seed in range(count)]
-    with pytest.raises(UserError, match="said no"):
-        train_many(runs, cpus=cpus, quiet=True)
-    assert called == ["here" if alone else "ray"]
+    ended: list[tuple[int, Any]] = []
+    calls = {n: (n,) for n in range(count)}
+    with nullcontext() if alone else pytest.raises(StartedError):
+        run_tasks(divmod, calls, lambda *found: ended.append(found), cpus=cpus)
+    threads = max(1, int(cpus))
+    assert ended == ([(n, divmod(n, threads)) for n in calls] if alone else [])
+
+
+def test_a_call_that_fails_stops_no_other() -> None:
+    ended: list[tuple[str, Any]] = []
+    run_tasks(
+        divmod, {"bad": ("x",), "good": (7,)}, lambda *found: ended.append(found), cpus=2,
+        in_process=True,
+    )  # fmt: skip
+    assert [key for key, _ in ended] == ["bad", "good"]
+    assert isinstance(ended[0][1], TypeError) and ended[1][1] == (3, 1)
 
 
 @pytest.fixture(scope="module")
@@ -217,8 +225,9 @@ def test_ctrl_c_leaves_trainings_that_go_on(small_set: Path, tmp_path: Path) -> 
     run = small(small_set, epochs=LONG)
     (tmp_path / "run.json").write_text(json.dumps(run.to_dict()))
     code = (
-        "import json, signal, sys; from pathlib import Path; from flowerray.run import Run\n"
-        "from flowerray.cluster.many import train_many\n"
+        "import json, signal, sys; from pathlib import Path\n"
+        "from flowerray.training.run import Run\n"
+        "from flowerray.cluster.tasks import train_many\n"
         # A shell that starts the tests in the background has the signal ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "out = Path(sys.argv[1])\n"

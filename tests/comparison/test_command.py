@@ -65,7 +65,7 @@ def study(folder: Path, best: Run, trials: int = 16) -> Path:
 
 
 def test_every_row_gets_the_same(small_set: Path) -> None:
-    entries, trials, notes = plan(config(small_set, seeds=2), quiet=True)
+    entries, trials, notes = plan(config(small_set, seeds=2))
     assert trials == 0 and notes == ["2 seeds are few: intervals and tests are rough below 5."]
     names = [entry.name for entry in entries]
     both = ("official", "disjoint")
@@ -74,8 +74,7 @@ def test_every_row_gets_the_same(small_set: Path) -> None:
         assert entry.run.embedder == TINY and entry.run.augment == AugmentConfig()
         assert entry.run.data.protocol == entry.protocol and entry.run.data.root == small_set
         assert entry.run.train.patience == 0
-    # 72 images an epoch make 80 two epochs; `disjoint` trains on other images.
-    assert {e.run.train.epochs for e in entries if e.protocol == "official"} == {2}
+    assert {entry.run.train.images for entry in entries} == {80}
     runs = {entry.name: entry.run for entry in entries}
     first, second = runs["official-cross-entropy-seed0"], runs["official-center-seed0"]
     assert differences(first, second) == ["method.center_weight"]
@@ -98,14 +97,14 @@ def test_tuned_configurations_come_from_the_studies(small_set: Path, tmp_path: P
         for run in (center, siamese, triplet)
     }
     whole = config(small_set, train=TrainConfig(), seeds=5, protocols=("official",), **folders)
-    entries, trials, notes = plan(whole, quiet=True)
+    entries, trials, notes = plan(whole)
     assert trials == 16
     assert notes == ["triplet: its study's embedder.dim gave way to what all share."]
     base_runs(whole.model_copy(update={"protocols": ("disjoint",)}), notes)
     told = [note for note in notes if "was tuned on official, whose train and val hold" in note]
     assert len(told) == 3
     runs = {entry.row: entry.run for entry in entries}
-    assert runs["triplet"].train.lr == 0.003 and runs["triplet"].train.epochs == 2
+    assert runs["triplet"].train.lr == 0.003 and runs["triplet"].train.images == 80
     assert runs["triplet"].train.patience == 0
     assert {run.embedder.dim for run in runs.values()} == {16}
     for row in ("center", "cross-entropy"):
@@ -147,7 +146,7 @@ def refused(small_set: Path, folder: Path) -> dict[str, Callable[[], CompareConf
 def test_unequal_budgets_are_refused(small_set: Path, tmp_path: Path) -> None:
     for sentence, make in refused(small_set, tmp_path).items():
         with pytest.raises(UserError, match=sentence) as caught:
-            plan(make(), quiet=True)
+            plan(make())
         assert "\n" not in str(caught.value)
         with pytest.raises(UserError):
             compare(make(), tmp_path / "out", quiet=True)
@@ -160,7 +159,7 @@ def test_tuned_configurations_get_seeds_that_no_search_used(
     def seeds(**studies: Path) -> list[int]:
         train = TrainConfig() if studies else BATCH
         made = config(small_set, seeds=2, protocols=["official"], train=train, **studies)
-        entries, _, _ = plan(made, quiet=True)
+        entries, _, _ = plan(made)
         return sorted({entry.run.train.seed for entry in entries})
 
     studies = {
@@ -169,13 +168,22 @@ def test_tuned_configurations_get_seeds_that_no_search_used(
     }
     assert seeds() == [0, 1]
     assert seeds(**studies) == [2000, 2001]
+    chosen = RunDir(studies["siamese"] / "confirm" / "trial-0003-seed-1000")
+    for seed, confirmed in ((2001, []), (1000, [2000, 2001])):
+        run = small(small_set, "siamese", classes_per_batch=2, seed=seed)
+        chosen.run_json.write_text(json.dumps(run.to_dict()))
+        result = json.loads((studies["siamese"] / "result.json").read_text())
+        result["confirmed"] = {"seeds": confirmed}
+        (studies["siamese"] / "result.json").write_text(json.dumps(result))
+        with pytest.raises(UserError, match=r"^the study of --siamese chose by seed 200"):
+            seeds(**studies)
 
 
 def test_a_seed_that_diverges_is_left_out_for_every_row(
     small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = config(small_set, seeds=3, protocols=["official"])
-    entries, _, _ = plan(made, quiet=True)
+    entries, _, _ = plan(made)
     nan = {tmp_path / "runs" / "official-siamese-seed1"}
 
     def train_many(runs: Any, **_: Any) -> list[dict[str, Any]]:
@@ -349,7 +357,7 @@ def test_an_interrupted_comparison_is_resumed(
     assert dispatch(["compare", "--resume", str(out), "--images", "90"]) == 2
     assert "other options: images differ" in capsys.readouterr().err
 
-    monkeypatch.setattr(many, "fit", None)  # nothing is trained again
+    monkeypatch.setattr(many, "train_one", None)  # nothing is trained again
     assert read_options(out).cpus == os.cpu_count(), "a resuming command need not say it again"
     resumed = ["compare", "--resume", str(out), "--json"]
     with only_driver(out):
@@ -361,7 +369,7 @@ def test_an_interrupted_comparison_is_resumed(
     assert read_json(out / "compare.json") == content
     rows = content["protocols"]["official"]["rows"]
     assert {row: values["images"] for row, values in rows.items()} == {
-        "frozen": 0, **dict.fromkeys(ROWS, 72)
+        "frozen": 0, **dict.fromkeys(ROWS, 40)
     }  # fmt: skip
     assert 0 < rows["triplet"]["recall_at_1"]["mean"] <= 1
     assert str(database) in shown.err.splitlines()[-1]

@@ -254,3 +254,34 @@ def test_on_a_gpu() -> None:
     for a, b in zip(batches.epoch(0), there.epoch(0), strict=True):
         for x, y in zip(a[1:], b[1:], strict=True):
             assert y.device.type == "cuda" and torch.equal(x, y.cpu())
+
+
+@pytest.mark.parametrize("bound", [8, 20])
+def test_repeats_of_small_classes_can_be_bounded(bound: int) -> None:
+    """A class of 500 and 12 of one image: without a bound each of these is shown some 460 times."""
+    targets_N = np.concatenate([np.zeros(500, int), np.arange(1, 13)])
+    free = PKSampler(targets_N, 12, 4, seed=0)
+    shown = np.bincount(free.epoch(0).ravel())
+    assert free.steps == 125 and shown[500:].mean() == pytest.approx(458, abs=1)
+    assert free.repeats == pytest.approx(458, abs=5)
+
+    sampler = PKSampler(targets_N, 12, 4, seed=0, max_repeats=bound)
+    seen = set()
+    for epoch in range(3):
+        plan = sampler.epoch(epoch)
+        assert plan.shape == (sampler.steps, 48)
+        for row in plan:
+            classes = targets_N[row].reshape(12, 4)
+            assert (classes == classes[:, :1]).all() and len(set(classes[:, 0])) == 12
+        shown = np.bincount(plan.ravel(), minlength=512)
+        assert shown[500:].max() <= bound and (shown[500:] >= 4).sum() >= 11
+        assert sampler.repeats <= bound
+        seen |= set(np.flatnonzero(shown[:500]))
+    assert len(seen) > 4 * sampler.steps, "another part of the large class an epoch"
+
+
+def test_a_bound_that_nothing_reaches_changes_no_batch() -> None:
+    targets_N = np.repeat(np.arange(20), 10)
+    plain, bounded = PKSampler(targets_N, 8, 4, 3), PKSampler(targets_N, 8, 4, 3, max_repeats=9)
+    assert plain.steps == bounded.steps
+    assert np.bincount(bounded.epoch(1).ravel()).min() >= 1

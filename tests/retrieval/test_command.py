@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from flowerray.cli import dispatch
-from flowerray.cluster.fit import fit
+from flowerray.cluster.driver import train_run
 from flowerray.data.images import eval_image
 from flowerray.data.source import DataConfig, open_dataset
 from flowerray.errors import UserError
@@ -281,18 +281,18 @@ def test_a_set_that_has_changed_since_the_training_is_refused(
     run = small(small_set, epochs=1)
     data = DataConfig(root=root, train_per_class=8, val_per_class=4)
     out = tmp_path / "run"
-    fit(run.model_copy(update={"data": data}), out, quiet=True)
+    train_run(run.model_copy(update={"data": data}), out, quiet=True)
     later = run.model_copy(
         update={"data": data, "train": run.train.model_copy(update={"epochs": 2})}
     )
-    fit(later, tmp_path / "later", quiet=True)
+    train_run(later, tmp_path / "later", quiet=True)
     shutil.copy(labels.paths[0], root / "c0" / "0.jpg")
     with pytest.raises(UserError, match="other files, classes or splits than when"):
         measuring.evaluate_model(
             open_model(str(out), CPU), data, False, EvaluateConfig(), quiet=True
         )
     with pytest.raises(UserError, match="images that trained would now validate or test"):
-        fit(later, tmp_path / "later", resume=True, quiet=True)
+        train_run(later, tmp_path / "later", resume=True, quiet=True)
     otherwise = data.model_copy(update={"train_per_class": 9})  # drawn anew, it would overlap
     with pytest.raises(UserError, match="other files, classes or splits than when"):
         measuring.evaluate_model(

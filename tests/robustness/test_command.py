@@ -160,12 +160,12 @@ def test_only_a_model_that_was_not_hardened_is_the_standard_one(
 def test_a_model_beside_that_was_trained_on_the_queries_is_refused(
     model: Model, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from flowerray.cluster.fit import fit
+    from flowerray.cluster.driver import train_run
     from tests.small import small
 
     run = small(small_set, epochs=1)
     data = run.data.model_copy(update={"protocol": "notebooks"})  # it trains on the test images
-    fit(run.model_copy(update={"data": data}), tmp_path / "other", quiet=True)
+    train_run(run.model_copy(update={"data": data}), tmp_path / "other", quiet=True)
     with pytest.raises(UserError, match=r"24 of the 24 test queries .*: name another --beside"):
         attack_model(model, QUICK, beside=str(tmp_path / "other"), quiet=True)
     config = QUICK.model_copy(update={"max_pairs": 0, "eps": (0.0,)})

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 import flowerray
-from flowerray.cluster.fit import fit
+from flowerray.cluster.driver import train_run
 from flowerray.cluster.worker import split_store
 from flowerray.data.dataset import Dataset
 from flowerray.data.source import open_dataset
@@ -112,10 +112,10 @@ def test_a_hardened_model_is_more_robust_than_its_standard_twin(
 ) -> None:
     """Started from it (--init), under the same attack at 1 and 2/255; exported as robust_model."""
     standard, robust = tmp_path / "standard", tmp_path / "robust"
-    fit(small(small_set, "center", epochs=10), standard, quiet=True)
+    train_run(small(small_set, "center", epochs=10), standard, quiet=True)
     run = small(small_set, "center", epochs=8)
     options = {"kind": "trades", "epsilon": 8.0, "val_steps": 3}
-    fit(with_hardening(run, standard, **options), robust, quiet=True)
+    train_run(with_hardening(run, standard, **options), robust, quiet=True)
     assert (robust / "robust_model_center_loss.pth").exists()
     assert not list(robust.glob("best_model_*"))
     records = [r["metrics"] for r in RunDir(robust).records()]

@@ -98,8 +98,7 @@ import sys, pathlib
 from flowerray.tracking import sync
 from flowerray.tracking.registry import resolve
 run = pathlib.Path(sys.argv[1])
-with sync.LiveTracking(run):
-    pass
+assert sync.prepare(run)
 assert sync.finish(run)
 assert sync.register(run, "flowers", "champion") == "1"
 assert resolve("models:/flowers@champion").suffix == ".pth"

@@ -10,7 +10,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -404,9 +403,7 @@ def test_a_dead_server_costs_one_warning_and_nothing_is_lost(
         assert not sync.prepare(runs / "triplet-1")
         run_dir = make_run(runs, records=2)
         assert not sync.send(run_dir)
-        with sync.LiveTracking(run_dir, every=0.05):
-            append(run_dir, range(3, 5))
-            time.sleep(0.5)
+        append(run_dir, range(3, 5))
         assert not sync.finish(run_dir, "FINISHED")
     assert time.perf_counter() - begin < 4
     assert len(caplog.records) == 1
@@ -435,35 +432,6 @@ def test_another_address_gets_everything(
     assert client(run_dir).get_run(run_id(run_dir)).info.status == "KILLED"
 
 
-@pytest.fixture
-def locked(runs: Path) -> Iterator[Path]:
-    connection = sqlite3.connect(runs / "mlflow.db", isolation_level=None)
-    connection.execute("BEGIN EXCLUSIVE")
-    yield runs
-    connection.close()
-
-
-def test_a_locked_database_holds_nothing_up(
-    runs: Path,
-    locked: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    request: pytest.FixtureRequest,
-) -> None:
-    monkeypatch.setattr(tracking_server, "LOCK_SECONDS", 0.3)
-    begin = time.perf_counter()
-    run_dir = make_run(runs, records=2)
-    with sync.LiveTracking(run_dir, every=0.05):
-        inside = time.perf_counter()
-        append(run_dir, range(3, 5))
-        assert time.perf_counter() - inside < 0.2  # the caller goes on
-        time.sleep(0.5)
-    assert not sync.finish(run_dir)
-    assert time.perf_counter() - begin < 3
-    assert [r.getMessage() for r in caplog.records if "database is locked" in r.getMessage()]
-    assert len(caplog.records) == 1
-
-
 def test_after_the_lock_everything_arrives(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking_server, "LOCK_SECONDS", 0.2)
     run_dir = make_run(runs, records=2)
@@ -474,30 +442,6 @@ def test_after_the_lock_everything_arrives(runs: Path, monkeypatch: pytest.Monke
     assert sync.send(run_dir)
     assert logged(run_dir) == curve(range(1, 3))
     assert client(run_dir).get_run(run_id(run_dir)).info.status == "FINISHED"
-
-
-def test_live_tracking_sends_while_the_block_runs(runs: Path) -> None:
-    run_dir = make_run(runs, records=1)
-    with sync.LiveTracking(run_dir, every=0.05):
-        append(run_dir, range(2, 4))
-        end = time.monotonic() + 20
-        whole = (run_dir / "metrics.jsonl").stat().st_size
-        while State.read(run_dir).bytes_sent < whole and time.monotonic() < end:
-            time.sleep(0.05)
-    assert logged(run_dir) == curve(range(1, 4))
-
-
-def test_live_tracking_survives_any_fault_and_the_blocks_own_error_passes(
-    runs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(uri: str) -> None:
-        raise RuntimeError("anything")
-
-    monkeypatch.setattr(tracking_server, "connect", broken)
-    run_dir = make_run(runs)
-    with pytest.raises(KeyError), sync.LiveTracking(run_dir, every=0.01):
-        time.sleep(0.1)
-        raise KeyError("the training's own")
 
 
 def test_nothing_to_register_is_a_warning(runs: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowerray import methods
 from flowerray.cli.options import parse_run
-from flowerray.cluster.fit import fit
+from flowerray.cluster.driver import train_run
 from flowerray.errors import UserError
 from flowerray.model.embedder import Embedder
 from flowerray.training.harden import HardenConfig, Hardening
@@ -149,7 +149,7 @@ def test_free_costs_as_much_as_a_clean_run(
 def test_init_takes_weights_and_the_losss_own_parameters(small_set: Path, tmp_path: Path) -> None:
     """With a learning rate of almost 0 the end is the start."""
     first = tmp_path / "first"
-    fit(small(small_set, "center", epochs=1), first, quiet=True)
+    train_run(small(small_set, "center", epochs=1), first, quiet=True)
     old = torch.load(first / "best_model_center_loss.pth", weights_only=True)
     for method, export, same in (
         ("center", "center_loss", True),
@@ -157,7 +157,7 @@ def test_init_takes_weights_and_the_losss_own_parameters(small_set: Path, tmp_pa
     ):
         out = tmp_path / method
         run = small(small_set, method, epochs=1, lr=1e-30, weight_decay=0.0)
-        fit(run.model_copy(update={"init": first}), out, quiet=True)
+        train_run(run.model_copy(update={"init": first}), out, quiet=True)
         new = torch.load(out / f"best_model_{export}.pth", weights_only=True)
         for name, value in old["embedder"].items():
             torch.testing.assert_close(new["embedder"][name], value)
@@ -171,10 +171,10 @@ def test_init_that_does_not_fit_is_refused(
     run = small(small_set).model_copy(update={"init": small_run})
     wide = run.model_copy(update={"embedder": run.embedder.model_copy(update={"dim": 32})})
     with pytest.raises(UserError, match=r"has embedder\.dim 16, and this run 32: give"):
-        fit(wide, tmp_path / "a", quiet=True)
+        train_run(wide, tmp_path / "a", quiet=True)
     missing = run.model_copy(update={"init": tmp_path / "nothing"})
     with pytest.raises(UserError, match="no such RUN folder"):
-        fit(missing, tmp_path / "b", quiet=True)
+        train_run(missing, tmp_path / "b", quiet=True)
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 

@@ -208,7 +208,7 @@ def test_without_validation_each_epoch_is_the_best() -> None:
 
 
 def test_schedule_warms_up_and_falls_to_zero() -> None:
-    schedule = Schedule(TrainConfig(epochs=10, warmup_epochs=2), steps_per_epoch=10)
+    schedule = Schedule(total=100, warmup=20)
     factors = [schedule.factor(step) for step in range(100)]
     assert np.all(np.diff(factors[:20]) > 0) and factors[20] == 1.0
     assert np.all(np.diff(factors[20:]) < 0) and factors[-1] < 1e-3

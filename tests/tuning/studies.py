@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from flowerray.cluster.watch import Ending
 from flowerray.files import write_json
 from flowerray.training.rundir import RunDir
-from flowerray.tuning.study import Closed, Study, StudyConfig
+from flowerray.tuning.study import Study, StudyConfig
 from tests.small import small, words
 
 KNOBS: dict[str, dict[str, Any]] = {
@@ -17,7 +20,9 @@ KNOBS: dict[str, dict[str, Any]] = {
 
 def make_study(out: Path, root: Path, epochs: int = 4, **config: Any) -> Study:
     """A study of two knobs over `tests.small`'s run."""
-    return Study.create(out, small(root, epochs=epochs), StudyConfig(**config), KNOBS)
+    study = Study.create(out, small(root, epochs=epochs), StudyConfig(**config), KNOBS)
+    study.see({}, np.repeat(np.arange(6), 10))  # `small_set`'s
+    return study
 
 
 def pretend(folder: RunDir, values: list[float], done: bool, spread: float = 0.5) -> None:
@@ -31,15 +36,12 @@ def pretend(folder: RunDir, values: list[float], done: bool, spread: float = 0.5
         write_json(folder.thresholds, {"threshold": 0.5, "best_epoch": 1})
 
 
-def run_trial(
-    study: Study, optuna_study: Any, values: list[float], done: bool = True, **result: Any
-) -> Closed:
+def run_trial(study: Study, values: list[float], done: bool = True, **result: Any) -> Ending:
     """One trial, asked for, pretended and told."""
-    trial = optuna_study.ask(study.distributions)
-    folder = study.open_trial(trial)
+    trial, folder, _ = study.open_trial()
     pretend(folder, values, done)
     last = {"epoch": len(values), "val/map_at_r": max(values, default=0.0), **result}
-    return study.close_trial(optuna_study, trial, last)
+    return study.close_trial(trial, last)
 
 
 def tune_words(root: Path, **changes: Any) -> list[str]:

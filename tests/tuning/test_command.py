@@ -21,7 +21,8 @@ from flowerray.tuning import command as module
 from flowerray.tuning.command import TrialResources, ask_for_nodes
 from flowerray.tuning.searcher import make_scheduler
 from flowerray.tuning.study import Study
-from tests.cluster.test_fit import steps_done
+from tests.cluster.test_driver import steps_done
+from tests.small import small
 from tests.tuning.heads import free_ports, wait_for
 from tests.tuning.studies import make_study, pretend, run_trial, tune_words
 
@@ -54,8 +55,8 @@ def children(study: Path) -> dict[str, Any]:
 
 def history_is_whole(study: Study, trials: int) -> list[Any]:
     """Optuna's trials that ended; none is left open, each has its RUN folder."""
-    optuna_study = study.open_optuna()
-    ended = study.ended(optuna_study)
+    optuna_study = study.optuna
+    ended = study.ended()
     assert len(ended) == trials
     assert {t.state.name for t in optuna_study.trials} <= {"COMPLETE", "PRUNED", "FAIL"}
     names = [study.trial_dir(t).path.name for t in ended]
@@ -116,7 +117,7 @@ def test_a_killed_driver_loses_nothing(
     assert asked == [1, 0, 0], "at the start, when the last trial ended, at the end"
     study = Study.read(out)
     ended = history_is_whole(study, 2)
-    assert [t.state.name for t in study.open_optuna().trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert [t.state.name for t in study.optuna.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
     assert {p: p.stat().st_mtime_ns for p in before} == before, "a finished trial stays"
     assert (second / "metrics.jsonl").read_text().splitlines()[0] == first_line
     assert_whole_trial(second, LONG)
@@ -178,11 +179,11 @@ def test_a_lost_node_loses_nothing(cluster: Any, studies: Path, small_set: Path)
 def test_asha_knows_the_trials_of_an_earlier_sitting(tmp_path: Path) -> None:
     """No cluster: after two good trials a third, bad at the rung, is stopped at once."""
     study = make_study(tmp_path / "study", tmp_path, epochs=9)
-    optuna_study = study.open_optuna()
     for _ in range(2):
-        run_trial(study, optuna_study, [0.2, 0.5, 0.6])
-    for ended, decision in ((study.ended(optuna_study), "STOP"), ([], "CONTINUE")):
-        scheduler = make_scheduler(study, ended)
+        run_trial(study, [0.2, 0.5, 0.6])
+    fresh = make_study(tmp_path / "fresh", tmp_path, epochs=9)
+    for one, decision in ((study, "STOP"), (fresh, "CONTINUE")):
+        scheduler = make_scheduler(one)
         (tmp_path / "new").mkdir(exist_ok=True)
         trial = SimpleNamespace(trial_id="new", config={"folder": str(tmp_path / "new")})
         scheduler.on_trial_add(None, trial)
@@ -191,10 +192,20 @@ def test_asha_knows_the_trials_of_an_earlier_sitting(tmp_path: Path) -> None:
         assert scheduler.on_trial_result(None, trial, {**standing, "epoch": 2}) == decision
 
 
+def reaches(scheduler: Any, folder: Path, value: float) -> str:
+    """What is decided on another trial with this value at the first rung, epoch 2."""
+    trial = SimpleNamespace(trial_id=str(value), config={"folder": str(folder / str(value))})
+    study_run = RunDir(Path(trial.config["folder"]))
+    study_run.create(small(folder, epochs=9).to_dict())
+    scheduler.on_trial_add(None, trial)
+    decision: str = scheduler.on_trial_result(None, trial, {"epoch": 2, "val/map_at_r": value})
+    return decision
+
+
 def test_asha_goes_by_both_objectives(tmp_path: Path) -> None:
     """No cluster: of two trials the robust one goes on, though the other is the cleaner one."""
     study = make_study(tmp_path / "study", tmp_path, epochs=9, objective="pareto")
-    scheduler = make_scheduler(study, [])
+    scheduler = make_scheduler(study)
     told = {
         "clean": [(0.6, 0.0), (0.61, 0.0), (0.62, 0.01)],
         "robust": [(0.5, 0.3)],
@@ -215,23 +226,21 @@ def test_asha_goes_by_both_objectives(tmp_path: Path) -> None:
 def test_asha_knows_what_a_trial_reached_that_was_cut_off(tmp_path: Path) -> None:
     """No cluster: it enters the rung with its value there, not with the first after the resume."""
     study = make_study(tmp_path / "study", tmp_path, epochs=9)
-    optuna_study = study.open_optuna()
-    folder = study.open_trial(optuna_study.ask(study.distributions))
+    folder = study.open_trial()[1]
     pretend(folder, [0.1, 0.2, 0.4, 0.45], done=False)
-    scheduler = make_scheduler(study, [])
+    scheduler = make_scheduler(study)
     trial = SimpleNamespace(trial_id="cut-off", config={"folder": str(folder.path)})
     scheduler.on_trial_add(None, trial)
     scheduler.on_trial_result(None, trial, {"epoch": 5, "val/map_at_r": 0.5})
-    rungs = dict(scheduler._brackets[0]._rungs)
-    assert rungs[2] == {"cut-off": 0.2}
+    assert [reaches(scheduler, tmp_path, value) for value in (0.15, 0.3)] == ["STOP", "CONTINUE"]
 
 
 def test_asha_learns_nothing_from_a_fault(tmp_path: Path) -> None:
     """No cluster: a full disk is no value of the configuration."""
-    scheduler = make_scheduler(make_study(tmp_path / "study", tmp_path, epochs=9), [])
+    scheduler = make_scheduler(make_study(tmp_path / "study", tmp_path, epochs=9))
     trial = SimpleNamespace(trial_id="fault", config={"folder": str(tmp_path)})
     scheduler.on_trial_add(None, trial)
     result = {"epoch": 2, "val/map_at_r": 0.0, "failed": "No space left", "fault": True}
     assert scheduler.on_trial_result(None, trial, result) == "CONTINUE"
     scheduler.on_trial_complete(None, trial, result)
-    assert not any(recorded for _, recorded in scheduler._brackets[0]._rungs)
+    assert [reaches(scheduler, tmp_path, value) for value in (0.3, 0.2)] == ["CONTINUE", "STOP"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from flowerray.cluster.tasks import DivergedTrainingsError
+from flowerray.cluster.watch import Watcher
 from flowerray.errors import UserError
 from flowerray.training.run import Run
 from flowerray.training.rundir import FolderReporter, RunDir
@@ -27,9 +28,8 @@ Values = dict[str, tuple[float, ...] | None]
 def study(tmp_path: Path, small_set: Path) -> Study:
     """Trial 1 is better than the default, trial 0."""
     study = make_study(tmp_path / "study", small_set, trials=2, confirm_seeds=2)
-    optuna_study = study.open_optuna()
-    run_trial(study, optuna_study, [0.4])
-    run_trial(study, optuna_study, [0.6])
+    run_trial(study, [0.4])
+    run_trial(study, [0.6])
     return study
 
 
@@ -54,7 +54,6 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Values:
             raise DivergedTrainingsError("some diverged", reasons)
 
     monkeypatch.setattr(module, "train_many", train_many)
-    monkeypatch.setattr(module.sync, "send", lambda *_: True)
     monkeypatch.setattr(module.sync, "register", lambda *_: None)
     return values
 
@@ -62,7 +61,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Values:
 def test_the_better_mean_wins_by_its_best_seed(study: Study, made_up: Values) -> None:
     made_up |= {"trial-0001-seed-1000": (0.5,), "trial-0001-seed-1001": (0.7,),
                 "default-seed-1000": (0.4,), "default-seed-1001": (0.5,)}  # fmt: skip
-    result = confirm(study, 1, 0, quiet=True)
+    result = confirm(study, Watcher(quiet=True), 1, 0)
     assert result["winner"] == "tuned" and result["confirmed"]["diverged"] == {}
     assert Path(result["champion"]).name == "trial-0001-seed-1001"
     assert result["confirmed"]["gain"][MAP_AT_R]["mean"] == pytest.approx(0.15)
@@ -74,7 +73,7 @@ def test_a_seed_that_diverges_counts_as_nothing_and_stops_nothing(
     made_up |= {"trial-0001-seed-1000": None, "trial-0001-seed-1001": (0.7,),
                 "default-seed-1000": (0.4,), "default-seed-1001": (0.5,)}  # fmt: skip
     for _ in range(2):  # a --resume finds the same
-        result = confirm(study, 1, 0, quiet=True)
+        result = confirm(study, Watcher(quiet=True), 1, 0)
         assert result["winner"] == "default", "0.45 against (0 + 0.7) / 2"
         assert result["confirmed"]["tuned"][MAP_AT_R] == [0.0, 0.7]
         assert result["confirmed"]["diverged"] == {"trial-0001-seed-1000": "the loss became nan"}
@@ -89,7 +88,7 @@ def test_no_champion_where_all_diverge(study: Study, made_up: Values) -> None:
     seeds = (1000, 1001)
     made_up |= {f"{side}-seed-{s}": None for side in ("trial-0001", "default") for s in seeds}
     with pytest.raises(UserError, match="every training with a fresh seed diverged"):
-        confirm(study, 1, 0, quiet=True)
+        confirm(study, Watcher(quiet=True), 1, 0)
 
 
 def test_a_pareto_champions_seed_is_robust_too(
@@ -99,15 +98,13 @@ def test_a_pareto_champions_seed_is_robust_too(
     study = make_study(tmp_path / "study", small_set, confirm_seeds=2, objective="pareto")
     study.base = with_hardening(study.base, kind="pgd")
     study.write()
-    optuna_study = study.open_optuna()
-    trial = optuna_study.ask(study.distributions)
-    folder = study.open_trial(trial)
+    trial, folder, _ = study.open_trial()
     metrics = {"epoch/seconds": 1.0, MAP_AT_R: 0.5, ADVERSARIAL: 0.3}
     FolderReporter(folder.path).report(6, 1, metrics)
     folder.thresholds.write_text("{}")
-    study.close_trial(optuna_study, trial, {"epoch": 1, **metrics})
+    study.close_trial(trial, {"epoch": 1, **metrics})
     made_up |= {"default-seed-1000": (0.6, 0.1), "default-seed-1001": (0.5, 0.3)}
-    assert Path(confirm(study, 1, 0, quiet=True)["champion"]).name == "default-seed-1001"
+    assert Path(confirm(study, Watcher(quiet=True), 1, 0)["champion"]).name == "default-seed-1001"
 
 
 def test_one_objective_takes_the_highest() -> None:
@@ -126,11 +123,10 @@ def test_the_pareto_rule() -> None:
 
 def test_no_complete_trial_names_the_first_failure(tmp_path: Path, small_set: Path) -> None:
     study = make_study(tmp_path / "study", small_set)
-    optuna_study = study.open_optuna()
-    run_trial(study, optuna_study, [0.4], done=False)
-    run_trial(study, optuna_study, [], done=False, failed="out of memory")
+    run_trial(study, [0.4], done=False)
+    run_trial(study, [], done=False, failed="out of memory")
     with pytest.raises(UserError, match=r"none of 2 trials .* failed: out of memory"):
-        champion(study.ended(optuna_study))
+        champion(study.ended())
 
 
 def test_the_gain_is_paired_by_seed() -> None:

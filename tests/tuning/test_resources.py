@@ -95,7 +95,7 @@ def test_a_resumed_study_keeps_its_resources_and_one_driver(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr("flowerray.tuning.command.run_study", stop)
+    monkeypatch.setattr("flowerray.tuning.command.tune", stop)
     said = ["--cpus-per-trial", "4", "--max-concurrent", "8", "--time-limit", "90"]
     words = tune_words(small_set, out=tmp_path / "study")
     assert dispatch(["tune", "triplet", *words, *said]) == 130
@@ -137,3 +137,25 @@ def test_a_growing_cluster_is_asked_for_all_trials_at_once(
     monkeypatch.setitem(sys.modules, "ray.autoscaler.sdk", sdk)
     ask_for_nodes(TrialResources(**resources), trials)
     assert asked == [bundles]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--out", "{here}"], "exists already"),
+        (["--gpus-per-trial", "1.5"], "give --workers-per-trial 2 too"),
+        (["--objective", "pareto"], "add --harden"),
+    ],
+)
+def test_options_are_looked_at_before_photographs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    wrong: list[str],
+    said: str,
+) -> None:
+    monkeypatch.setattr("flowerray.tuning.command.open_dataset", lambda *_, **__: pytest.fail("no"))
+    words = tune_words(tmp_path, out=tmp_path / "study")
+    given = [word.format(here=tmp_path) for word in wrong]
+    assert dispatch(["tune", "triplet", *words, *given]) == 2
+    assert said in capsys.readouterr().err

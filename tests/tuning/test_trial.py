@@ -9,8 +9,7 @@ import torch
 from flowerray.errors import UserError
 from flowerray.training.progress import DivergedError, Progress, note_epoch
 from flowerray.training.rundir import FolderReporter, RunDir
-from flowerray.tuning.study import images_trained
-from flowerray.tuning.trial import TrialReporter, guarded, history
+from flowerray.tuning.trial import TrialReporter, history, outcome_of, story
 from tests.small import small, with_hardening
 from tests.tuning.studies import pretend
 
@@ -27,11 +26,11 @@ def test_a_trial_stands_where_its_best_checkpoint_stands(tmp_path: Path) -> None
     folder = a_run(tmp_path)
     pretend(folder, [0.2, 0.5, 0.4], done=True)
     assert history(folder, OBJECTIVES) == [
-        {"epoch": 1, "val/map_at_r": 0.2},
-        {"epoch": 2, "val/map_at_r": 0.5},
-        {"epoch": 3, "val/map_at_r": 0.5},
+        {"epoch": 1, "images": 72, "val/map_at_r": 0.2},
+        {"epoch": 2, "images": 144, "val/map_at_r": 0.5},
+        {"epoch": 3, "images": 216, "val/map_at_r": 0.5},
     ]
-    assert images_trained(folder) == 18 * 12
+    assert story(folder, OBJECTIVES).images == 18 * 12
     with pytest.raises(UserError, match="reports no finite val/adversarial_recall_at_1"):
         history(folder, [*OBJECTIVES, "val/adversarial_recall_at_1"])
 
@@ -85,43 +84,43 @@ def test_a_first_try_that_was_cut_off_leaves_no_trace(tmp_path: Path) -> None:
 def test_a_failure_is_told_as_the_worst_value(
     error: Exception, reason: str, tmp_path: Path
 ) -> None:
-    folder, told = a_run(tmp_path), list[dict[str, Any]]()
+    folder = a_run(tmp_path)
     pretend(folder, [0.7], done=False)
 
     def training() -> None:
         raise error
 
-    guarded(folder, OBJECTIVES, told.append, training)
-    assert told == [{"epoch": 1, "val/map_at_r": 0.0, "failed": reason}]
+    found = outcome_of(folder, OBJECTIVES, training)
+    assert found == {"epoch": 1, "images": 0, "val/map_at_r": 0.0, "failed": reason}
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), UserError("no RUN folder here.")])
 def test_what_the_configuration_is_not_to_blame_for_is_a_fault(
     error: Exception, tmp_path: Path
 ) -> None:
-    folder, told = a_run(tmp_path), list[dict[str, Any]]()
+    folder = a_run(tmp_path)
 
     def training() -> None:
         raise error
 
-    guarded(folder, OBJECTIVES, told.append, training)
-    assert told[0]["fault"] is True and told[0]["failed"] == str(error).rstrip(".")
+    found = outcome_of(folder, OBJECTIVES, training)
+    assert found["fault"] is True and found["failed"] == str(error).rstrip(".")
 
 
 def test_a_collapse_is_a_failure(tmp_path: Path) -> None:
-    folder, told = a_run(tmp_path), list[dict[str, Any]]()
+    folder = a_run(tmp_path)
     pretend(folder, [0.3, 0.2, 0.1], done=True, spread=0.01)
-    guarded(folder, OBJECTIVES, told.append, lambda: None)
-    assert told[0]["val/map_at_r"] == 0.0 and "collapsed" in told[0]["failed"]
-    assert "fault" not in told[0]
+    found = outcome_of(folder, OBJECTIVES, lambda: None)
+    assert found["val/map_at_r"] == 0.0 and "collapsed" in found["failed"]
+    assert "fault" not in found
 
 
 def test_a_finished_trial_is_not_trained_again(tmp_path: Path) -> None:
-    folder, told = a_run(tmp_path), list[dict[str, Any]]()
+    folder = a_run(tmp_path)
     pretend(folder, [0.2, 0.5, 0.4], done=True)
 
     def training() -> None:
         raise AssertionError("it is trained already")
 
-    guarded(folder, OBJECTIVES, told.append, training)
-    assert told == [{"epoch": 3, "val/map_at_r": 0.5}]
+    found = outcome_of(folder, OBJECTIVES, training)
+    assert found == {"epoch": 3, "images": 216, "val/map_at_r": 0.5}

@@ -10,15 +10,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
 import torch
-from ray._private import state
 from torch import Tensor
 
-from flowerray.cluster.fit import Progress, cpus_of_a_worker, fit, innermost
+from flowerray.cluster.driver import cpus_of_a_worker, train_run
 from flowerray.cluster.session import ray_session
+from flowerray.cluster.trainer import innermost
+from flowerray.cluster.watch import Watcher
 from flowerray.errors import UserError
 from flowerray.text import typed
 from flowerray.training.checkpoint import load_export
@@ -76,7 +78,7 @@ def assert_whole_log(run_dir: Path, epochs: int) -> None:
 def long_run(small_set: Path, small_run: Path) -> Path:
     """An uninterrupted training of LONG epochs, without Ray."""
     out = small_run.parent / "long"
-    fit(small(small_set, epochs=LONG), out, quiet=True)
+    train_run(small(small_set, epochs=LONG), out, quiet=True)
     return out
 
 
@@ -92,7 +94,7 @@ def test_one_worker_equals_a_training_without_ray(
     ray_up: None, small_set: Path, small_run: Path
 ) -> None:
     out = small_run.parent / "one"
-    summary = fit(with_workers(small(small_set), 1), out, quiet=True)
+    summary = train_run(with_workers(small(small_set), 1), out, quiet=True)
     assert_equal(weights(out), weights(small_run))
     assert_whole_log(out, 2)
     assert summary["steps"] == 12 and Path(summary["model"]).parent == out
@@ -100,8 +102,6 @@ def test_one_worker_equals_a_training_without_ray(
     mine, other = (json.loads((d / "thresholds.json").read_text()) for d in (out, small_run))
     assert mine == other
     assert (out / "pairs.json").read_bytes() == (small_run / "pairs.json").read_bytes()
-    started = {actor["ActorClassName"].split(".")[-1] for actor in state.actors().values()}
-    assert started == {"TrainController", "SynchronizationActor", "RayTrainWorker"}
 
 
 @pytest.mark.ray
@@ -110,7 +110,7 @@ def test_two_workers_train_as_one_does(ray_up: None, small_set: Path, small_run:
     float64 is tests/training/test_loop.py.
     """
     out = small_run.parent / "two"
-    fit(with_workers(small(small_set), 2), out, quiet=True)
+    train_run(with_workers(small(small_set), 2), out, quiet=True)
     assert_whole_log(out, 2)
     a, b = last_weights(out), last_weights(small_run)
     assert a.keys() == b.keys()
@@ -139,7 +139,7 @@ def test_a_killed_worker_is_replaced(
 
     killer = threading.Thread(target=kill)
     killer.start()
-    fit(with_workers(small(small_set, epochs=LONG), 1), out, quiet=True)
+    train_run(with_workers(small(small_set, epochs=LONG), 1), out, quiet=True)
     killer.join()
     assert len(killed) == 1
     assert_whole_log(out, LONG)
@@ -154,7 +154,7 @@ def test_a_diverged_loss_reaches_the_user_without_retries(
     out = small_run.parent / "diverged"
     run = small(small_set, "center", lr=1.0, grad_clip=0, head_lr_factor=1e30, epochs=4)
     with pytest.raises(UserError, match=r"^the loss became nan at step \d+ \(epoch 1\): .*\.$"):
-        fit(with_workers(run, 1), out, quiet=True)
+        train_run(with_workers(run, 1), out, quiet=True)
     state = json.loads((out / "mlflow.json").read_text())
     assert state["finished"] == "FAILED" and "became nan" in state["reason"]
     assert not list(out.glob("*.pth"))
@@ -190,19 +190,20 @@ def test_ctrl_c_leaves_a_run_that_resumes_bit_equal(
     assert not list(out.glob("*.pth"))
     assert json.loads((out / "mlflow.json").read_text())["finished"] == "KILLED"
 
-    fit(small(small_set, epochs=LONG), out, resume=True, quiet=True)
+    train_run(small(small_set, epochs=LONG), out, resume=True, quiet=True)
     assert_whole_log(out, LONG)
     assert_equal(last_weights(out), last_weights(long_run))
 
 
 def test_alarms_are_shown_wherever_the_workers_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are in the metrics; what a worker prints stays in Ray's logs."""
     folder = RunDir(tmp_path / "run")
     folder.create({})
     metrics = {"alarm/collapse": 1.0, "val/mean_cosine": 0.99, "val/effective_rank": 1.5}
-    with Progress(folder, 4, quiet=True):
+    monkeypatch.setattr("flowerray.cluster.watch.sync", Mock())
+    with Watcher(quiet=True) as watcher, watcher.running(folder, {}, {}, steps=4):
         FolderReporter(folder.path).report(2, 1, metrics)
     said = capsys.readouterr().err
     assert "warning: the embedding has collapsed (mean cosine 0.99" in said
@@ -230,10 +231,10 @@ def test_the_first_line_of_a_workers_error_is_told() -> None:
 def test_an_out_that_cannot_be_written_is_found_before_the_work(
     small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flowerray.cluster.fit.prepare", lambda *_: pytest.fail("prepared"))
+    monkeypatch.setattr("flowerray.cluster.driver.check_run", lambda *_: pytest.fail("prepared"))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be made"):
-        fit(small(small_set), tmp_path / "file" / "run", quiet=True)
+        train_run(small(small_set), tmp_path / "file" / "run", quiet=True)
 
 
 def test_no_worker_spans_two_nodes() -> None:
