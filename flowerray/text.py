@@ -1,16 +1,35 @@
-"""Text for a terminal of 80 columns."""
+"""Text for a terminal of 80 columns; and foreign text, made safe to show."""
 
 import os
 import textwrap
 from hashlib import blake2b
 
 WIDTH = 80
+_JOINERS = "\u00a0\u200c\u200d"  # a space, and what Persian and emoji are written with
+
+
+def visible(text: str) -> str:
+    """Foreign text (a name of a file, a class, a run) as one line that does nothing: line breaks,
+    escape sequences and marks that turn the direction of text show as `\\n`, `\\x1b`, `\\u202e`.
+    Everything that goes to a terminal, a page, a table or a picture goes through here.
+    """
+    return "".join(
+        c if c.isprintable() or c in _JOINERS else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def cell(value: object) -> object:
+    """A value for a CSV file: what a spreadsheet would take for a formula is marked as text."""
+    if not isinstance(value, str):
+        return value
+    shown = visible(value)
+    return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown
 
 
 def labelled(label: str, text: str) -> str:
     """Text with its label in a column of ten, folded; a long word, such as a path, stays whole."""
     return textwrap.fill(
-        f"{label:<10}{text}", WIDTH, subsequent_indent=" " * 10,
+        f"{visible(label):<10}{visible(text)}", WIDTH, subsequent_indent=" " * 10,
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
 

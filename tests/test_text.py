@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from flowerray.text import counted, file_name, labelled, typed
+from flowerray.text import cell, counted, file_name, labelled, typed, visible
 
 
 def test_a_label_and_a_folded_text() -> None:
@@ -51,3 +51,24 @@ def test_a_files_name_is_bounded_and_told_apart(text: str) -> None:
 
 def test_a_short_name_stays_as_it_is() -> None:
     assert file_name("tulip_12 (é)") == "tulip_12 (é)"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\nb\r\tc", r"a\nb\r\tc"),
+        ("\x1b[31mred\x07", r"\x1b[31mred\x07"),
+        ("abc\u202egpj", r"abc\u202egpj"),
+        ("gr\udcfcn", r"gr\udcfcn"),
+        ("Gänseblümchen 雛菊 \u06cc\u200c", "Gänseblümchen 雛菊 \u06cc\u200c"),
+    ],
+)
+def test_foreign_text_does_nothing(text: str, shown: str) -> None:
+    assert visible(text) == shown
+    assert labelled("note", text).split(maxsplit=1)[1] == shown
+
+
+def test_cells_are_no_formulas() -> None:
+    formulas = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1"]
+    assert [cell(text) for text in formulas] == ["'=1+1", "'+1", "'-1", "'@SUM(A1)", r"\t=1"]
+    assert [cell(value) for value in (-1.5, 3, "a-b")] == [-1.5, 3, "a-b"]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 from flowerray.errors import UserError
 from flowerray.memory import keep_freed_memory
 from flowerray.pool import ignore_pillow, leave_unguarded
+from flowerray.text import visible
 
 INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -113,7 +114,7 @@ def dispatch(words: list[str]) -> int:
     try:
         return command.run(words[1:])
     except UserError as error:
-        print(f"flowerray {words[0]}: {error}", file=sys.stderr)
+        print(f"flowerray {words[0]}: {visible(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         again = f"; go on with: {error}" if str(error) else "."
@@ -130,7 +131,7 @@ def dispatch(words: list[str]) -> int:
             said = f"{place} cannot be used ({error.strerror}): check the path and its permissions."
         else:  # a fault of ours
             raise
-        print(f"flowerray {words[0]}: {said}", file=sys.stderr)
+        print(f"flowerray {words[0]}: {visible(said)}", file=sys.stderr)
         return 2
 
 

@@ -63,6 +63,7 @@ def check(words: list[str]) -> int:
 
     from flowerray.config import Config
     from flowerray.data.source import check_dataset
+    from flowerray.text import visible
 
     class Options(Config):
         root: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -73,7 +74,7 @@ def check(words: list[str]) -> int:
     )
     problems = check_dataset(options.root)
     for problem in problems:
-        print(problem)
+        print(visible(problem))
     print(
         f"{options.root}: {len(problems)} problems"
         if problems

@@ -3,6 +3,7 @@
 Letters: N images.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flowerray.data.dataset import Dataset
+from flowerray.data.images import HEIC, unlike_file
 from flowerray.data.splits import Protocol, arrange, tags
 from flowerray.errors import UserError
+from flowerray.text import counted
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", *[".heic", ".heif"] * HEIC)
 """Files that count as photographs, in any case."""
+_OTHERS = {
+    *Image.registered_extensions(),
+    *".heic .heif .avif .jxl .arw .cr2 .cr3 .dng .nef .orf .pef .raf .rw2 .srw".split(),
+}
+"""Photographs that are not read; a check names them."""
+_PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+"""Folder of class folders -> split."""
 _NAMED = 5  # small classes that an error lists
 
 
@@ -28,7 +38,8 @@ def read_folder(
     """Reads class folders and draws stratified splits.
 
     Labels follow the sorted folder names. Hidden files, other suffixes and folders inside a class
-    folder are ignored. The splits depend on the file names and the seed alone.
+    folder are ignored. The splits depend on the file names and the seed alone. Where `root` holds
+    train, val (or valid, validation) and test with the class folders inside, those are the splits.
 
     Args:
         root: the folder of the class folders.
@@ -47,7 +58,10 @@ def read_folder(
             "The protocol notebooks repeats tables on Oxford Flowers-102 and has no meaning for "
             f"the folder {root}; choose official, trainval or disjoint."
         )
+    if parts := given_parts(root):
+        return _read_parts(root, parts, protocol, seed)
     found = class_files(root)
+    _refuse_deeper(root, found)
     if len(found) < 2:
         raise UserError(
             f"{root} must hold one folder of images per class, at least two, and holds "
@@ -70,14 +84,14 @@ def read_folder(
             "fill them."
         )
     paths, labels_N = _flatten(found)
-    parts: dict[str, list[NDArray[np.int64]]] = {"train": [], "val": [], "test": []}
+    drawn_parts: dict[str, list[NDArray[np.int64]]] = {"train": [], "val": [], "test": []}
     ends = (train_per_class, train_per_class + val_per_class)
     first = np.cumsum([len(files) for files in found.values()])[:-1]
     for c, of_class in enumerate(np.split(np.arange(len(paths)), first)):
         drawn = np.random.default_rng((seed, c)).permutation(of_class)
-        for part, indices in zip(parts.values(), np.split(drawn, ends), strict=True):
+        for part, indices in zip(drawn_parts.values(), np.split(drawn, ends), strict=True):
             part.append(indices)
-    whole = {name: np.concatenate(part) for name, part in parts.items()}
+    whole = {name: np.concatenate(part) for name, part in drawn_parts.items()}
     splits = arrange(protocol, whole, labels_N, seed)
     return _dataset(root, protocol, paths, labels_N, tuple(found), splits)
 
@@ -95,7 +109,16 @@ def read_all(root: Path, beside: bool = False) -> Dataset:
         UserError: no folder, or no images.
     """
     root = Path(root)
-    found = {name: files for name, files in class_files(root).items() if files}
+    if parts := given_parts(root):
+        dataset = _read_parts(root, parts, "official", 0)
+        return _dataset(
+            root, "official", dataset.paths, dataset.labels_N, dataset.classes,
+            {"test": np.arange(len(dataset.paths))},
+        )  # fmt: skip
+    found = class_files(root)
+    if not images(root):
+        _refuse_deeper(root, found)
+    found = {name: files for name, files in found.items() if files}
     if beside or not found:
         loose = images(root)
         if loose:
@@ -109,6 +132,58 @@ def read_all(root: Path, beside: bool = False) -> Dataset:
     return _dataset(
         root, "official", paths, labels_N, tuple(found), {"test": np.arange(len(paths))}
     )
+
+
+def given_parts(root: Path) -> dict[str, Path] | None:
+    """split -> its folder of class folders, where that is all that `root` holds; else None."""
+    if not root.is_dir():
+        return None
+    folders = [entry for entry in root.iterdir() if entry.is_dir() and _is_shown(entry)]
+    parts = {_PARTS.get(folder.name.lower(), folder.name): folder for folder in folders}
+    whole = parts.keys() == set(_PARTS.values()) and len(folders) == len(parts)
+    return parts if whole and all(_deeper(folder) for folder in folders) else None
+
+
+def _read_parts(root: Path, parts: dict[str, Path], protocol: Protocol, seed: int) -> Dataset:
+    found = {name: class_files(parts[name]) for name in ("train", "val", "test")}
+    classes = sorted({label for of_part in found.values() for label in of_part})
+    if lacking := [label for label in classes if not found["train"].get(label)]:
+        raise UserError(
+            f"{parts['train']} has no image of {len(lacking)} classes that "
+            f"{root} has elsewhere: {', '.join(lacking[:_NAMED])}; add some, or remove "
+            f"{'it' if len(lacking) == 1 else 'them'}."
+        )
+    rows = [
+        (path, label, part)
+        for label, name in enumerate(classes)
+        for part, of_part in found.items()
+        for path in of_part.get(name, ())
+    ]
+    labels_N = np.array([label for _, label, _ in rows])
+    of_N = np.array([part for _, _, part in rows])
+    splits = arrange(
+        protocol, {part: np.flatnonzero(of_N == part) for part in found}, labels_N, seed
+    )
+    paths = tuple(path for path, _, _ in rows)
+    return _dataset(root, protocol, paths, labels_N, tuple(classes), splits)
+
+
+def _deeper(folder: Path) -> bool:
+    """Whether the images of a folder lie in folders inside it."""
+    return not images(folder) and any(
+        entry.is_dir() and _is_shown(entry) and images(entry) for entry in folder.iterdir()
+    )
+
+
+def _refuse_deeper(root: Path, found: dict[str, list[Path]]) -> None:
+    deeper = [name for name in found if _deeper(root / name)]
+    if deeper and not any(found.values()):
+        raise UserError(
+            f"The images of {root} lie one level deeper, in folders inside "
+            f"{', '.join(deeper[:3])}: name the folder of the class folders ({root / deeper[0]}), "
+            "or bring train, val and test, of which each holds class folders: those are then the "
+            "splits."
+        )
 
 
 def class_files(root: Path) -> dict[str, list[Path]]:
@@ -143,24 +218,34 @@ def faults(root: Path, found: dict[str, list[Path]]) -> list[str]:
     for path in images(root):
         overlooked.append(f"{path.name} is left out: it lies beside the class folders")
     for name in found:
+        other: Counter[str] = Counter()
         for entry in sorted((root / name).iterdir()):
-            suffix = entry.suffix.lower()
+            suffix, here = entry.suffix.lower(), f"{name}/{entry.name}"
             if not _is_shown(entry):
                 continue
-            if entry.is_dir():
-                inside = sum(p.suffix.lower() in SUFFIXES for p in entry.rglob("*"))
-                if inside:
-                    overlooked.append(
-                        f"{name}/{entry.name} is left out with its {inside} images: a class is one "
-                        "folder, without others inside"
-                    )
+            try:
+                kind = unlike_file(entry.stat().st_mode)
+            except OSError:
+                if suffix in SUFFIXES:
+                    overlooked.append(f"{here} is a link to a file that is not there")
                 continue
-            if suffix in SUFFIXES and not entry.exists():
-                overlooked.append(f"{name}/{entry.name} is a link to a file that is not there")
-            elif suffix not in SUFFIXES and suffix in Image.registered_extensions():
+            if entry.is_dir() and (inside := sum(map(_is_image, entry.rglob("*")))):
                 overlooked.append(
-                    f"{name}/{entry.name} is left out: accepted are {', '.join(SUFFIXES)}"
+                    f"{here} is left out with its {inside} images: a class is one folder, without "
+                    "others inside"
                 )
+            elif kind is not None and (suffix in SUFFIXES or not entry.is_dir()):
+                overlooked.append(f"{here} is left out: it is {kind}")
+            elif kind is None and suffix not in SUFFIXES and suffix in {"", *_OTHERS}:
+                other[suffix] += 1
+        for suffix, count in sorted(other.items()):
+            what = f"{counted(count, f'{suffix} file') if suffix else counted(count, 'file')}"
+            overlooked.append(
+                f"{name}: {what}{' without extension' * (not suffix)} left out: accepted are "
+                f"{', '.join(SUFFIXES)}"
+                + " (.heic where pillow-heif is installed)"
+                * (suffix in (".heic", ".heif"))
+            )
     return few + empty + overlooked
 
 
@@ -168,6 +253,10 @@ def images(folder: Path) -> list[Path]:
     """The image files in a folder itself, sorted."""
     files = (entry for entry in folder.iterdir() if entry.suffix.lower() in SUFFIXES)
     return sorted(file for file in files if file.is_file() and _is_shown(file))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def _is_shown(path: Path) -> bool:

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import blake2b
+from importlib.util import find_spec
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,9 @@ from flowerray.pool import cores, ignore_pillow, spawned
 
 LONGEST = 2
 """The longer side is cut to this many shorter sides: one panorama must not blow up a batch."""
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+HEIC = find_spec("pillow_heif") is not None
+"""Whether HEIC is read: by pillow-heif, where that is installed."""
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *["HEIF"] * HEIC)
 """What files may hold, whatever their names say: Pillow also knows formats that start programs."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -205,6 +208,10 @@ def _decode(source: Path | bytes) -> Image.Image | str:
     if (fault := _unnoticed_fault(data)) is not None:
         return fault
     try:
+        if HEIC and data[4:8] == b"ftyp":
+            import pillow_heif
+
+            pillow_heif.register_heif_opener()
         with Image.open(BytesIO(data), formats=_FORMATS) as image:
             return _to_rgb(_upright(image))
     except Exception as error:  # a damaged file makes Pillow's decoders raise almost any class

@@ -94,9 +94,11 @@ def check_dataset(
         problems = oxford.faults(root, tables) + oxford.oddities(root, tables)
         listed = oxford.listed_files(root, tables)
     else:
-        found = folder.class_files(root)
-        problems = folder.faults(root, found)
-        listed = [(path, name, "") for name, paths in found.items() for path in paths]
+        problems, listed = [], []
+        for part, place in (folder.given_parts(root) or {"": root}).items():
+            found = folder.class_files(place)
+            problems += [f"{part}: {why}" if part else why for why in folder.faults(place, found)]
+            listed += [(path, name, part) for name, paths in found.items() for path in paths]
     count = Counter(name for _, name, _ in listed)
     problems += [f"{name} has a single image" for name in sorted(count) if count[name] == 1]
     return problems + _file_problems(root, listed, progress, examined or {})

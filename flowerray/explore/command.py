@@ -68,7 +68,11 @@ def explore_dataset(
         return embed(network, Crops(crops_BHWC), frozen=run is None)
 
     survey = take_survey(dataset, network.image_size, embed_crops, progress=not quiet)
-    if oxford.is_oxford(data.root) or any(folder.class_files(data.root).values()):
+    if (
+        oxford.is_oxford(data.root)
+        or folder.given_parts(data.root)
+        or any(folder.class_files(data.root).values())
+    ):
         problems = check_dataset(data.root, not quiet, survey.examined())
     else:  # a flat folder is no set to train on, and is looked at all the same
         problems = [f"{path.name} is left out: {why}" for path, why in survey.unreadable]
@@ -100,7 +104,8 @@ def open_for_exploring(data: DataConfig) -> tuple[Dataset, str | None]:
     """
     root = data.root
     assert root is not None
-    if not oxford.is_oxford(root) and data.protocol in ("official", "trainval"):
+    drawn = not oxford.is_oxford(root) and folder.given_parts(root) is None
+    if drawn and data.protocol in ("official", "trainval"):
         sizes = {name: len(files) for name, files in folder.class_files(root).items()}
         filled = sum(size > 0 for size in sizes.values())
         least = data.train_per_class + data.val_per_class + 1

@@ -10,6 +10,7 @@ from flowerray.explore.exploration import Exploration
 from flowerray.files import atomic_file
 from flowerray.show.contact import Group, Tile, contact_sheet
 from flowerray.show.style import save
+from flowerray.text import cell
 
 SHEET_PAIRS = 24
 """Near-duplicates on the contact sheet, the surest first, leaks before others."""
@@ -153,4 +154,4 @@ def _csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> No
     with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
-        writer.writerows(rows)
+        writer.writerows(map(cell, row) for row in rows)

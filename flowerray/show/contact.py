@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from flowerray.data.images import decode, thumbnail
 from flowerray.show.style import GREEN, GREY, INK, ORANGE, PAPER, font_runs, save
+from flowerray.text import visible
 
 TILE = 148
 """Pixels; each photograph's side."""
@@ -127,7 +128,7 @@ def _write(
     pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, colour: str, width: int
 ) -> None:
     """Text in one line, cut where it would be wider than that."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
+    text = visible(text)
     while text and _length(pen, text, size) > width:
         text = text[:-2].rstrip("…") + "…"
     x, baseline = float(place[0]), place[1] + size
@@ -138,6 +139,7 @@ def _write(
 
 def _folded(pen: ImageDraw.ImageDraw, heading: str, width: int) -> list[str]:
     """A heading in at most two lines, parted at a space."""
+    heading = visible(heading)
     if _length(pen, heading, 14) <= width:
         return [heading] if heading else []
     first, _, rest = heading.partition(" ")

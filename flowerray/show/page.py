@@ -19,6 +19,7 @@ from flowerray.files import atomic_file, writing
 from flowerray.show.charts import svg
 from flowerray.show.interval import MISSING
 from flowerray.show.style import SERIES, SERIES_ON_DARK
+from flowerray.text import visible
 
 WIDTHS = (1800, 1000, 600, 320)
 """Pixels; wider pictures are scaled down to the first, or to the next where the page is too big."""
@@ -197,7 +198,7 @@ class Page:
         )
         template = _environment().get_template("page.html.j2")
         return template.render(
-            title=self.title, subtitle=self.subtitle, sections=self._sections,
+            title=visible(self.title), subtitle=visible(self.subtitle), sections=self._sections,
             css=f"{series}\n{css}", figure=figure,
         )  # fmt: skip
 
@@ -233,7 +234,7 @@ def _prose(text: str) -> Any:
     """Escaped text; words between backticks as code."""
     from markupsafe import Markup, escape
 
-    return Markup(_CODE.sub(r"<code>\1</code>", str(escape(text))))
+    return Markup(_CODE.sub(r"<code>\1</code>", str(escape(visible(text)))))
 
 
 def _interval(text: str) -> Any:

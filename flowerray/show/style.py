@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from flowerray.files import atomic_file
+from flowerray.text import visible
 
 INK, GREY, PALE, GRID, PAPER = "#222222", "#6b6b6b", "#b8b8b8", "#dddddd", "#ffffff"
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
@@ -56,7 +57,7 @@ def legend_below(figure: Any, columns: int = 4) -> None:
 
 def short(text: str, length: int = 24, keep_end: bool = False) -> str:
     """A name in one line of at most `length` characters."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
+    text = visible(text)
     if len(text) <= length:
         return text
     return "…" + text[1 - length :] if keep_end else text[: length - 1] + "…"

@@ -147,3 +147,28 @@ def test_real_flowers() -> None:
     dataset = read_folder(Path(os.environ["FLOWERRAY_REAL_FLOWERS"]))
     assert len(dataset.classes) == 12
     assert [len(dataset.splits[name]) for name in ("train", "val", "test")] == [120, 120, 240]
+
+
+def test_train_valid_and_test_with_classes_inside_are_the_splits(tmp_path: Path) -> None:
+    for part, sizes in (("train", (3, 4)), ("Valid", (1, 2)), ("test", (2, 2))):
+        class_folders(tmp_path / part, dict(zip("ab", sizes, strict=True)))
+    dataset = read_folder(tmp_path)
+    assert dataset.classes == ("a", "b") and len(dataset.paths) == 14
+    for name, part in (("train", "train"), ("val", "Valid"), ("test", "test")):
+        paths = [dataset.paths[i] for i in dataset.splits[name]]
+        assert paths == sorted((tmp_path / part).glob("*/*"))
+        labels = [dataset.classes[label] for label in dataset.split_labels(name)]
+        assert labels == [path.parent.name for path in paths]
+    assert len(read_folder(tmp_path, protocol="trainval").splits["train"]) == 10
+    assert read_all(tmp_path).splits["test"].tolist() == list(range(14))
+    class_folders(tmp_path / "test", {"c": 1})
+    with pytest.raises(UserError, match="train has no image of 1 classes .*: c; add some"):
+        read_folder(tmp_path)
+
+
+def test_classes_one_level_deeper_are_told(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", {"a": 3, "b": 3})
+    class_folders(tmp_path / "test", {"a": 3, "b": 3})
+    for read in (read_folder, read_all):
+        with pytest.raises(UserError, match=r"lie one level deeper, in folders inside .*test\)"):
+            read(tmp_path)

@@ -1,10 +1,12 @@
 """Opening by configuration, and the check that lists a set's problems by file."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from flowerray.data import source
 from flowerray.data.source import DataConfig, check_dataset, open_all, open_dataset
 from flowerray.errors import UserError
 from flowerray.files import home
@@ -86,7 +88,7 @@ def test_problems_of_class_folders_are_named(tmp_path: Path) -> None:
         "rose/004.jpg is the same file as aster/003.jpg and labelled rose against aster",
         "aster/copy.jpg is the same file as aster/003.jpg, and one may train where the other",
         "rose/new.webp is a link to a file that is not there",
-        "rose/old.tiff is left out: accepted are .jpg",
+        "rose: 1 .tiff file left out: accepted are .jpg",
         "loose.jpg is left out: it lies beside the class folders",
         "rose/more is left out with its 1 images: a class is one folder",
     ):
@@ -136,3 +138,52 @@ def test_tags_of_a_rendered_set(rendered: Path) -> None:
     assert int(tags["dataset/images"]) == np.sum(
         [int(tags[f"dataset/{s}"]) for s in ("train", "val", "test")]
     )
+
+
+def test_what_is_no_photograph_is_named(tmp_path: Path) -> None:
+    """Pipes and folders named like images; other formats and files without extension, a line a
+    class and suffix.
+    """
+    class_folders(tmp_path, {"a": 2, "b": 2})
+    os.mkfifo(tmp_path / "a" / "pipe.jpg")
+    (tmp_path / "a" / "folder.jpg").mkdir()
+    for name in ("1.CR2", "2.cr2", "3.nef", "4", "5", "notes.txt"):
+        (tmp_path / "b" / name).write_bytes(b"raw")
+    assert [line.partition(": accepted")[0] for line in check(tmp_path)] == [
+        "a/folder.jpg is left out: it is a folder",
+        "a/pipe.jpg is left out: it is a named pipe",
+        "b: 2 files without extension left out",
+        "b: 2 .cr2 files left out",
+        "b: 1 .nef file left out",
+    ]
+
+
+def test_given_splits_are_checked_as_splits(tmp_path: Path) -> None:
+    for k, part in enumerate(("train", "val", "test")):
+        class_folders(tmp_path / part, {"a": 2, "b": 2 + k})
+    for k, path in enumerate(tmp_path.glob("*/*/*")):
+        save_picture(path, k)
+    copy = tmp_path / "test" / "a" / "000.jpg"
+    copy.write_bytes((tmp_path / "train" / "a" / "000.jpg").read_bytes())
+    (problem,) = check(tmp_path)
+    assert problem.startswith("t") and "a/000.jpg is the same file as" in problem
+    assert "and in test against train" in problem or "and in train against test" in problem
+
+
+def test_files_that_were_examined_are_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class_folders(tmp_path, {"a": 2, "b": 2})
+    paths = sorted(tmp_path.glob("*/*"))
+    known: dict[Path, tuple[str, str | None]] = {path: (str(path), None) for path in paths[1:]}
+    known[paths[2]] = ("", "it is broken")
+    read: list[Path] = []
+    examine = source.examine
+
+    def watched(path: Path) -> tuple[str, str | None]:
+        read.append(path)
+        return examine(path)
+
+    monkeypatch.setattr(source, "examine", watched)
+    (problem,) = check_dataset(tmp_path, False, known)
+    assert read == paths[:1] and problem == "b/000.jpg cannot be read as an image (it is broken)"

@@ -9,6 +9,7 @@ import pytest
 
 from flowerray.cli import dispatch
 from flowerray.data.source import DataConfig
+from flowerray.explore import command
 from flowerray.explore.command import open_for_exploring
 from flowerray.tracking import sync
 from flowerray.tracking.state import State
@@ -146,3 +147,23 @@ def test_a_set_is_split_where_it_can_be(tmp_path: Path) -> None:
     )
     assert note is not None and "its smallest class, empty, has 0 images" in note
     assert dataset.classes == ("a", "b")
+
+
+@pytest.mark.usefixtures("offline")
+def test_evil_names_and_a_second_try(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Line breaks, escape sequences and formulas; a failure late in the work leaves no `--out`."""
+    names = {"a\nb": 2, "=1+1": 2, "\x1b[31mred": 2}
+    root, out = class_folders(tmp_path / "set", names), tmp_path / "out"
+    (root / "=1+1" / "001.jpg").rename(root / "=1+1" / "x\n\x1b[2J.jpg")
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "write_pictures", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(root, out)
+    assert not out.exists()
+    assert run(root, out) == 0
+    shown = capsys.readouterr().out + (out / "index.html").read_text()
+    assert "\x1b" not in shown and r"a\nb" in shown
+    table = (out / "images.csv").read_text().splitlines()
+    assert len(table) == 7 and r"'=1+1/x\n\x1b[2J.jpg,'=1+1,test" in "\n".join(table)
