@@ -18,7 +18,7 @@ _KEYPOINTS = 160
 _BITS = 256
 _FEWEST = 10
 """Matches that have to agree on one alignment; chance reaches 7 in one pair of a hundred."""
-_DISTANCE = 80
+_DISTANCE = 64
 """Bits of 256 at most between two matched signatures; unlike ones differ in 128."""
 _TOLERANCE = 1.0
 """Pixels of the thumbnail between where a keypoint lies and where the alignment puts it."""

@@ -22,8 +22,14 @@ MIN_SCORE = 0.65
 """Agreement of the structure from which a pair is a near-duplicate, -1..1."""
 _WORD_BYTES = 3
 """Of a signature; all ten parts of it are words."""
-_COMMON = 500
-"""Images that a word tells nothing about, since as many have it."""
+_COMMON = 200
+"""A word that more images have tells nothing."""
+_FEWEST = 3
+"""Words that no third image has, or as much in more common ones, make a candidate; copies have the
+worth of five and more.
+"""
+_WHOLE = 32
+"""Words that the thumbnail is worth."""
 _BLOCK = 512
 
 
@@ -91,8 +97,12 @@ def candidates(
     from scipy.sparse import csr_matrix
 
     num = len(keypoints_N)
-    whole_N = [crc32(grey_PP.tobytes()) + (1 << 40) for grey_PP in grey_NPP]
-    plain = [np.append(_words(k.plain_KB), w) for k, w in zip(keypoints_N, whole_N, strict=True)]
+    plain = [
+        np.append(
+            _words(k.plain_KB), (1 << 40) + crc32(grey_PP.tobytes()) * _WHOLE + np.arange(_WHOLE)
+        )
+        for k, grey_PP in zip(keypoints_N, grey_NPP, strict=True)
+    ]
     mirrored = [_words(k.mirrored_KB) for k in keypoints_N]
     known_W, number = np.unique(np.concatenate(plain), return_inverse=True)
 
@@ -115,13 +125,14 @@ def candidates(
     weighted_NW.eliminate_zeros()
     plain_WN = plain_NW.T.tocsr()
     part_N = np.unique(split_N, return_inverse=True)[1]
+    least = _FEWEST * np.log((num + 1) / 2) - 1e-3
     best = [np.empty((0, 3), np.int64)]
     for start in range(0, num, _BLOCK):
         rows = weighted_NW[start : start + _BLOCK]
         as_is, turned = rows @ plain_WN, rows @ mirrored_WN
         votes = as_is.maximum(turned).tocoo()
         row, column = votes.row + start, votes.col
-        other = np.flatnonzero(row != column)
+        other = np.flatnonzero((row != column) & (votes.data >= least))
         row, column, count = row[other], column[other], votes.data[other]
         across = part_N[row] != part_N[column]
         order = np.lexsort((column, -count, across, row))
