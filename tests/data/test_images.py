@@ -77,7 +77,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
 def test_32_bit_pixels_are_refused_where_nothing_says_what_is_white(
     tmp_path: Path, dtype: type
 ) -> None:
-    pixels = np.arange(64, dtype=dtype).reshape(8, 8) * 70_000
+    pixels: Any = np.arange(64, dtype=dtype).reshape(8, 8) * 70_000
     Image.fromarray(pixels).save(tmp_path / "x.tiff")
     with pytest.raises(UserError, match="32-bit numbers, .*: save it with 8 or 16 bits"):
         decode(tmp_path / "x.tiff")
