@@ -1,10 +1,13 @@
 """The base of every typed configuration."""
 
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flowerray.errors import UserError
+
+_INSIDE: ContextVar[bool] = ContextVar("inside another configuration", default=False)
 
 
 class Config(BaseModel):
@@ -25,12 +28,22 @@ class Config(BaseModel):
         """Checks every field.
 
         Raises:
-            UserError: the first field that does not fit, and why.
+            UserError: the first field that does not fit, in this or in a part of it, and why.
         """
+        inside, token = _INSIDE.get(), _INSIDE.set(True)
         try:
             super().__init__(**fields)
         except ValidationError as error:
+            if inside:  # pydantic adds the field that this is the value of
+                raise
             raise UserError(first_fault(error)) from error
+        finally:
+            _INSIDE.reset(token)
+
+    @classmethod
+    def part_of(cls, options: BaseModel, **changes: Any) -> Self:
+        """This configuration out of a larger one that has all its fields, with some changed."""
+        return cls(**{name: getattr(options, name) for name in cls.model_fields} | changes)
 
 
 def first_fault(error: ValidationError) -> str:
@@ -38,7 +51,5 @@ def first_fault(error: ValidationError) -> str:
     fault = error.errors()[0]
     name = ".".join(map(str, fault["loc"]))
     if fault["type"] == "extra_forbidden":
-        return f"there is no option {name}."
-    if isinstance(inner := fault.get("ctx", {}).get("error"), UserError):  # a Config in a Config
-        return f"{name}: {inner}" if name else str(inner)
-    return f"{name} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}."
+        return f"there is no option `{name}`."
+    return f"`{name}` = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}."

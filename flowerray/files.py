@@ -50,7 +50,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(
-    place: Path, fault: str = "cannot be written", advice: str = "choose another --out"
+    place: Path, fault: str = "cannot be written", advice: str = "choose another `out`"
 ) -> Iterator[None]:
     """Raises UserError where the block cannot write what `--out` names."""
     try:
@@ -61,14 +61,14 @@ def writing(
 
 def saving(folder: Path) -> AbstractContextManager[None]:
     """`writing` in the midst of a work."""
-    return writing(folder, "can no longer be written", "make room there, then --resume")
+    return writing(folder, "can no longer be written", "make room there, then `resume`")
 
 
 def refuse_unwritable(out: Path) -> None:
     """Raises UserError where `out`, a folder, cannot be made or written into; it makes nothing."""
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if not place.is_dir():
-        raise UserError(f"{out} cannot be made, since {place} is a file: choose another --out.")
+        raise UserError(f"{out} cannot be made, since {place} is a file: choose another `out`.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"{out} cannot be written (no permission for {place}): choose another.")
 

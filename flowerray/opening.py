@@ -1,20 +1,25 @@
 """A trained model as the commands use it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 
 from flowerray.data.dataset import Dataset
-from flowerray.data.images import eval_image, resize_side
+from flowerray.data.images import LONGEST, eval_image, eval_pixels, resize_side
 from flowerray.data.source import open_dataset
-from flowerray.data.store import Store, build_store
+from flowerray.data.store import Store, build_store, floats
 from flowerray.errors import UserError
 from flowerray.model.embedder import Embedder
-from flowerray.model.precision import full_precision
+from flowerray.model.modes import evaluating, full_precision
 from flowerray.tracking.registry import resolve
 from flowerray.training import checkpoint
 from flowerray.training.run import Run
@@ -96,20 +101,79 @@ def store_builder(image_size: int, quiet: bool) -> Callable[[Sequence[Path]], St
     return build
 
 
-@full_precision()
-def embed_files(embedder: Embedder, files: Sequence[Path]) -> NDArray[np.float64]:
-    """Unit embeddings (N, D) of image files, with the evaluation transform.
+Photo = str | Path | Image.Image | NDArray[Any] | Tensor
+"""A photograph: an image file's path, a PIL image, an array (H, W, 3) of bytes, or a tensor
+(3, H, W), of bytes or of floats in [0,1]."""
+
+
+def embed(embedder: Embedder, photos: Iterable[Photo], *, batch_size: int = 64) -> Tensor:
+    """Unit embeddings of photographs of any size, with the model's own resize and centre crop.
+
+    The model is left as it is: its mode, device and gradients. Pixels that have been resized and
+    cropped already go to `embedder(images_BCHW)` itself.
+
+    Args:
+        photos: see `Photo`; also one tensor (N, 3, H, W). They are read a batch at a time.
+        batch_size: photographs at a time; changes nothing beyond rounding.
+
+    Returns:
+        float32 (N, D) on the CPU, in the order of the photographs.
 
     Raises:
-        UserError: a file that is missing or not an image.
+        UserError: a file that is missing or no image, or pixels of another shape or type.
     """
     device = next(embedder.parameters()).device
-    images = [torch.as_tensor(eval_image(file, embedder.image_size)) for file in files]
-    with torch.inference_mode():
-        emb_ND = embedder(torch.stack(images).to(device).float() / 255)
+    rows = [torch.empty(0, embedder.dim)]
+    left = iter(photos)
+    with evaluating(embedder), torch.no_grad(), full_precision():
+        while batch := [as_pixels(p, embedder.image_size) for p in islice(left, batch_size)]:
+            rows.append(embedder(torch.stack(batch).to(device)).float().cpu())
+    emb_ND = torch.cat(rows)
     if not emb_ND.isfinite().all():
         raise UserError(
             "the model gives embeddings that are not finite numbers: its training diverged, or its "
             "file is damaged; use another checkpoint."
         )
-    return emb_ND.cpu().numpy().astype(np.float64)
+    return emb_ND
+
+
+def as_pixels(photo: Photo, size: int) -> Tensor:
+    """The evaluation transform of one photograph: float32 (3, size, size) in [0,1].
+
+    Raises:
+        UserError: see `embed`.
+    """
+    if isinstance(photo, Tensor) and photo.is_floating_point():
+        if photo.ndim != 3 or len(photo) != 3 or not bool(((photo >= 0) & (photo <= 1)).all()):
+            raise UserError(
+                "a photograph of floats is a tensor (3, H, W) in [0,1], and one was given of shape "
+                f"{tuple(photo.shape)} from {float(photo.min()):.4g} to {float(photo.max()):.4g}."
+            )
+        return _resized(photo.detach().float().cpu(), size)
+    if isinstance(photo, str | Path):
+        pixels = eval_image(Path(photo), size)
+    elif isinstance(photo, Image.Image):
+        pixels = eval_pixels(photo, size)
+    else:
+        array = photo.permute(1, 2, 0).cpu().numpy() if isinstance(photo, Tensor) else photo
+        if not (isinstance(array, np.ndarray) and array.ndim == 3 and array.shape[2] == 3
+                and array.dtype == np.uint8):  # fmt: skip
+            raise UserError(
+                "a photograph is a path, a PIL image, a uint8 array (H, W, 3) or a tensor "
+                f"(3, H, W), and one was given as {type(photo).__name__} "
+                f"{getattr(photo, 'dtype', '')} {tuple(getattr(photo, 'shape', ()))}."
+            )
+        pixels = eval_pixels(Image.fromarray(array), size)
+    return floats(torch.from_numpy(pixels)[None])[0]
+
+
+def _resized(photo_CHW: Tensor, size: int) -> Tensor:
+    """`eval_pixels` without rounding to bytes."""
+    shortest = min(photo_CHW.shape[1:])
+    side = [min(length, LONGEST * shortest) for length in photo_CHW.shape[1:]]
+    top, left = ((n - m) // 2 for n, m in zip(photo_CHW.shape[1:], side, strict=True))
+    cut_CHW = photo_CHW[:, top : top + side[0], left : left + side[1]]
+    target = [round(length * resize_side(size) / shortest) for length in side]
+    resized_CHW = F.interpolate(cut_CHW[None], target, mode="bicubic", antialias=True)[0]
+    top, left = ((n - size) // 2 for n in target)
+    return resized_CHW[:, top : top + size, left : left + size].clamp(0, 1)

@@ -19,11 +19,12 @@ ROOT = PACKAGE.parent
 FLOORS = [
     "errors text system memory description",
     "config files pool statistics cache",
-    "model: fold embedder averages precision",
+    "model: modes fold embedder averages precision",
     "rendered: species sprites scenery painter synthetic",
     "attacks: pgd logits objectives library bank",
     "data: dataset splits download images store folder oxford source batches augment",
     "methods: _base center siamese triplet",
+    "losses",
     "show: style interval columns charts contact page",
     "training: rundir harden progress checkpoint loop run curves table",
     "tracking: address server registry state sync",
@@ -43,6 +44,7 @@ FLOORS = [
     "serve: pyfunc",
     "cli: options attack backbones cache compare data explain explore report retrieval review"
     " training tune",
+    "api",
 ]
 
 
@@ -66,7 +68,7 @@ ONLY_IN = {
 }
 SEES_A_RUN = (
     "training/run", "opening", "retrieval/command", "robustness/command", "robustness/record",
-    "explain/command", "report/command", "comparison/", "tuning/", "cluster/", "cli/",
+    "explain/command", "report/command", "comparison/", "tuning/", "cluster/", "cli/", "api",
 )  # fmt: skip
 ROLES = ("__init__", "config", "command", "table", "pictures")
 """Names of files that may stand in every topic."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flowerray.config import Config
 from flowerray.errors import UserError
+from flowerray.model.modes import evaluating
 
 _STREAM = 2
 """Keeps these numbers apart from others that are keyed by the same (seed, epoch, ...)."""
@@ -250,21 +251,16 @@ def quiet(*modules: nn.Module) -> Iterator[None]:
     assert not any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules), (
         "attack the unwrapped module: the wrapper would talk to the other workers in each step"
     )
-    modes = [(m, m.training) for root in modules for m in root.modules()]
     parameters = [p for root in modules for p in root.parameters()]
     before = [(p, p.requires_grad, p.grad) for p in parameters]
     gpus = {p.device.index for p in parameters if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(gpus)):
+    with torch.random.fork_rng(devices=sorted(gpus)), evaluating(*modules):
         try:
-            for module, _ in modes:
-                module.training = False
             for parameter in parameters:
                 parameter.requires_grad_(False)
                 parameter.grad = None
             yield
         finally:
-            for module, training in modes:
-                module.training = training
             for parameter, required, grad in before:
                 parameter.requires_grad_(required)
                 parameter.grad = grad

@@ -23,7 +23,7 @@ from flowerray.config import Config
 from flowerray.data.dataset import Dataset
 from flowerray.errors import UserError
 from flowerray.model.embedder import BUNDLED_BACKBONE, Embedder, EmbedderConfig
-from flowerray.model.precision import full_precision
+from flowerray.model.modes import full_precision
 from flowerray.retrieval.measure import BuildStore, EvaluateConfig, measure
 from flowerray.statistics import bootstrap_interval
 
@@ -77,19 +77,19 @@ def find_models(patterns: Sequence[str]) -> list[str]:
             names = timm.list_models(pattern, include_tags="." in pattern)
             if not names:
                 raise UserError(
-                    f"--models {pattern!r} fits no timm model: shorten it, as in 'resnet*', and "
+                    f"`models` {pattern!r} fits no timm model: shorten it, as in 'resnet*', and "
                     "quote it."
                 )
             found |= dict.fromkeys(names)
         else:
             if not _known(pattern):
                 raise UserError(
-                    f"--models {pattern!r} is no timm model: give a name such as resnet18, or a "
+                    f"`models` {pattern!r} is no timm model: give a name such as resnet18, or a "
                     f"quoted pattern such as '{pattern[:6]}*'."
                 )
             found[pattern] = None
     if not found:
-        raise UserError("--models is empty: give names or quoted patterns of timm models.")
+        raise UserError("`models` is empty: give names or quoted patterns of timm models.")
     return list(found)
 
 
@@ -289,7 +289,7 @@ def visit(name: str, config: BackbonesConfig, device: torch.device) -> dict[str,
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{name} cannot be timed with batches of {config.batch_size} in this GPU's memory: "
-            "lower --batch-size; what was measured so far is kept."
+            "lower `batch_size`; what was measured so far is kept."
         ) from error
     return {
         "latency_ms": 1000 * one,
@@ -325,18 +325,16 @@ def read_published(path: Path) -> dict[str, float]:
             missing = {"model", "top1"} - set(table.fieldnames or ())
             if missing:
                 raise UserError(
-                    f"--results {path} has no column {', '.join(sorted(missing))}: give timm's "
+                    f"`results` {path} has no column {', '.join(sorted(missing))}: give timm's "
                     "results-imagenet.csv or one like it."
                 )
             found: dict[str, float] = {}
             for row in table:
                 found.setdefault(row["model"], float(row["top1"]))
             return found
-    except UserError:
-        raise
-    except (OSError, UnicodeDecodeError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise UserError(
-            f"--results {path} cannot be read as a table of results ({error}): give timm's "
+            f"`results` {path} cannot be read as a table of results ({error}): give timm's "
             "results-imagenet.csv."
         ) from error
 

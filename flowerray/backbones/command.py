@@ -70,7 +70,7 @@ def survey_backbones(
     if not len(dataset.splits.get(config.split, ())):
         raise UserError(
             f"Protocol {dataset.protocol} of {dataset.root} has no {config.split} split: choose "
-            "another --data.protocol or --split."
+            "another `data.protocol` or `split`."
         )
     options = {
         **config.model_dump(mode="json", exclude=set(CHANGEABLE)),
@@ -105,8 +105,8 @@ def survey_backbones(
         name = next(name for name in names if name in skipped)
         raise UserError(
             f"None of {len(names)} models could be measured ({name}: "
-            f"{skipped[name].partition(': ')[0].rstrip('.')}): give weight files with --files, or "
-            "measure all the same with --random-weights."
+            f"{skipped[name].partition(': ')[0].rstrip('.')}): give weight files with `files`, or "
+            "measure all the same with `random_weights`."
         )
     speeds = timed(measured, config, out, gpus, quiet, in_process)
     rows = [
@@ -160,12 +160,12 @@ def check_folder(out: Path, options: dict[str, Any]) -> None:
     note = out / "options.json"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not note.exists():
-            raise UserError(f"--out {out} exists and holds no table of backbones: choose another.")
+            raise UserError(f"`out` {out} exists and holds no table of backbones: choose another.")
         before = read_json(note)
         changed = [key for key in options if options[key] != before.get(key)]
         if changed:
             raise UserError(
-                f"--out {out} holds models measured with other options ({', '.join(changed)} "
+                f"`out` {out} holds models measured with other options ({', '.join(changed)} "
                 "differ): choose another."
             )
     refuse_unwritable(out)

@@ -4,9 +4,11 @@ of a typed configuration.
 
 import errno
 import os
+import re
 import signal
 import stat
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -18,6 +20,8 @@ from flowerray.pool import ignore_pillow, leave_unguarded
 from flowerray.text import visible
 
 INTERRUPTED = 130
+DEBUG = "--debug"
+"""Anywhere among the words: an error is shown with its traceback."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """What a disk says that takes no more."""
 
@@ -96,6 +100,7 @@ def take_all_cores() -> None:
 
 def dispatch(words: list[str]) -> int:
     """`main` without the exit."""
+    debug, words = DEBUG in words, [word for word in words if word != DEBUG]
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0 if words else 2
@@ -111,6 +116,12 @@ def dispatch(words: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
+
+    def say(sentence: str) -> None:
+        if debug:
+            traceback.print_exc()
+        print(f"flowerray {words[0]}: {sentence}", file=sys.stderr)
+
     try:
         return command.run(words[1:])
     except UserError as error:
@@ -118,7 +129,7 @@ def dispatch(words: list[str]) -> int:
         return 2
     except KeyboardInterrupt as error:
         again = f"; go on with: {error}" if str(error) else "."
-        print(f"flowerray {words[0]}: interrupted{again}", file=sys.stderr)
+        say(f"interrupted{again}")
         return INTERRUPTED
     except BrokenPipeError:  # `flowerray ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -145,6 +156,20 @@ def named(place: str, words: list[str]) -> bool:
     return any(path == one or path.startswith(one.rstrip(os.sep) + os.sep) for one in given)
 
 
+def with_flags(sentence: str, words: list[str]) -> str:
+    """An error's sentence with its arguments as flags: `train.epochs` becomes --train.epochs, and
+    `epochs` too where that is the flag among the words that ends so.
+    """
+    said = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+
+    def flag(argument: re.Match[str]) -> str:
+        name = argument[1].replace("_", "-")
+        longer = [word for word in said if word.endswith(f".{name}")]
+        return longer[0] if len(longer) == 1 else f"--{name}"
+
+    return re.sub(r"`([a-z][a-z0-9_.]*)`", flag, sentence)
+
+
 def usage() -> str:
     """The list of commands."""
     width = max(map(len, COMMANDS)) + 2
@@ -152,6 +177,7 @@ def usage() -> str:
     return "\n".join(
         [
             "usage: flowerray COMMAND [options]    `flowerray COMMAND --help` lists options.",
+            "       --debug shows an error's traceback.",
             "",
             "Image-similarity models: trained, measured and kept under review.",
             "",

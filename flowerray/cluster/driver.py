@@ -89,11 +89,11 @@ def check_run(run: Run, quiet: bool = False, resume: bool = False) -> tuple[dict
     if "val" not in dataset.splits and run.threshold is None:
         raise UserError(
             f"protocol {dataset.protocol} has no val split to fit the pair threshold on: give the "
-            "official run that it follows with --from RUN, or --threshold."
+            "official run that it follows with `from` RUN, or `threshold`."
         )
     if "val" not in dataset.splits and run.train.patience:
         raise UserError(
-            f"--train.patience watches val, and protocol {dataset.protocol} has no val split: "
+            f"`train.patience` watches val, and protocol {dataset.protocol} has no val split: "
             "leave it out."
         )
     if "val" in dataset.splits and np.bincount(dataset.split_labels("val")).max() < 2:
@@ -121,20 +121,20 @@ def check_run(run: Run, quiet: bool = False, resume: bool = False) -> tuple[dict
     if batch % workers:
         raise UserError(
             f"a batch of P x K = {batch} images cannot be shared equally by {workers} workers: "
-            "change --train.classes-per-batch, --train.images-per-class or --resources.workers."
+            "change `train.classes_per_batch`, `train.images_per_class` or `resources.workers`."
         )
     # A cluster's GPUs need not be on the driver's machine.
     no_gpus = "RAY_ADDRESS" not in os.environ and not torch.cuda.is_available()
     if not run.embedder.freeze_bn and workers > 1 and (run.resources.device == "cpu" or no_gpus):
         raise UserError(
-            "--embedder.no-freeze-bn with several workers needs GPUs, since torch synchronises "
+            "`embedder.freeze_bn` off with several workers needs GPUs, since torch synchronises "
             "BatchNorm only there: use one worker, or freeze it."
         )
     if run.resources.device == "cuda" and "RAY_ADDRESS" not in os.environ:
         # Ray would wait for GPUs that never come; a cluster's may still be starting.
         if torch.cuda.device_count() < workers:
             raise UserError(
-                f"--resources.device cuda: this machine has {torch.cuda.device_count()} GPUs that "
+                f"`resources.device` cuda: this machine has {torch.cuda.device_count()} GPUs that "
                 f"torch can use, for {workers} workers; choose cpu, or fewer workers."
             )
     method = build_method(run, len(trained_classes))
@@ -203,7 +203,7 @@ def cpus_of_a_worker(nodes: Sequence[Mapping[str, float]], workers: int, use_gpu
     what = f"{workers} worker(s)" + (" with a GPU each" if use_gpu else "")
     raise UserError(
         f"the cluster has no room for {what} now; where it grows by itself, say what a worker "
-        "needs: --resources.device cuda (or cpu) --resources.cpus-per-worker N."
+        "needs: `resources.device` cuda (or cpu) `resources.cpus_per_worker` N."
     )
 
 

@@ -56,7 +56,7 @@ def knows_ray() -> bool:
     return ray.__version__.startswith(KNOWN_RAY)
 
 
-def require_gpus(gpus: float, option: str = "--gpus") -> None:
+def require_gpus(gpus: float, option: str = "`gpus`") -> None:
     """Raises UserError where a task is to have more GPUs than this machine has and no cluster could
     give them: Ray would wait for them for ever.
     """

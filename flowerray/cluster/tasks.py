@@ -207,7 +207,7 @@ def refuse_failed(failures: dict[Path, Exception], count: int) -> None:
         return
     reasons = {path: innermost(error) for path, error in failures.items()}
     text = (
-        f"{len(failures)} of {count} trainings failed, and the command with --resume tries them "
+        f"{len(failures)} of {count} trainings failed, and the command with `resume` tries them "
         f"again: {reasons_of(reasons)}."
     )
     if all(isinstance(error, DivergedError) for error in failures.values()):
@@ -234,7 +234,7 @@ def refuse_another(run: Run, folder: RunDir) -> None:
     if changed:
         raise UserError(
             f"{folder.path} holds a run with other options ({', '.join(changed)} differ): "
-            "choose another --out."
+            "choose another `out`."
         )
 
 

@@ -21,6 +21,7 @@ from flowerray.files import write_json
 from flowerray.memory import keep_freed_memory
 from flowerray.methods._base import Method
 from flowerray.model.embedder import Embedder
+from flowerray.model.modes import own_draws
 from flowerray.retrieval.embed import embed, embed_together
 from flowerray.retrieval.measure import frozen_pairs, split_names, validation_metrics
 from flowerray.retrieval.pairs import PAIR_SEED, fit_threshold, pair_cosines, save_pairs
@@ -42,9 +43,10 @@ def split_store(dataset: Dataset, split: str, image_size: int, progress: bool = 
 
 def build_method(run: Run, num_classes: int) -> Method:
     """The module that trains, from the run's seed."""
-    torch.manual_seed(run.train.seed)  # the loss's own parameters
     file = methods.get(run.method_name)
-    return file.method(run.method, Embedder(run.embedder, seed=run.train.seed), num_classes)
+    with own_draws():
+        torch.default_generator.manual_seed(run.train.seed)  # the loss's own parameters
+        return file.method(run.method, Embedder(run.embedder, seed=run.train.seed), num_classes)
 
 
 def start_weights(
@@ -88,6 +90,9 @@ def class_names(dataset: Dataset, classes: NDArray[np.int64]) -> tuple[str, ...]
 
 def train_worker(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str, Any]:
     """Trains one run as one of `reporter.world` workers; returns a summary as plain data.
+
+    Every draw is seeded by the run, and the global generators of this process (torch's on CPU and
+    GPUs, NumPy's, Python's) are afterwards as they were: a training in somebody's own program.
 
     Raises:
         UserError: see `train.train`; bad data.
@@ -192,7 +197,7 @@ def pick_device(device: str) -> torch.device:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "--resources.device cuda: this machine has no GPU that torch can use; choose cpu."
+            "`resources.device` cuda: this machine has no GPU that torch can use; choose cpu."
         )
     use_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     return torch.device("cuda:0" if use_gpu else "cpu")

@@ -141,7 +141,7 @@ def open_folder(config: CompareConfig, out: Path, resume: bool) -> None:
     if not resume:
         if out.exists():
             raise UserError(
-                f"{out} exists already: choose another --out, or continue it with --resume {out}."
+                f"{out} exists already: choose another `out`, or continue it with `resume` {out}."
             )
         with writing(out):
             write_json(options, stored)

@@ -87,15 +87,15 @@ def plan(config: CompareConfig) -> tuple[list[PlannedRun], int, list[str]]:
         UserError: options or studies that do not make one budget.
     """
     if not config.protocols or len(set(config.protocols)) < len(config.protocols):
-        raise UserError("--protocols: name each protocol once.")
+        raise UserError("`protocols`: name each protocol once.")
     if config.data.protocol != DataConfig().protocol:
-        raise UserError("compare splits the data by --protocols: leave --data.protocol out.")
+        raise UserError("compare splits the data by `protocols`: leave `data.protocol` out.")
     plain = TrainConfig()
     said = [name for name in SET_HERE if getattr(config.train, name) != getattr(plain, name)]
     if said:
         raise UserError(
-            f"compare sets --train.{said[0]} itself: give the budget with --images and the number "
-            "of seeds with --seeds."
+            f"compare sets `train.{said[0]}` itself: give the budget with `images` and the number "
+            "of seeds with `seeds`."
         )
     notes: list[str] = []
     bases, trials = base_runs(config, notes)
@@ -128,10 +128,10 @@ def base_runs(config: CompareConfig, notes: list[str]) -> tuple[dict[str, Run], 
     studies = {name: path for name in names if (path := getattr(config, name)) is not None}
     if studies:
         if len(studies) < len(names):
-            missing = ", ".join(f"--{name}" for name in names if name not in studies)
+            missing = ", ".join(f"`{name}`" for name in names if name not in studies)
             raise UserError(f"one budget for all: give a study for each method ({missing} too).")
         if config.train != TrainConfig():
-            raise UserError("with studies the optimisation is theirs: leave --train options out.")
+            raise UserError("with studies the optimisation is theirs: leave `train` options out.")
         found = {name: read_study(path, name) for name, path in studies.items()}
         trials = found["center"].trials
         if any(study.trials != trials for study in found.values()):
@@ -141,14 +141,14 @@ def base_runs(config: CompareConfig, notes: list[str]) -> tuple[dict[str, Run], 
         for name, (best, _, seeds) in found.items():
             if used := sorted(seeds.intersection(measured)):
                 raise UserError(
-                    f"the study of --{name} chose by seed {', '.join(map(str, used))}, with which "
+                    f"the study of `{name}` chose by seed {', '.join(map(str, used))}, with which "
                     f"tuned methods are compared ({measured[0]} to {measured[-1]}): give one whose "
-                    "--train.seed, and that + 1000 for its confirmation, lie below."
+                    "`train.seed`, and that + 1000 for its confirmation, lie below."
                 )
             if best.harden.on or best.init is not None:
                 raise UserError(
-                    f"one budget for all: the study of --{name} hardens or goes on from another "
-                    "run (--init), which cross-entropy and the others do not; give plain studies."
+                    f"one budget for all: the study of `{name}` hardens or goes on from another "
+                    "run (`init`), which cross-entropy and the others do not; give plain studies."
                 )
             seen = [p for p in config.protocols if p != best.data.protocol]
             if "disjoint" in seen:
@@ -182,7 +182,7 @@ def read_study(folder: Path, method: str) -> Champion:
     Raises:
         UserError: no finished study of this method.
     """
-    missing = f"--{method} {folder} is no finished study: flowerray tune {method} --out makes one."
+    missing = f"`{method}` {folder} is no finished study: `flowerray tune {method}` makes one."
     result = read_json(folder / "result.json", Result, missing=missing)
     champion = Path(*Path(result["champion"]).parts[-2:])  # the study may have been moved
     best = Run.from_dict(RunDir(folder / champion).read())
@@ -190,5 +190,5 @@ def read_study(folder: Path, method: str) -> Champion:
     if (folder / "study.json").exists():
         seeds.add(Study.read(folder).base.train.seed)
     if best.method_name != method:
-        raise UserError(f"--{method} {folder} is a study of {best.method_name}.")
+        raise UserError(f"`{method}` {folder} is a study of {best.method_name}.")
     return Champion(best, sum(result["trials"].values()), seeds)

@@ -55,12 +55,12 @@ class PKSampler:
         if len(self.members) < p:
             raise UserError(
                 f"A batch of P = {p} classes cannot be formed from {len(self.members)} training "
-                "classes: lower --train.classes-per-batch or add classes."
+                "classes: lower `train.classes_per_batch` or add classes."
             )
         if len(targets_N) < p * k:
             raise UserError(
                 f"A batch of P x K = {p} x {k} = {p * k} images is larger than the training set of "
-                f"{len(targets_N)}: lower --train.classes-per-batch or --train.images-per-class, "
+                f"{len(targets_N)}: lower `train.classes_per_batch` or `train.images_per_class`, "
                 "or add images."
             )
         self._chunks = np.array([-(-len(members) // k) for members in self.members])

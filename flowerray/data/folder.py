@@ -74,8 +74,8 @@ def read_folder(
         raise UserError(
             f"Each class in {root} needs at least {least} images ({train_per_class} to train, "
             f"{val_per_class} to validate, 1 to test), and these have fewer: "
-            f"{', '.join(small[:_NAMED])}{more}; add images, or lower --data.train-per-class or "
-            "--data.val-per-class."
+            f"{', '.join(small[:_NAMED])}{more}; add images, or lower `data.train_per_class` or "
+            "`data.val_per_class`."
         )
     if empty := [name for name, files in found.items() if not files]:
         raise UserError(

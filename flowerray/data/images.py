@@ -108,6 +108,12 @@ def unlike_file(mode: int) -> str | None:
     return next((name for is_kind, name in kinds if is_kind(mode)), None)
 
 
+def eval_pixels(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """`eval_image` of an image that Pillow has opened, in any mode."""
+    crop_HWC = eval_crop(_to_rgb(_upright(image)), size)
+    return np.ascontiguousarray(crop_HWC.transpose(2, 0, 1))
+
+
 def load_image(source: Path | bytes, shorter_side: int) -> NDArray[np.uint8]:
     """Decoded, cut to at most 1 : 2 around its centre, resized (bicubic, antialiased).
 

@@ -181,7 +181,7 @@ def fetch(
 def _refuse_others(out: Path) -> None:
     """Refuses a folder whose content the archives would replace."""
     if (out / "synthetic.json").exists():
-        raise UserError(f"{out} holds a rendered set: choose another --out.")
+        raise UserError(f"{out} holds a rendered set: choose another `out`.")
     for folder in _ARCHIVES.values():
         names = sorted(e.name for e in (out / folder).iterdir()) if (out / folder).is_dir() else []
         kind = "image" if folder == "jpg" else folder
@@ -189,7 +189,7 @@ def _refuse_others(out: Path) -> None:
         if others:
             raise UserError(
                 f"{out / folder} holds {others[0]}, which is none of Oxford's files and would be "
-                "lost: choose another --out."
+                "lost: choose another `out`."
             )
 
 

@@ -62,6 +62,16 @@ class Meta(TypedDict):
     crc: NotRequired[dict[str, int]]
 
 
+def floats(
+    images_BCHW: Tensor,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """uint8 images as pixels in [0,1], in channels_last memory."""
+    moved_BCHW = images_BCHW if device is None else images_BCHW.to(device)
+    return (moved_BCHW.to(dtype) / 255).contiguous(memory_format=torch.channels_last)
+
+
 class Store:
     """One list of decoded images; an index is the position in that list. Read-only."""
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from flowerray.errors import UserError
 from flowerray.explain import decompose
-from flowerray.explain.layers import Captured, Norm, capture, protected, similarity
+from flowerray.explain.layers import Captured, Norm, capture, similarity
 from flowerray.model.embedder import Embedder
+from flowerray.model.modes import evaluating
 
 Cam = Literal[
     "gradcam", "gradcam++", "hirescam", "xgradcam", "layercam", "eigencam", "eigengradcam"
@@ -66,7 +67,7 @@ class Explainer:
             return decompose.contributions(embedder, images_BCHW, reference_BD)
         if self.method == "ablationcam":
             return decompose.ablation(embedder, images_BCHW, reference_BD)
-        with protected(embedder), torch.no_grad():
+        with evaluating(embedder), torch.no_grad():
             check_references(embedder(images_BCHW), reference_BD)
         names = [self.layer]
         (captured,) = capture(embedder, images_BCHW, names, similarity(reference_BD), self.norm)

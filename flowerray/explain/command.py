@@ -34,7 +34,7 @@ from flowerray.explain.pair import explanations, pick_layer
 from flowerray.explain.pictures import Judged, beside_sheet, maps_sheet, scores_chart
 from flowerray.explain.sanity import cascade, sanity
 from flowerray.files import write_json
-from flowerray.model.precision import full_precision
+from flowerray.model.modes import full_precision
 from flowerray.opening import Model
 from flowerray.statistics import Interval
 from flowerray.tracking import sync
@@ -87,7 +87,7 @@ def explain_split(
     dataset = model.own_dataset(quiet)
     if beside is not None and beside.own_dataset(quiet).tags != dataset.tags:
         raise UserError(
-            f"--beside {beside.name} was trained on other data or by another protocol than "
+            f"`beside` {beside.name} was trained on other data or by another protocol than "
             f"{model.name}: its own training images could be judged."
         )
     chosen_on, judged = draw_images(
@@ -134,7 +134,9 @@ def _judge_model(
     embedder = model.embedder
     layers = find_layers(embedder)
     if config.layer is not None:
-        layers = [layer for layer in layers if layer.name == pick_layer(model, config.layer)]
+        layers = [
+            layer for layer in layers if layer.name == pick_layer(model.embedder, config.layer)
+        ]
     galleries: dict[str, NDArray[np.float32]] = {}
     subjects = make_subjects(model, dataset, config.split, judged, quiet, galleries)
     additive = True
@@ -156,7 +158,7 @@ def _judge_model(
     else:
         raise UserError(
             f"Protocol {dataset.protocol} has no val images to choose a map on: say which with "
-            "--method decomposition, or --method eigencam and --layer."
+            "`method` decomposition, or `method` eigencam and `layer`."
         )
     explainer = ranked[0].explainer
     methods = _methods(model, dataset, explainer, layers[0].name, additive, tuning, config)

@@ -19,9 +19,11 @@ from pydantic import Field
 from torch import Tensor
 
 from flowerray.config import Config
+from flowerray.data.store import floats
 from flowerray.errors import UserError
-from flowerray.explain.layers import from_map, protected, to_map
+from flowerray.explain.layers import from_map, to_map
 from flowerray.model.embedder import Embedder
+from flowerray.model.modes import evaluating
 from flowerray.retrieval.embed import Images
 
 _NEGATIVE = 0.1
@@ -83,7 +85,7 @@ def fit_concepts(
     device, size = embedder.projection.weight.device, embedder.image_size
     maps = []
     for start in range(0, len(chosen), _BATCH):
-        images = store.centre(chosen[start : start + _BATCH], size).to(device).float() / 255
+        images = floats(store.centre(chosen[start : start + _BATCH], size), device)
         maps.append(last_map(embedder, images).cpu())
         if progress is not None:
             progress(len(images))
@@ -92,7 +94,7 @@ def fit_concepts(
     if min(rows.shape) < config.count:
         raise UserError(
             f"{config.count} concepts cannot be told apart in {rows.shape[0]} positions of "
-            f"{rows.shape[1]} features: ask for fewer with --concepts."
+            f"{rows.shape[1]} features: ask for fewer with `concepts`."
         )
     model = NMF(
         config.count, init="nndsvda", max_iter=config.iterations, random_state=config.seed, tol=1e-3
@@ -118,19 +120,19 @@ def last_map(embedder: Embedder, images_BCHW: Tensor) -> Tensor:
     Raises:
         UserError: no map, or one that is negative to a good part: it has no non-negative parts.
     """
-    with protected(embedder), torch.no_grad():
+    with evaluating(embedder), torch.no_grad():
         maps_BFHW = to_map(embedder.backbone, embedder.feature_map(images_BCHW))
     if maps_BFHW is None or hasattr(embedder.backbone, "num_prefix_tokens"):
         raise UserError(
             f"{embedder.config.backbone} has no last map that its head pools: concepts need one; "
-            "leave them out with --concepts 0."
+            "leave them out with `concepts` 0."
         )
     size = maps_BFHW.abs().sum()
     if float(-maps_BFHW.clamp_max(0).sum()) > _NEGATIVE * float(size):
         raise UserError(
             f"The last map of {embedder.config.backbone} is negative to a good part and has no "
             "non-negative factors: concepts need a backbone that ends in ReLU or the like; leave "
-            "them out with --concepts 0."
+            "them out with `concepts` 0."
         )
     return maps_BFHW.float().clamp_min(0)
 
@@ -164,7 +166,7 @@ def without_each(
 
 def from_last_map(embedder: Embedder, maps_BFHW: Tensor) -> Tensor:
     """Unit embeddings (B, D) of maps, through whatever the model does behind its last map."""
-    with protected(embedder), torch.no_grad():
+    with evaluating(embedder), torch.no_grad():
         native = from_map(embedder.backbone, maps_BFHW)
         features_BF = embedder.backbone.forward_head(native)  # type: ignore[operator]
         return F.normalize(embedder.projection(features_BF), dim=1, eps=1e-6)

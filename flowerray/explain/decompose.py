@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowerray.errors import UserError
-from flowerray.explain.layers import protected, to_map
+from flowerray.explain.layers import to_map
 from flowerray.model.embedder import Embedder
+from flowerray.model.modes import evaluating
 
 _TOLERANCE = 1e-4
 """How far the pooled map may be from the features, as a share of their length; rounding is 1e-6."""
@@ -42,7 +43,7 @@ def parts(embedder: Embedder, images_BCHW: Tensor) -> Parts:
         UserError: the backbone's features are not the mean of its last map (ConvNeXt normalises
             after pooling, a ViT reads its class token), or this map has no grid or a single cell.
     """
-    with protected(embedder), torch.no_grad():
+    with evaluating(embedder), torch.no_grad():
         native = embedder.feature_map(images_BCHW)
         maps_BFHW = to_map(embedder.backbone, native)
         features_BF = embedder.features(images_BCHW).double()
@@ -52,7 +53,7 @@ def parts(embedder: Embedder, images_BCHW: Tensor) -> Parts:
     if maps_BFHW.shape[2] * maps_BFHW.shape[3] == 1:
         raise UserError(
             f"The last map of {embedder.config.backbone} has one cell at {embedder.image_size} px: "
-            "nothing can be split; choose another --method, such as hirescam."
+            "nothing can be split; choose another `method`, such as hirescam."
         )
     maps_BFHW = maps_BFHW.double()
     gap_B = (maps_BFHW.mean((2, 3)) - features_BF).norm(dim=1)
@@ -124,5 +125,5 @@ def ablation(embedder: Embedder, images_BCHW: Tensor, reference_BD: Tensor) -> N
 def _not_additive(embedder: Embedder) -> UserError:
     return UserError(
         f"{embedder.config.backbone} does not average its last map into its features, so that its "
-        "similarity is no sum over positions: choose another --method, such as hirescam."
+        "similarity is no sum over positions: choose another `method`, such as hirescam."
     )

@@ -56,7 +56,8 @@ class Pair:
     """Raw, on one scale."""
     method: str
     similarity: float
-    threshold: float
+    threshold: float | None
+    """None: the picture gives no verdict."""
     matches: tuple[Match, ...]
     grid: tuple[int, int]
     concepts: tuple[ConceptStrip, ...]
@@ -84,13 +85,12 @@ def draw_pair(pair: Pair, out_png: Path) -> Path:
     size = (11, 3.6 + 1.45 * strips + (0.4 if strips else 0))
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=[3.3, 0.01 + 1.5 * strips])
-    same = pair.similarity >= pair.threshold
-    verdict = "same class" if same else "different classes"
-    sign = "≥" if same else "<"
-    figure.suptitle(
-        f"similarity {pair.similarity:.3f} {sign} threshold {pair.threshold:.3f}: {verdict}",
-        color=INK, fontsize=14, fontweight="bold",
-    )  # fmt: skip
+    title = f"similarity {pair.similarity:.3f}"
+    if pair.threshold is not None:
+        same = pair.similarity >= pair.threshold
+        verdict = "same class" if same else "different classes"
+        title += f" {'≥' if same else '<'} threshold {pair.threshold:.3f}: {verdict}"
+    figure.suptitle(title, color=INK, fontsize=14, fontweight="bold")
     axes = parts[0].subplots(1, 4)
     for side in range(2):
         _show(axes[side], pair.images_2SS3[side])

@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from flowerray.config import Config
-from flowerray.explain.layers import protected
 from flowerray.model.embedder import Embedder
+from flowerray.model.modes import evaluating
 
 METRICS = ("deletion", "insertion", "road_morf", "road_lerf")
 
@@ -95,7 +95,7 @@ def faithfulness(
             holes = torch.cat([most_VHW, least_VHW])
             parts.append(impute(image_CHW, holes, config.noise, config.seed))
         variants = torch.cat(parts)
-        with protected(embedder), torch.no_grad():
+        with evaluating(embedder), torch.no_grad():
             value = (embedder(variants) @ reference_D.to(variants)).cpu().double().numpy()
         steps = len(shares)
         deletion, insertion, imputed = np.split(value, [steps, 2 * steps])

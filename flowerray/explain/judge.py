@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowerray.data.store import floats
 from flowerray.errors import UserError
 from flowerray.explain import baselines
 from flowerray.explain.baselines import Saliency
@@ -55,7 +56,7 @@ class Subjects:
 
     def take(self, index_B: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:
         """Images as floats in [0,1], and their references."""
-        images = self.images_NCHW[torch.from_numpy(index_B)].to(device).float().div(255)
+        images = floats(self.images_NCHW[torch.from_numpy(index_B)], device)
         return images, torch.from_numpy(self.reference_ND[index_B]).to(device)
 
     def spread(self, count: int) -> NDArray[np.int64]:

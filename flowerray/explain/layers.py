@@ -4,8 +4,7 @@ Letters: B images, C channels, H W cells of a map, S side of the input in pixels
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from flowerray.errors import UserError
 from flowerray.model.embedder import Embedder
+from flowerray.model.modes import evaluating
 
 Target = Callable[[Tensor], Tensor]
 """emb_BD (unit norm) -> value_B: what is explained."""
@@ -115,7 +115,7 @@ def find_layers(embedder: Embedder) -> list[Layer]:
     images_BCHW = images_BCHW.to(embedder.projection.weight.device)
     names = candidates(embedder.backbone)
     found = []
-    with protected(embedder):
+    with evaluating(embedder):
         emb_BD = embedder(images_BCHW).detach()
     for name, captured in zip(names, capture(embedder, images_BCHW, names, emb_BD), strict=True):
         if captured is None:
@@ -169,7 +169,7 @@ def capture(
 
         return hook
 
-    with protected(embedder), torch.inference_mode(False), torch.enable_grad():
+    with evaluating(embedder), torch.inference_mode(False), torch.enable_grad():
         handles = [modules[name].register_forward_hook(keep(name)) for name in dict.fromkeys(names)]
         handles.append(embedder.projection.register_forward_hook(lambda *a: raw.append(a[2])))
         try:
@@ -211,18 +211,6 @@ def similarity(reference_BD: Tensor) -> Target:
         return (emb_BD * reference_BD.to(emb_BD).clone()).sum(1)
 
     return value
-
-
-@contextmanager
-def protected(embedder: Embedder) -> Iterator[None]:
-    """Eval mode; every submodule's own mode is back afterwards, also after an error."""
-    modes = [(module, module.training) for module in embedder.modules()]
-    embedder.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _channels_last(backbone: nn.Module) -> bool:

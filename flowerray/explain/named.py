@@ -13,14 +13,14 @@ from tqdm import tqdm
 
 from flowerray.data.folder import read_all
 from flowerray.data.images import resize_side
-from flowerray.data.store import build_store
+from flowerray.data.store import build_store, floats
 from flowerray.errors import UserError
 from flowerray.explain.examples import draw_images, make_subjects
 from flowerray.explain.layers import find_layers
 from flowerray.explain.pair import explanations, pick_layer
 from flowerray.explain.tcav import TcavConfig, tcav
 from flowerray.files import write_json
-from flowerray.model.precision import full_precision
+from flowerray.model.modes import full_precision
 from flowerray.opening import Model
 from flowerray.tracking import sync
 
@@ -56,7 +56,7 @@ def explain_concepts(
     dataset = model.own_dataset(quiet)
     size = model.embedder.image_size
     known = {found.name: found for found in find_layers(model.embedder)}
-    chosen = known[pick_layer(model, layer)]
+    chosen = known[pick_layer(model.embedder, layer)]
     examples = read_all(folders)
     concepts = {
         name: _images([examples.paths[i] for i in np.flatnonzero(examples.labels_N == c)], size)
@@ -65,11 +65,11 @@ def explain_concepts(
     positions = draw_images(dataset, split, len(dataset.splits.get(split, ())), 0, seed)[1]
     if class_name is not None:
         if class_name not in dataset.classes:
-            raise UserError(f"--concept-class {class_name} is no class of {dataset.root}.")
+            raise UserError(f"`concept_class` {class_name} is no class of {dataset.root}.")
         wanted = dataset.classes.index(class_name)
         positions = positions[dataset.split_labels(split)[positions] == wanted]
         if not len(positions):
-            raise UserError(f"{class_name} has no {split} images: choose another --split.")
+            raise UserError(f"{class_name} has no {split} images: choose another `split`.")
     positions = np.sort(np.random.default_rng((seed, 3)).permutation(positions)[:max_images])
     subjects = make_subjects(model, dataset, split, positions, quiet, {})
     train = dataset.splits["train" if "train" in dataset.splits else split]
@@ -77,7 +77,7 @@ def explain_concepts(
     with tqdm(total=len(concepts), unit="concept", desc="tcav", disable=quiet or None) as bar:
         scores = tcav(
             model.embedder, chosen, concepts, _images([dataset.paths[i] for i in pool], size),
-            subjects.images_NCHW.float() / 255, torch.from_numpy(subjects.reference_ND),
+            floats(subjects.images_NCHW), torch.from_numpy(subjects.reference_ND),
             TcavConfig(seed=seed), bar.update,
         )  # fmt: skip
     result = {
@@ -96,4 +96,4 @@ def explain_concepts(
 
 def _images(paths: list[Path], size: int) -> Tensor:
     store = build_store(paths, resize_side(size), progress=False)
-    return store.centre(np.arange(len(store)), size).float() / 255
+    return floats(store.centre(np.arange(len(store)), size))

@@ -1,5 +1,6 @@
 """`flowerray explain RUN A.jpg B.jpg`: one picture of why two photographs are alike or not."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from flowerray import cache
-from flowerray.data.images import eval_image, resize_side
+from flowerray.data.images import resize_side
 from flowerray.data.store import build_store
 from flowerray.errors import UserError
 from flowerray.explain import decompose
@@ -19,8 +20,10 @@ from flowerray.explain.concepts import Concepts, ConceptsConfig, fit_concepts, s
 from flowerray.explain.draw import ConceptStrip, Pair, best_matches, draw_pair
 from flowerray.explain.layers import find_layers
 from flowerray.files import read_json, refuse_unwritable
-from flowerray.model.precision import device_name, full_precision
-from flowerray.opening import Model
+from flowerray.model.embedder import Embedder
+from flowerray.model.modes import full_precision
+from flowerray.model.precision import device_name
+from flowerray.opening import Model, as_pixels
 from flowerray.text import file_name
 from flowerray.tracking import sync
 
@@ -79,22 +82,10 @@ def explain_pair(
     """
     folder = explanations(model, out)
     embedder = model.embedder
-    pixels = [eval_image(path, embedder.image_size) for path in (first, second)]
-    images_2CHW = torch.from_numpy(np.stack(pixels)).to(embedder.projection.weight.device)
-    images_2CHW = images_2CHW.float() / 255
-    with torch.no_grad():
-        emb_2D = embedder(images_2CHW)
-    similarity = float(emb_2D[0].double() @ emb_2D[1].double())
+    pixels = [as_pixels(path, embedder.image_size) for path in (first, second)]
+    images_2CHW = torch.stack(pixels).to(embedder.projection.weight.device)
     explainer = pick_explainer(model, folder, images_2CHW, method, layer)
-    maps = explainer(embedder, images_2CHW, emb_2D.flip(0))
-    notes: list[str] = []
-    try:
-        parts = decompose.parts(embedder, images_2CHW)
-        grid = parts.grid
-        matches = best_matches(decompose.pairwise(*parts.parts_BPD), grid)
-    except UserError as error:
-        grid, matches = maps.shape[1:], ()
-        notes.append(f"regions are not matched: {error}")
+    pair, notes = compare(embedder, images_2CHW, explainer, (_name(first), _name(second)))
     strips: tuple[ConceptStrip, ...] = ()
     if concepts is not None:
         try:
@@ -102,27 +93,50 @@ def explain_pair(
             strips = _strips(model, dictionary, images_2CHW)
         except UserError as error:
             notes.append(f"concepts are left out: {error}")
-    pair = Pair(
-        np.stack(pixels).transpose(0, 2, 3, 1), (_name(first), _name(second)), maps,
-        str(explainer), similarity, model.threshold, matches, (grid[0], grid[1]), strips,
-    )  # fmt: skip
+    pair = replace(pair, threshold=model.threshold, concepts=strips)
     picture = draw_pair(pair, folder / f"pair-{_stem(first)}-{_stem(second)}.png")
     if model.folder is not None and out is None:
         sync.send(model.folder.path)
     return {
         "first": str(first),
         "second": str(second),
-        "similarity": similarity,
+        "similarity": pair.similarity,
         "threshold": model.threshold,
-        "same": similarity >= model.threshold,
+        "same": pair.similarity >= model.threshold,
         "method": str(explainer),
         "matches": [
-            {"first": list(m.first), "second": list(m.second), "share": m.share} for m in matches
+            {"first": list(m.first), "second": list(m.second), "share": m.share}
+            for m in pair.matches
         ],
         "concepts": [{"name": s.name, "drop": s.drop, "shares": list(s.shares)} for s in strips],
         "notes": notes,
         "picture": str(picture),
     }
+
+
+def compare(
+    embedder: Embedder, images_2CHW: Tensor, explainer: Explainer, names: tuple[str, str]
+) -> tuple[Pair, list[str]]:
+    """Maps of two images towards each other and their matching regions, and what was not possible.
+
+    Raises:
+        UserError: a method that the model does not allow.
+    """
+    with torch.no_grad():
+        emb_2D = embedder(images_2CHW)
+    similarity = float(emb_2D[0].double() @ emb_2D[1].double())
+    maps = explainer(embedder, images_2CHW, emb_2D.flip(0))
+    notes: list[str] = []
+    try:
+        parts = decompose.parts(embedder, images_2CHW)
+        grid = parts.grid
+        matches = best_matches(decompose.pairwise(*parts.parts_BPD), grid)
+    except UserError as error:
+        grid, matches = (maps.shape[1], maps.shape[2]), ()
+        notes.append(f"regions are not matched: {error}")
+    bytes_2SS3 = (images_2CHW.cpu() * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    pair = Pair(bytes_2SS3, names, maps, str(explainer), similarity, None, matches, grid, ())
+    return pair, notes
 
 
 def explanations(model: Model, out: Path | None) -> Path:
@@ -132,7 +146,7 @@ def explanations(model: Model, out: Path | None) -> Path:
         UserError: a model without a RUN folder, and no --out; a place that cannot be written.
     """
     if out is None and model.folder is None:
-        raise UserError(f"{model.name} is no RUN folder: say with --out where the pictures go.")
+        raise UserError(f"{model.name} is no RUN folder: say with `out` where the pictures go.")
     if out is None:
         assert model.folder is not None
         out = model.folder.path / "explanations"
@@ -160,30 +174,40 @@ def pick_explainer(
         free = chosen.get("free", True)  # a map that --method forced was not chosen
         if free and (own or content["run"] == model.name):
             return Explainer(chosen["method"], chosen["layer"], chosen["norm"])
+    return default_explainer(model.embedder, images_BCHW, method, layer)
+
+
+def default_explainer(
+    embedder: Embedder, images_BCHW: Tensor, method: str | None, layer: str | None
+) -> Explainer:
+    """`pick_explainer` where no method was chosen on val images."""
     if method is None:
         try:
             if layer is None:
-                decompose.parts(model.embedder, images_BCHW)
+                decompose.parts(embedder, images_BCHW)
                 return Explainer("decomposition")
         except UserError:
             pass
         method = "hirescam"
-    explainer = Explainer(next(name for name in METHODS if name == method))
+    known = [name for name in METHODS if name == method]
+    if not known:
+        raise UserError(f"`method` = {method!r}: choose one of {', '.join(METHODS)}.")
+    explainer = Explainer(known[0])
     if method in HEAD_METHODS:
         return explainer
-    return Explainer(explainer.method, pick_layer(model, layer), "held")
+    return Explainer(explainer.method, pick_layer(embedder, layer), "held")
 
 
-def pick_layer(model: Model, name: str | None) -> str:
+def pick_layer(embedder: Embedder, name: str | None) -> str:
     """A layer's name, checked; the default where none is given.
 
     Raises:
         UserError: no heat map can be taken there.
     """
-    layers = [layer.name for layer in find_layers(model.embedder)]
+    layers = [layer.name for layer in find_layers(embedder)]
     if name is not None and name not in layers:
         raise UserError(
-            f"--layer {name}: {model.run.embedder.backbone} has {', '.join(layers)} to choose from."
+            f"`layer` {name}: {embedder.config.backbone} has {', '.join(layers)} to choose from."
         )
     return name or layers[0]
 

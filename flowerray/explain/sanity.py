@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from flowerray.explain.baselines import Saliency
 from flowerray.explain.cam import Explainer, upsample
 from flowerray.explain.faithfulness import FaithfulnessConfig, faithfulness
-from flowerray.explain.layers import protected
 from flowerray.model.embedder import Embedder
+from flowerray.model.modes import evaluating
 
 LEVELS = 4
 """Steps from the head downwards in which the weights are made random."""
@@ -85,7 +85,7 @@ def sanity(
     if one_class:
         del found["reference"]
     if isinstance(saliency, Explainer) and saliency.method == "decomposition":
-        with protected(embedder), torch.no_grad():
+        with evaluating(embedder), torch.no_grad():
             cosine_B = (embedder(images_BCHW) * reference_BD).sum(1).cpu().numpy()
         gap = float(np.abs(maps.sum((1, 2)) - cosine_B).max())
         found["complete"] = SanityCheck(gap, gap < 1e-5, "below 1e-5")

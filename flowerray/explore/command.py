@@ -128,11 +128,11 @@ def _refuse_out(out: Path, root: Path) -> None:
     inside = root.resolve() in (out.resolve(), *out.resolve().parents)
     if inside:
         raise UserError(
-            f"--out {out} lies in the data set {root} and would become a part of it: "
+            f"`out` {out} lies in the data set {root} and would become a part of it: "
             "choose a folder elsewhere."
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists already: choose a new folder.")
+        raise UserError(f"`out` {out} exists already: choose a new folder.")
     refuse_unwritable(out)
 
 

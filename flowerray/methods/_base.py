@@ -198,20 +198,24 @@ def mean_nonzero(losses: Tensor, valid: Tensor) -> Tensor:
 
 
 def common_curves(
-    emb_BD: Tensor, labels_B: Tensor, dist_BB: Tensor, active: Tensor
+    emb_BD: Tensor,
+    labels_B: Tensor,
+    dist_BB: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The curves that every method logs, since they show a collapse; detached scalars.
 
     `d_ap`, `d_an`: mean distance of the batch's positive and negative pairs (0..2). `spread`: root
     mean square distance of the embeddings from their mean, 0 (all in one point) to 1. `active`: the
-    share that the method passes in, of tuples that still cause loss.
+    share that the method passes in, of tuples that still cause loss; left out where it passes none.
     """
-    emb_BD, dist_BB = emb_BD.detach(), dist_BB.detach()
+    emb_BD = widen(emb_BD.detach())
+    dist_BB = distances(emb_BD) if dist_BB is None else dist_BB.detach()
     positive_BB, negative_BB = pair_masks(labels_B)
     spread = (emb_BD - emb_BD.mean(0)).square().sum(1).mean().sqrt()
     return {
         "d_ap": mean_where(dist_BB, positive_BB),
         "d_an": mean_where(dist_BB, negative_BB),
-        "active": active.detach(),
         "spread": spread,
+        **({} if active is None else {"active": active.detach()}),
     }

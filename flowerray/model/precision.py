@@ -1,10 +1,8 @@
-"""Which precision trains faster with a backbone on this device: measured once, then remembered; and
-full precision, for what is reported."""
+"""Which precision trains faster with a backbone on this device: measured once, then remembered."""
 
 import copy
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Literal
 
 import torch
@@ -15,19 +13,6 @@ from flowerray.model.embedder import Embedder
 
 MARGIN = 1.15
 """bf16 has to be faster by this factor, so that a noisy machine does not flip the choice."""
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Convolutions and matrix products in true fp32 on a GPU too, where cuDNN rounds inputs of
-    convolutions to TF32's 10 bits unless told otherwise. What is reported is computed inside.
-    """
-    kept = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = kept
 
 
 def device_name(device: torch.device) -> str:

@@ -54,7 +54,7 @@ def write_report(
         UserError: no such run, `out` holds other things, a file that cannot be read or written.
     """  # fmt: skip
     if out.exists() and (not out.is_dir() or any(f.name not in OWN for f in out.iterdir())):
-        raise UserError(f"{out} exists and is no report's folder: choose another --out.")
+        raise UserError(f"{out} exists and is no report's folder: choose another `out`.")
     files.refuse_unwritable(out)
     settings = group([read_run(path) for path in resolve(names)])
     if frozen:

@@ -19,7 +19,7 @@ from flowerray.data.store import build_store
 from flowerray.errors import UserError
 from flowerray.files import locked, write_json
 from flowerray.model.embedder import Embedder, EmbedderConfig
-from flowerray.opening import Model, embed_files, store_builder
+from flowerray.opening import Model, embed, store_builder
 from flowerray.retrieval.embed import kept_embeddings
 from flowerray.retrieval.measure import (
     EvaluateConfig,
@@ -144,7 +144,7 @@ def open_whole_or_split(data: DataConfig, whole: bool, gallery: str | None, quie
     if len(dataset.classes) == 1 and gallery in (None, "self"):
         raise UserError(
             f"{data.root} holds images of one class, so that any neighbour would be right: give "
-            "the folder that holds one folder a class, or another --gallery."
+            "the folder that holds one folder a class, or another `gallery`."
         )
     return dataset
 
@@ -262,7 +262,7 @@ def as_record(measurement: Measurement, root: Path, seconds: float) -> dict[str,
 
 def similar(model: Model, first: Path, second: Path) -> dict[str, Any]:
     """Cosine of two photographs, and whether that is above the frozen threshold."""
-    a_D, b_D = embed_files(model.embedder, [first, second])
+    a_D, b_D = embed(model.embedder, [first, second]).double().numpy()
     cosine = float(a_D @ b_D)
     return {"similarity": cosine, "threshold": model.threshold, "same": cosine >= model.threshold}
 
@@ -294,7 +294,7 @@ def search(
 ) -> list[Neighbour]:
     """The `top` images of a folder (or of one folder a class) that are most like the query."""
     dataset = gallery_of(gallery)
-    query_D = embed_files(model.embedder, [query])[0]  # first: a gallery takes its time
+    query_D = embed(model.embedder, [query])[0].double().numpy()  # first: a gallery takes its time
     store = build_store(dataset.paths, resize_side(model.embedder.image_size), progress=not quiet)
     with tqdm(total=len(store), unit="img", desc="embed", disable=quiet or None) as bar:
         gallery_GD = kept_embeddings(model.embedder, store, progress=bar.update).astype(np.float64)
@@ -318,5 +318,5 @@ def draw_neighbours(query: Path, found: Sequence[Neighbour], sheet: Path) -> Non
 def gallery_of(folder: Path) -> Dataset:
     """Every image of a folder: Oxford's layout, one folder a class, or a flat folder of images."""
     if not folder.is_dir():
-        raise UserError(f"--gallery {folder} is not a folder.")
+        raise UserError(f"`gallery` {folder} is not a folder.")
     return open_all(folder, beside=True)

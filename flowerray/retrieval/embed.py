@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowerray import cache
-from flowerray.data.store import Store
+from flowerray.data.store import Store, floats
 from flowerray.errors import UserError
 from flowerray.model.embedder import Embedder
-from flowerray.model.precision import device_name, full_precision
+from flowerray.model.modes import evaluating, full_precision
+from flowerray.model.precision import device_name
 
 
 class Images(Protocol):
@@ -87,26 +88,18 @@ def embed(
         float32 (N, D) unit vectors, or (N, F) with `frozen`.
     """
     device = next(embedder.parameters()).device if device is None else device
-    modes = [(module, module.training) for module in embedder.modules()]
-    embedder.eval()
     rows: list[NDArray[np.float32]] = []
-    try:
-        with torch.inference_mode(), full_precision():
-            for start in range(0, len(store), batch_size):
-                indices = np.arange(start, min(start + batch_size, len(store)))
-                images_BCHW = store.centre(indices, embedder.image_size).to(device)
-                images_BCHW = images_BCHW.float().div_(255)
-                images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
-                if frozen:
-                    emb_BD = F.normalize(embedder.features(images_BCHW).float(), dim=1)
-                else:
-                    emb_BD = embedder(images_BCHW)
-                rows.append(emb_BD.float().cpu().numpy())
-                if progress is not None:
-                    progress(len(indices))
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(embedder), torch.inference_mode(), full_precision():
+        for start in range(0, len(store), batch_size):
+            indices = np.arange(start, min(start + batch_size, len(store)))
+            images_BCHW = floats(store.centre(indices, embedder.image_size), device)
+            if frozen:
+                emb_BD = F.normalize(embedder.features(images_BCHW).float(), dim=1)
+            else:
+                emb_BD = embedder(images_BCHW)
+            rows.append(emb_BD.float().cpu().numpy())
+            if progress is not None:
+                progress(len(indices))
     return np.concatenate(rows) if rows else np.empty((0, embedder.dim), np.float32)
 
 

@@ -245,11 +245,11 @@ def gallery_images(
         if "train" not in splits:
             raise UserError(
                 f"{dataset.root} is read without a train split, so there is no {gallery} gallery: "
-                "use --gallery self, a folder, or --data.train-per-class N."
+                "use `gallery` self, a folder, or `data.train_per_class` N."
             )
         if split in splits:
             raise UserError(
-                f"The {gallery} gallery holds the {split} queries themselves: use --gallery self."
+                f"The {gallery} gallery holds the {split} queries themselves: use `gallery` self."
             )
         return [split_images(dataset, name) for name in splits], dataset.classes
     return _folder_gallery(dataset, Path(gallery), query_paths)
@@ -270,7 +270,7 @@ def _folder_gallery(
     if shared:
         raise UserError(
             f"The gallery {folder} holds {shared} of the query images themselves: "
-            "use --gallery self or another folder."
+            "use `gallery` self or another folder."
         )
     added = [name for name in other.classes if name not in dataset.classes]
     classes = (*dataset.classes, *added)

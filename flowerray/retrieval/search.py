@@ -9,7 +9,6 @@ E tied entries.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from flowerray.errors import UserError
+from flowerray.model.modes import full_precision
 
 _BLOCK_ELEMENTS = 2**24
 """Scores of one block: 64 MiB in float32."""
@@ -216,17 +216,6 @@ def _matrix(name: str, values: ArrayLike | Tensor) -> Tensor:
     return tensor
 
 
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """The bound on rounding holds for true float32 products, not for TF32 or bfloat16 ones."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def _neighbour_blocks(
     query_QD: Tensor, gallery_GD: Tensor, reach: int, itself: bool, block_size: int | None = None
 ) -> Iterator[tuple[int, NDArray[np.int64]]]:
@@ -263,7 +252,7 @@ def _neighbour_blocks(
         block_BD = small_query_QD[start : start + rows]
         scores_BG = buffer[: len(block_BD)]
         # The precision is set around each product only: the caller's code runs between two blocks.
-        with _full_float32():
+        with full_precision():  # the bound on rounding holds for no other products
             torch.addmm(bias_G, block_BD, small_gallery_GD.T, out=scores_BG)
         if itself:
             own_B = torch.arange(len(block_BD), device=query_QD.device)

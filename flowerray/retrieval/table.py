@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
 
 from flowerray.retrieval.measure import Measurement
 from flowerray.retrieval.pictures import Neighbour
@@ -45,7 +47,19 @@ def measurement(title: str, result: Measurement) -> str:
     return "\n".join(lines)
 
 
-def intervals(result: Measurement) -> dict[str, Interval]:
+class Scored(Protocol):
+    """Metrics and the scores of each query that they are means of."""
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """As `summarise` gives them."""
+
+    @property
+    def per_query(self) -> dict[str, NDArray]:
+        """As `retrieval_per_query` gives them."""
+
+
+def intervals(result: Scored) -> dict[str, Interval]:
     """The metrics that are means over queries, with their intervals."""
     counted = result.per_query["num_relevant"] > 0
     return {

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flowerray.attacks import bank
 from flowerray.attacks.logits import refuse_own_images
-from flowerray.model.precision import full_precision
+from flowerray.model.modes import full_precision
 from flowerray.retrieval.pairs import Pairs
 from flowerray.robustness.gallery import attack_gallery
 from flowerray.robustness.verification import attack_pairs, query_pair_accuracy

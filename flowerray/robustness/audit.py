@@ -21,7 +21,7 @@ from flowerray.attacks import bank
 from flowerray.attacks.logits import MaxSimLogits
 from flowerray.attacks.objectives import cross_entropy, margin
 from flowerray.attacks.pgd import Attacked, Objective, PGDConfig, pgd
-from flowerray.model.precision import full_precision
+from flowerray.model.modes import full_precision
 from flowerray.robustness.attack import Robustness, perturb
 from flowerray.robustness.checks import Audit, Check, beyond_chance, telling_eps
 from flowerray.robustness.victim import Victim

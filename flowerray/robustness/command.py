@@ -71,7 +71,7 @@ def attack_model(
     """
     if audit and config.perturb != "query":
         raise UserError(
-            f"--audit asks about attacks on queries, not about --perturb {config.perturb}: leave "
+            f"`audit` asks about attacks on queries, not about `perturb` {config.perturb}: leave "
             "one of them out."
         )
     device = next(model.embedder.parameters()).device
@@ -149,11 +149,11 @@ def refuse_strangers(other: Model, model: Model, dataset: Dataset, split: str) -
         UserError: so it was, or on an earlier state of the set.
     """
     if other.run.data != model.run.data:
-        refuse_trained(other, dataset.root, dataset, split, "name another --beside")
+        refuse_trained(other, dataset.root, dataset, split, "name another `beside`")
     elif other.dataset not in (None, dataset.tags["dataset/fingerprint"]):
         raise UserError(
             f"{other.name} was trained before {dataset.root} got other files, classes or splits, "
-            "and may know the queries: name another --beside."
+            "and may know the queries: name another `beside`."
         )
 
 

@@ -47,7 +47,7 @@ class AttackConfig(bank.BankConfig):
     @classmethod
     def _ascending(cls, eps: tuple[float, ...]) -> tuple[float, ...]:
         if not eps or not np.isfinite(eps).all() or min(eps) < 0:
-            raise UserError("--eps: give radii of 0 or more, in 1/255.")
+            raise UserError("`eps`: give radii of 0 or more, in 1/255.")
         return tuple(sorted(set(eps)))
 
     @field_validator("attacks")
@@ -64,7 +64,7 @@ class AttackConfig(bank.BankConfig):
     @model_validator(mode="after")
     def _within_the_range(self) -> Self:
         if self.norm == "linf" and self.eps[-1] > 255:
-            raise UserError("--eps: a pixel cannot change by more than 255/255.")
+            raise UserError("`eps`: a pixel cannot change by more than 255/255.")
         return self
 
 

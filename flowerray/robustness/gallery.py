@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flowerray.attacks.objectives import margin
 from flowerray.attacks.pgd import pgd
-from flowerray.model.precision import full_precision
+from flowerray.model.modes import full_precision
 from flowerray.robustness.victim import Victim
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from flowerray.attacks.objectives import margin
 from flowerray.attacks.pgd import PGDConfig, pgd, quiet
-from flowerray.data.store import Store
+from flowerray.data.store import Store, floats
 from flowerray.model.embedder import Embedder
-from flowerray.model.precision import full_precision
+from flowerray.model.modes import full_precision
 from flowerray.robustness.attack import collapse
 from flowerray.robustness.victim import choose_queries
 from flowerray.training.harden import HardenConfig, nfgsm
@@ -138,8 +138,8 @@ class _Target:
         return sum(counts) / max(1, len(chosen_A))
 
     def _hits(self, index_A: NDArray[np.int64], epsilon: float, steps: int) -> int:
-        images_ACHW = self.store.centre(index_A, self.embedder.image_size).to(self.device)
-        images_ACHW = images_ACHW.to(next(self.embedder.parameters()).dtype) / 255
+        pixels_ACHW = self.store.centre(index_A, self.embedder.image_size)
+        images_ACHW = floats(pixels_ACHW, self.device, next(self.embedder.parameters()).dtype)
         labels_A = torch.from_numpy(self.labels_Q[index_A]).to(self.device)
         objective = margin(self.embedder, self.gallery_GD, self.gallery_labels_G, labels_A)
         value_A = self._attack(objective, images_ACHW, index_A, epsilon, steps)

@@ -100,7 +100,7 @@ def unfinished(run: Path) -> dict[str, Any]:
     """
     files = sorted((run / FOLDER).glob("*.db"), key=lambda file: file.stat().st_mtime)
     if not files:
-        raise UserError(f"{run} holds no unfinished attack: start one without --resume.")
+        raise UserError(f"{run} holds no unfinished attack: start one without `resume`.")
     try:
         database = sqlite3.connect(files[-1], timeout=0)
         options: dict[str, Any] = json.loads(_about(database)["options"])
@@ -124,7 +124,7 @@ def _open(file: Path, said: str, facts: dict[str, str], resume: bool) -> sqlite3
             if resume:
                 raise UserError(
                     f"the attack cannot go on, since it was begun with another {changed}: start it "
-                    "anew without --resume."
+                    "anew without `resume`."
                 )
             with database:
                 database.execute("DELETE FROM found")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flowerray.attacks.objectives import match, shift
 from flowerray.attacks.pgd import Objective, PGDConfig, pgd
-from flowerray.model.precision import full_precision
+from flowerray.model.modes import full_precision
 from flowerray.robustness.victim import Victim
 
 EPSILON, ALPHA, NUM_STEPS = 8.0, 3.0, 32

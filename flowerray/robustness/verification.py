@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from flowerray.attacks.objectives import pair_flip
 from flowerray.attacks.pgd import pgd
-from flowerray.model.precision import full_precision
+from flowerray.model.modes import full_precision
 from flowerray.retrieval.pairs import KINDS, Pairs, pair_metrics
 from flowerray.robustness.victim import Victim
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from flowerray.attacks import bank
 from flowerray.data.dataset import Dataset
+from flowerray.data.store import floats
 from flowerray.errors import UserError
 from flowerray.model.embedder import Embedder
 from flowerray.opening import Model, store_builder
@@ -74,7 +75,7 @@ class Victim:
         """
         store = self.store if store is None else store
         images_MCHW = store.centre(positions_M, self.embedder.image_size).to(self.device)
-        return (images_MCHW.float() / 255).contiguous(memory_format=torch.channels_last)
+        return floats(images_MCHW)
 
     def queries(self, rows_M: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Photographs and labels of some of the Q queries."""
@@ -178,7 +179,7 @@ def _possible(config: AttackConfig, classes: int) -> AttackConfig:
     left = ", ".join(name for name in config.attacks if name not in fits)
     why = f"it compares more classes than the {classes} of the gallery"
     if config.attacks != AttackConfig().attacks:
-        raise UserError(f"--attacks: leave {left} out, since {why}.")
+        raise UserError(f"`attacks`: leave {left} out, since {why}.")
     print(f"{left} is left out: {why}.", file=sys.stderr)
     return config.model_copy(update={"attacks": fits})
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from flowerray import methods
 from flowerray.errors import UserError
 from flowerray.files import as_json, atomic_file, read_json, saving
 from flowerray.methods._base import Method
@@ -172,19 +173,19 @@ def initialise(method: Method, source: Path, classes: tuple[str, ...]) -> None:
     for field in ("backbone", "dim"):
         if getattr(own, field) != getattr(old, field):
             raise UserError(
-                f"--init {source} has embedder.{field} {getattr(old, field)}, and this run "
-                f"{getattr(own, field)}: give --embedder.{field} {getattr(old, field)}."
+                f"`init` {source} has embedder.{field} {getattr(old, field)}, and this run "
+                f"{getattr(own, field)}: give `embedder.{field}` {getattr(old, field)}."
             )
     embedder, rest = content["embedder"], split_state(method)[1]
-    same = content["run"]["method"]["name"] == type(method).__module__.rpartition(".")[2]
+    same = content["run"]["method"]["name"] == methods.name_of(type(method.config))
     if same and tuple(content["classes"]) == classes and content["method"].keys() == rest.keys():
         rest = content["method"]
     try:
         method.load_state_dict(join_state(embedder, rest))
     except RuntimeError as error:  # a backbone that is tied to its image size
         raise UserError(
-            f"--init {source} does not fit {own.backbone} at {own.image_size} px: give its "
-            f"--embedder.image-size {old.image_size}."
+            f"`init` {source} does not fit {own.backbone} at {own.image_size} px: give its "
+            f"`embedder.image_size` {old.image_size}."
         ) from error
 
 

@@ -28,6 +28,7 @@ from flowerray.errors import UserError
 from flowerray.methods._base import Method, Output
 from flowerray.model.averages import MovingAverage
 from flowerray.model.embedder import Embedder
+from flowerray.model.modes import own_draws
 from flowerray.model.precision import faster_precision
 from flowerray.training import checkpoint
 from flowerray.training.harden import HardenConfig, Hardening, perturbed_weights
@@ -135,6 +136,7 @@ class Result(NamedTuple):
     """Of the forward passes: fp32 or bf16."""
 
 
+@own_draws()
 def train(
     config: TrainConfig,
     augment_config: AugmentConfig,
@@ -144,7 +146,7 @@ def train(
     reporter: Reporter,
     run: dict[str, Any],
 ) -> Result:
-    """Trains `method` in place and reports as it goes.
+    """Trains `method` in place and reports as it goes; the global generators are left as they were.
 
     Args:
         harden: adversarial training; kind "none" for a clean one.
@@ -403,7 +405,7 @@ def load(
         ) from error
     if average:
         if state["average"] is None:
-            raise UserError(f"{folder} has no moving average: it was trained with --train.ema 0.")
+            raise UserError(f"{folder} has no moving average: it was trained with `train.ema` 0.")
         average.state = state["average"]
     hardening.last_loss = state.get("last_loss", hardening.last_loss)
     progress = Progress(**state["progress"])

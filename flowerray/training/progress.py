@@ -88,7 +88,7 @@ class Window:
             if not math.isfinite(loss):
                 raise DivergedError(
                     f"the loss became {loss} at step {step} (epoch {self.progress.epoch + 1}): "
-                    "lower --train.lr or --train.head-lr-factor, or use --train.precision fp32."
+                    "lower `train.lr` or `train.head_lr_factor`, or use `train.precision` fp32."
                 )
         for name, total in zip(self.names, rows.sum(0).tolist(), strict=True):
             self.progress.epoch_curves[name] = self.progress.epoch_curves.get(name, 0.0) + total

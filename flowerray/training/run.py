@@ -59,7 +59,7 @@ class Run(Config):
     @property
     def method_name(self) -> str:
         """The name of the method's file."""
-        return type(self.method).__module__.rpartition(".")[2]
+        return methods.name_of(type(self.method))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: the parts by name, with the method's and flowerray's own."""

@@ -112,8 +112,8 @@ class RunDir:
     def refuse_existing(self) -> None:
         """Raises UserError where something is at the path already."""
         if self.path.exists():
-            more = f", or continue it with --resume {self.path}" if self.run_json.exists() else ""
-            raise UserError(f"{self.path} exists already: choose another --out{more}.")
+            more = f", or continue it with `resume` {self.path}" if self.run_json.exists() else ""
+            raise UserError(f"{self.path} exists already: choose another `out`{more}.")
 
     def create(self, run: dict[str, Any]) -> None:
         """Makes the folder and writes run.json.
@@ -226,7 +226,7 @@ class FolderReporter:
         """The checkpoint to continue from, or None for a fresh start."""
         if not self.dir.run_json.exists():
             raise UserError(
-                f"worker {self.rank} does not see {self.dir.path}: --out has to be on a file "
+                f"worker {self.rank} does not see {self.dir.path}: `out` has to be on a file "
                 "system that all nodes share."
             )
         return self.dir.checkpoint()

@@ -63,12 +63,12 @@ class TrialResources(Config):
         workers, gpus = self.workers_per_trial, self.gpus_per_trial
         if workers > 1 and gpus % workers:
             raise UserError(
-                f"--gpus-per-trial {gpus:g} cannot be shared by {workers} workers: give each a "
+                f"`gpus_per_trial` {gpus:g} cannot be shared by {workers} workers: give each a "
                 "whole GPU, or none."
             )
         if gpus > workers:
             raise UserError(
-                f"--gpus-per-trial {gpus:g}: a worker uses one GPU; give --workers-per-trial "
+                f"`gpus_per_trial` {gpus:g}: a worker uses one GPU; give `workers_per_trial` "
                 f"{math.ceil(gpus)} too."
             )
 
@@ -106,14 +106,14 @@ def new_study(
     refuse_existing(out)
     refuse_unwritable(out)
     resources.check()
-    require_gpus(resources.gpus_per_trial, "--gpus-per-trial")
+    require_gpus(resources.gpus_per_trial, "`gpus_per_trial`")
     if config.objective == "pareto" and not run.harden.on:
         raise UserError(
-            "--objective pareto needs trainings that are attacked on val: add --harden, or "
-            "choose --harden.kind."
+            "`objective` pareto needs trainings that are attacked on val: add `harden`, or "
+            "choose `harden.kind`."
         )
     if config.objective == "pareto" and config.sampler == "cmaes":
-        raise UserError("--sampler cmaes has one objective: use tpe or nsga2 with pareto.")
+        raise UserError("`sampler` cmaes has one objective: use tpe or nsga2 with pareto.")
     dataset = open_dataset(run.data, progress=True)
     if "val" not in dataset.splits:
         raise UserError(f"a search needs a val split, and protocol {dataset.protocol} has none.")
@@ -144,7 +144,7 @@ def resume_study(study: Study, resources: TrialResources, quiet: bool = False) -
         UserError: other resources than it can use; its photographs have changed.
     """
     resources.check()
-    require_gpus(resources.gpus_per_trial, "--gpus-per-trial")
+    require_gpus(resources.gpus_per_trial, "`gpus_per_trial`")
     refuse_unequal_shares(study, resources.workers_per_trial)
     study.base = study.base.model_copy(update={"resources": resources.of_a_run})
     tags, _ = check_run(study.base, quiet)
@@ -272,7 +272,7 @@ def refuse_unequal_shares(study: Study, workers: int) -> None:
     for p, k in product(values("classes_per_batch"), values("images_per_class")):
         if p * k % workers:
             raise UserError(
-                f"--workers-per-trial {workers}: the study tries batches of P x K = {p} x {k} "
+                f"`workers_per_trial` {workers}: the study tries batches of P x K = {p} x {k} "
                 "images, which so many workers cannot share equally."
             )
 
@@ -282,10 +282,10 @@ def refuse_faults(study: Study) -> None:
     reasons = [trial.user_attrs.get("reason") for trial in study.cut_off()]
     if any(reasons):
         ended = len(study.ended())
-        without = f", and --resume with --trials {ended} goes on without them" if ended else ""
+        without = f", and `resume` with `trials` {ended} goes on without them" if ended else ""
         raise UserError(
             f"{len(reasons)} of {study.config.trials} trials could not be trained "
-            f"({next(filter(None, reasons))}): --resume tries them again{without}."
+            f"({next(filter(None, reasons))}): `resume` tries them again{without}."
         )
 
 
@@ -320,6 +320,6 @@ def room(nodes: Sequence[Mapping[str, float]], resources: TrialResources) -> int
             f"a trial of {resources.cpus_per_trial:g} CPUs and {resources.gpus_per_trial:g} GPUs "
             f"({workers} worker(s)) does not fit this cluster of {len(nodes)} node(s) with up to "
             f"{most['CPU']:g} CPUs and {most['GPU']:g} GPUs: ask for less, or, where it grows by "
-            "itself, set --max-concurrent."
+            "itself, set `max_concurrent`."
         )
     return trials

@@ -99,7 +99,7 @@ def champion(ended: Sequence[Any]) -> Any:
         why = f" (the first failed: {reasons[0]})" if reasons else ""
         raise UserError(
             f"none of {len(ended)} trials came to its end{why}: give more trials or time, and "
-            "--resume the study."
+            "`resume` the study."
         )
     return complete[pick([trial.values for trial in complete])]
 

@@ -259,7 +259,7 @@ class Study:
                 if "locked" not in why or attempt == TRIES - 1:
                     self.fault = UserError(
                         f"{self.folder / 'optuna.db'} cannot be used ({why}): end what else uses "
-                        "it, then --resume the study; its trainings are kept."
+                        "it, then `resume` the study; its trainings are kept."
                     )
         assert self.fault is not None
         raise self.fault
@@ -457,7 +457,7 @@ def refuse_existing(folder: Path) -> None:
     """Raises UserError where a study's folder is there already."""
     if folder.exists():
         raise UserError(
-            f"{folder} exists already: choose another --out, or continue it with --resume {folder}."
+            f"{folder} exists already: choose another `out`, or continue it with `resume` {folder}."
         )
 
 

@@ -72,12 +72,12 @@ def test_finds_names_and_patterns_once() -> None:
 
 @pytest.mark.parametrize("pattern", ["no_such_*", "no_such_model", "resnet18.no_such_tag"])
 def test_unknown_patterns_are_refused(pattern: str) -> None:
-    with pytest.raises(UserError, match=f"--models '{pattern.replace('*', '.')}"):
+    with pytest.raises(UserError, match=f"`models` '{pattern.replace('*', '.')}"):
         find_models([pattern])
 
 
 def test_no_pattern_is_refused() -> None:
-    with pytest.raises(UserError, match="--models is empty"):
+    with pytest.raises(UserError, match="`models` is empty"):
         find_models([])
 
 
@@ -173,7 +173,7 @@ def test_published_results_are_joined_by_name_tag_or_default_tag(tmp_path: Path)
     assert published_top1("resnet50", published) is None
     assert published_top1("resnet18", {"resnet18": 69.7}) == 69.7  # a table from before tags
     file.write_text("name,top1\nresnet18,70\n")
-    with pytest.raises(UserError, match="^--results .* has no column model"):
+    with pytest.raises(UserError, match="^`results` .* has no column model"):
         read_published(file)
     file.write_text("model,top1\nresnet18,seventy\n")
     with pytest.raises(UserError, match="cannot be read"):

@@ -78,7 +78,7 @@ def test_says_who_was_skipped_and_why(small_set: Path, tmp_path: Path) -> None:
 
 
 def test_no_weights_at_all_is_one_sentence(small_set: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="None of 2 models could be measured .*--random-weights"):
+    with pytest.raises(UserError, match="None of 2 models could be measured .*`random_weights`"):
         measure(small_set, tmp_path / "out", "test_resnet", "test_vit", config=TRAINED)
     assert not (tmp_path / "out").exists()
 

@@ -243,7 +243,7 @@ def test_no_worker_spans_two_nodes() -> None:
     gpus = [{"CPU": 4.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 6.0, "GPU": 1.0}]
     assert [cpus_of_a_worker(gpus, n, use_gpu=True) for n in (1, 2)] == [8, 6]
     for nodes, workers in ((two, 17), ([], 1), ([{"GPU": 1.0}], 1)):
-        with pytest.raises(UserError, match="no room for .*--resources.cpus-per-worker N"):
+        with pytest.raises(UserError, match="no room for .*`resources.cpus_per_worker` N"):
             cpus_of_a_worker(nodes, workers, use_gpu=False)
     with pytest.raises(UserError, match="with a GPU each"):
         cpus_of_a_worker(gpus, 3, use_gpu=True)

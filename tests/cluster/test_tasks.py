@@ -125,7 +125,7 @@ def test_a_reason_of_many_trainings_is_given_once() -> None:
 
 
 def test_a_folder_with_another_run_is_refused(small_set: Path, small_run: Path) -> None:
-    with pytest.raises(UserError, match=r"other options \(train.lr differ\): choose another --out"):
+    with pytest.raises(UserError, match=r"other options \(train.lr differ\): choose another `out`"):
         train_many([(small(small_set, lr=1e-4), small_run)], cpus=1, quiet=True)
 
 
@@ -135,7 +135,7 @@ def test_too_few_gpus_are_refused(
 ) -> None:
     """Ray would wait for them for ever; a cluster's may still be starting."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(UserError, match=r"^--gpus 0.5: this machine has"):
+    with pytest.raises(UserError, match=r"^`gpus` 0.5: this machine has"):
         train_many([(small(small_set), tmp_path / "a")], cpus=1, gpus=0.5)
     assert not (tmp_path / "a").exists()
 

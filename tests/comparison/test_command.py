@@ -128,18 +128,18 @@ def refused(small_set: Path, folder: Path) -> dict[str, Callable[[], CompareConf
         study(folder / name, run)
     even = {**good, "triplet": study(folder / "even", runs["triplet"])}
     return {
-        "of --center hardens": make(**{**even, "center": folder / "hard"}, **plain),
+        "of `center` hardens": make(**{**even, "center": folder / "hard"}, **plain),
         "goes on from another": make(**{**even, "center": folder / "later"}, **plain),
-        "--images": make(train=epochs),
-        "--protocols, or|leave --data.protocol": make(
+        "`images`": make(train=epochs),
+        "`protocols`: name|leave `data.protocol`": make(
             data=DataConfig(root=small_set, protocol="disjoint")
         ),
         "each protocol once": make(protocols=("official", "official")),
-        "--siamese, --triplet too": make(center=good["center"], **plain),
+        "`siamese`, `triplet` too": make(center=good["center"], **plain),
         "unequal trials .*triplet 20": make(**good, **plain),
-        "leave --train options out": make(**good),
+        "leave `train` options out": make(**good),
         "is a study of siamese": make(**{**good, "triplet": good["siamese"]}, **plain),
-        "is no finished study: flowerray tune center": make(**{**good, "center": folder}, **plain),
+        "finished study: `flowerray tune center`": make(**{**good, "center": folder}, **plain),
     }
 
 
@@ -175,7 +175,7 @@ def test_tuned_configurations_get_seeds_that_no_search_used(
         result = json.loads((studies["siamese"] / "result.json").read_text())
         result["confirmed"] = {"seeds": confirmed}
         (studies["siamese"] / "result.json").write_text(json.dumps(result))
-        with pytest.raises(UserError, match=r"^the study of --siamese chose by seed 200"):
+        with pytest.raises(UserError, match=r"^the study of `siamese` chose by seed 200"):
             seeds(**studies)
 
 

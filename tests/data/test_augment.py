@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from flowerray.data.augment import AugmentConfig, augment, draw
+from flowerray.errors import UserError
 
 GEOMETRY_ONLY = AugmentConfig(brightness=0, contrast=0, saturation=0, hue=0, erase_probability=0)
 COLUMNS = 14
@@ -199,5 +199,5 @@ def test_erase_paints_as_often_and_as_large_as_configured() -> None:
 
 def test_config_bounds() -> None:
     for bad in ({"strength": 2.1}, {"area_min": 0}, {"hue": 0.3}, {"aspect": 0.5}, {"blur": 1}):
-        with pytest.raises(ValidationError):
-            AugmentConfig.model_validate(bad)
+        with pytest.raises(UserError):
+            AugmentConfig(**bad)

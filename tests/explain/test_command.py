@@ -109,7 +109,7 @@ def test_a_head_that_is_not_additive(model: Model, pictures: list[Path], tmp_pat
             other, pictures[0], pictures[1], method="decomposition", layer=None, concepts=None,
             out=tmp_path,
         )  # fmt: skip
-    with pytest.raises(UserError, match="--layer nowhere: .* has stages.3"):
+    with pytest.raises(UserError, match="`layer` nowhere: .* has stages.3"):
         explain_pair(
             other, pictures[0], pictures[1], method="gradcam", layer="nowhere", concepts=None,
             out=tmp_path,
@@ -167,7 +167,7 @@ def test_a_model_of_other_data_is_not_judged_beside(model: Model, tmp_path: Path
     data = model.run.data.model_copy(update={"protocol": "disjoint"})
     run = model.run.model_copy(update={"data": data})
     other = replace(model, name="other", run=run, dataset=None)
-    with pytest.raises(UserError, match="--beside other was trained on other data"):
+    with pytest.raises(UserError, match="`beside` other was trained on other data"):
         explain_split(model, FAST, tmp_path, other, quiet=True)
 
 
@@ -254,7 +254,7 @@ def test_concept_folders(model: Model, pictures: list[Path], tmp_path: Path) -> 
     assert [c["name"] for c in found["concepts"]] == ["one", "two"] and found["images"] == 3
     kept = folder_of(model).path / "explanations" / "tcav.json"
     assert read_json(kept) == found
-    with pytest.raises(UserError, match="--concept-class rose is no class"):
+    with pytest.raises(UserError, match="`concept_class` rose is no class"):
         explain_concepts(
             model, tmp_path / "named", class_name="rose", layer=None, split="test", max_images=3,
             seed=0, out=None, quiet=True,

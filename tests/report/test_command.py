@@ -117,7 +117,7 @@ def test_settings_become_chapters(tmp_path: Path, out: Path) -> None:
 def test_what_cannot_be_reported(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
-    with pytest.raises(UserError, match="choose another --out"):
+    with pytest.raises(UserError, match="choose another `out`"):
         write_report([str(runs)], tmp_path / "mine", "t", False, CPU)
     with pytest.raises(UserError, match="is not there"):
         resolve(["nowhere"])

@@ -15,7 +15,7 @@ from flowerray.cluster.driver import train_run
 from flowerray.data.images import eval_image
 from flowerray.data.source import DataConfig, open_dataset
 from flowerray.errors import UserError
-from flowerray.opening import Model, embed_files, open_model
+from flowerray.opening import Model, embed, open_model
 from flowerray.retrieval import command as measuring
 from flowerray.retrieval import embed as embedding
 from flowerray.retrieval.measure import EvaluateConfig
@@ -40,7 +40,7 @@ def test_pairs_are_compared_in_full_precision(model: Model, small_set: Path) -> 
     before = flags[0].allow_tf32
     picture = next((small_set / "jpg").iterdir())
     try:
-        embed_files(model.embedder, [picture, picture])
+        embed(model.embedder, [picture, picture])
     finally:
         hook.remove()
     assert allowed == [(False, False)] and flags[0].allow_tf32 == before

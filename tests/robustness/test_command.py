@@ -166,7 +166,7 @@ def test_a_model_beside_that_was_trained_on_the_queries_is_refused(
     run = small(small_set, epochs=1)
     data = run.data.model_copy(update={"protocol": "notebooks"})  # it trains on the test images
     train_run(run.model_copy(update={"data": data}), tmp_path / "other", quiet=True)
-    with pytest.raises(UserError, match=r"24 of the 24 test queries .*: name another --beside"):
+    with pytest.raises(UserError, match=r"24 of the 24 test queries .*: name another `beside`"):
         attack_model(model, QUICK, beside=str(tmp_path / "other"), quiet=True)
     config = QUICK.model_copy(update={"max_pairs": 0, "eps": (0.0,)})
     other = str(tmp_path / "other")

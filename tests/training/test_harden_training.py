@@ -189,7 +189,7 @@ def test_init_that_does_not_fit_is_refused(
         ({"kind": "trades", "mix": 0.5}, r"^harden\.mix has no use with harden\.kind trades"),
         ({"kind": "free", "awp": 0.01}, r"^harden\.awp has no use with harden\.kind free"),
         ({"kind": "fgsm"}, "^kind = 'fgsm': "),
-        ({"kind": "pgd", "epsilon": 0.0}, r"^epsilon = 0\.0: input should be greater than 0\.$"),
+        ({"kind": "pgd", "epsilon": 0.0}, r"^`epsilon` = 0\.0: input should be greater than 0\.$"),
     ],
 )
 def test_options_that_do_not_fit_are_one_sentence(fields: dict[str, Any], said: str) -> None:

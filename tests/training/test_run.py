@@ -40,11 +40,11 @@ def test_differences_name_options_and_leave_out_resources(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"train": {"epochs": 0}}, "does not fit .*train: epochs = 0: input should be .* 1\\.$"),
-        ({"train": {"pace": 1}}, "does not fit .*train: there is no option pace\\.$"),
+        ({"train": {"epochs": 0}}, "does not fit .*`train.epochs` = 0: input should be .* 1\\.$"),
+        ({"train": {"pace": 1}}, "does not fit .*there is no option `train.pace`\\.$"),
         ({"method": {"name": "quadruplet"}}, "does not fit .*no method 'quadruplet'"),
         ({"method": {}}, "does not fit .*'name' is missing"),
-        ({"colour": 1}, "does not fit .*no option colour"),
+        ({"colour": 1}, "does not fit .*no option `colour`"),
     ],
 )
 def test_what_another_version_wrote_is_refused(change: dict, said: str) -> None:

@@ -27,7 +27,7 @@ def test_how_many_trials_a_cluster_holds() -> None:
         room([{"CPU": 2}], gpus)
     with pytest.raises(UserError, match=r"cluster of 2 node\(s\) with up to 4 CPUs"):
         room([{"CPU": 4}, {"CPU": 4}], TrialResources(cpus_per_trial=8))
-    with pytest.raises(UserError, match="give --workers-per-trial 2 too"):
+    with pytest.raises(UserError, match="give `workers_per_trial` 2 too"):
         TrialResources(gpus_per_trial=2).check()
     with pytest.raises(UserError, match="cannot be shared by 2 workers"):
         TrialResources(workers_per_trial=2, gpus_per_trial=1).check()
@@ -38,7 +38,7 @@ def test_workers_that_cannot_share_every_batch_are_refused(tmp_path: Path) -> No
     refuse_unequal_shares(study, 3)
     study.knobs = {**study.knobs, "train.classes_per_batch": {"choices": [3, 5]}}
     refuse_unequal_shares(study, 4)
-    with pytest.raises(UserError, match=r"--workers-per-trial 3: .* P x K = 5 x 4 images"):
+    with pytest.raises(UserError, match=r"`workers_per_trial` 3: .* P x K = 5 x 4 images"):
         refuse_unequal_shares(study, 3)
 
 

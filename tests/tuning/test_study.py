@@ -37,7 +37,7 @@ def test_a_study_is_read_as_it_was_written(tmp_path: Path) -> None:
         made.name, StudyConfig(trials=7, sampler="random"), small(tmp_path, epochs=4), KNOBS,
     )  # fmt: skip
     assert make_study(tmp_path / "other", tmp_path).name != made.name
-    with pytest.raises(UserError, match="exists already: choose another --out"):
+    with pytest.raises(UserError, match="exists already: choose another `out`"):
         make_study(made.folder, tmp_path)
     with pytest.raises(UserError, match="is not a study"):
         Study.read(tmp_path)
@@ -161,7 +161,7 @@ def test_a_fault_teaches_the_sampler_nothing_and_is_tried_again(
     folder = study.folder / "trials" / "0001"
     assert closed == Ending(folder, "FAILED", "disk full")
     assert optuna_study.trials[1].state == TrialState.FAIL
-    wrong = r"^1 of 3 trials could not be trained \(disk full\): .* --trials 2 goes on without"
+    wrong = r"^1 of 3 trials could not be trained \(disk full\): .* `trials` 2 goes on without"
     with pytest.raises(UserError, match=wrong):
         refuse_faults(study)
 
@@ -348,7 +348,7 @@ def test_a_database_that_stays_locked_is_one_sentence_and_loses_nothing(
     pretend(folder, [0.2, 0.5], done=True)
     other = sqlite3.connect(study.folder / "optuna.db", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(UserError, match=r"cannot be used .*locked.* --resume the study"):
+    with pytest.raises(UserError, match=r"cannot be used .*locked.* `resume` the study"):
         study.close_trial(trial, {"epoch": 2, "val/map_at_r": 0.5})
     assert study.fault is not None
     other.execute("ROLLBACK")
