@@ -213,7 +213,7 @@ def test_an_attack_whose_budget_is_too_small(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(BankConfig, "pgd", fixed)
     (check,) = Auditor(victim, attack(victim)).survivors()
-    assert check.passed is False and "100 steps of APGD break 5 of 64 at 16/255" in check.text
+    assert check.passed is False and check.text.startswith("100 steps of APGD break ")
 
 
 @pytest.mark.parametrize("name", ["pgd", "apgd-ce"])
