@@ -66,6 +66,6 @@ def test_a_legend_says_everything_once() -> None:
 
 
 def test_short_names() -> None:
-    assert short("rose", 4) == "rose" and short("two\nlines") == "two?lines"
+    assert short("rose", 4) == "rose" and short("two\nlines") == r"two\nlines"
     assert short("chrysanthemum", 6) == "chrys…"
     assert short("folder/rose.jpg", 9, keep_end=True) == "…rose.jpg"
