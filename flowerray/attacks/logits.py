@@ -13,10 +13,12 @@ TEMPERATURE = 10.0
 """Factor from cosine to logit. At 1000 softmax leaves every image a gradient of exactly 0, which
 looks like robustness; cross-entropy is an honest guide up to about 10."""
 
-_TIE = 1e-13
-"""What each place in the gallery takes from a score: above float64's rounding, so that equal
-distances rank by gallery index, and, up to 100,000 items, far below what float32 embeddings can
+_TIE, _TIES = 1e-13, 1e-8
+"""What each place in the gallery takes from a score, and at most all of them: above float64's
+rounding, so that equal distances rank by gallery index, and far below what float32 embeddings can
 tell apart (6e-8)."""
+LARGEST = 1_000_000
+"""Items of a gallery for which there is room between the two."""
 
 _BLOCK = 2**24
 """Distances held at a time."""
@@ -54,9 +56,14 @@ class MaxSimLogits(nn.Module):
             temperature: factor from cosine to logit.
 
         Raises:
-            UserError: a gallery of fewer than two classes.
+            UserError: a gallery of fewer than two classes, or of more than `LARGEST` items.
         """
         super().__init__()
+        if len(gallery_GD) > LARGEST:
+            raise UserError(
+                f"The gallery holds {len(gallery_GD):,} items and an attack takes {LARGEST:,} at "
+                "most: give a smaller gallery."
+            )
         self.embedder = embedder
         self.temperature = temperature
         self.dtype = gallery_GD.dtype
@@ -70,7 +77,8 @@ class MaxSimLogits(nn.Module):
                     "give a gallery of at least two classes."
                 )
             place_G = torch.arange(len(exact_GD), device=exact_GD.device)
-            offset_G = 0.5 * exact_GD.square().sum(1) - 0.5 + _TIE * place_G
+            offset_G = 0.5 * exact_GD.square().sum(1) - 0.5
+            offset_G += min(_TIE, _TIES / len(exact_GD)) * place_G
         self.register_buffer("gallery_GD", exact_GD, persistent=False)
         self.register_buffer("offset_G", offset_G, persistent=False)
         self.register_buffer("class_G", class_G, persistent=False)

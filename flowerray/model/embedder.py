@@ -27,8 +27,10 @@ HUB_TIMEOUT_S = 5.0
 """How long one look at the Hub may take before we call it unreachable, in seconds."""
 
 
-_HIGHEST = 2.0
-"""Above it pixels are no rounding beyond 1, but 0..255."""
+_LOWEST, _HIGHEST = -0.25, 2.0
+"""Pixels beyond are no rounding or resampling, but normalised, or 0..255."""
+_LOOK_EVERY = 64
+"""Calls between two looks at the pixels on a GPU, which each look makes wait."""
 
 
 class EmbedderConfig(Config):
@@ -88,6 +90,7 @@ class Embedder(nn.Module):
         cfg = _cfg(config.backbone)
         self.register_buffer("mean", torch.tensor(cfg.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(cfg.std).view(1, 3, 1, 1), persistent=False)
+        self._calls = 0
         self.train()
 
     @property
@@ -104,15 +107,16 @@ class Embedder(nn.Module):
         """Embeds images.
 
         Args:
-            images_BCHW: float RGB pixels in [0,1]; on the CPU, outside training, values that are
-                clearly beyond are refused.
+            images_BCHW: float RGB pixels in [0,1]; outside training values that are clearly beyond
+                are refused, on a GPU at the first and every 64th call.
 
         Returns:
             Unit-norm emb_BD: float32, also under autocast; float64 from a double model. A zero
             vector stays zero.
 
         Raises:
-            UserError: images that are no tensor, not float, not (B, 3, H, W), or of 0..255.
+            UserError: images that are no tensor, not float, not (B, 3, H, W), of 0..255, or
+                normalised.
         """
         features_BF = self.features(images_BCHW)
         with torch.autocast(features_BF.device.type, enabled=False):
@@ -159,16 +163,26 @@ class Embedder(nn.Module):
                 "The embedder takes float pixels in [0,1] of shape (B, 3, H, W) and was given "
                 f"{images_BCHW.dtype} of shape {shape}: convert them first."
             )
-        if not self.training and images_BCHW.device.type == "cpu" and len(images_BCHW):
-            if (
-                highest := float(images_BCHW.detach().amax())
-            ) > _HIGHEST:  # a GPU would wait for it
-                raise UserError(
-                    f"The embedder takes pixels in [0,1] and was given values up to {highest:.4g}: "
-                    "divide those of 0..255 by 255."
-                )
+        self._look(images_BCHW)
         images_BCHW = (images_BCHW.to(self.mean.dtype) - self.mean) / self.std
         return images_BCHW.contiguous(memory_format=torch.channels_last)
+
+    def _look(self, images_BCHW: Tensor) -> None:
+        """Refuses what is clearly no pixels in [0,1]: outside training, on the CPU at each call, on
+        a GPU at the first and every 64th. A traced model has no such look.
+        """
+        if self.training or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return
+        self._calls += 1
+        on_cpu = images_BCHW.device.type == "cpu"
+        if not len(images_BCHW) or not (on_cpu or self._calls % _LOOK_EVERY == 1):
+            return
+        low, high = torch.stack(images_BCHW.detach().aminmax()).tolist()
+        if low < _LOWEST or high > _HIGHEST:
+            raise UserError(
+                f"The embedder takes pixels in [0,1] and was given values from {low:.4g} to "
+                f"{high:.4g}: divide those of 0..255 by 255, and leave the normalisation to it."
+            )
 
 
 def _cfg(backbone: str) -> PretrainedCfg:

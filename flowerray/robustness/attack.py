@@ -114,6 +114,7 @@ class Robustness:
     def to_dict(self) -> dict[str, Any]:
         """Plain data; see `record.record` for the keys."""
         clean = self.clean.recall_at_1
+        expected = {**_interval(self.expected()), "eps": list(self.worst)}
         worst = {}
         for eps, score in self.worst.items():
             worst[key(eps)] = {
@@ -133,7 +134,7 @@ class Robustness:
             "attacks": attacks,
             "rows": "independent" if self.independent else "cumulative",
             "worst_case": worst,
-            "expected_robustness": {**_interval(self.expected()), "eps": list(self.worst)},
+            "expected_robustness": {"mean": expected["recall_at_1"], **expected},
             "collapse": self.collapse,
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
             "images_attacked": self.images,

@@ -56,7 +56,7 @@ def guard(
         `val/adversarial_recall_at_1` at `val_epsilon`; `val/mean_cosine`, `val/effective_rank` and
         `alarm/collapse`; for one-step kinds `val/probe_single_step`, `val/probe` (R@1 at the
         training's epsilon under N-FGSM's own step and under ten steps) and `alarm/overfitting`.
-        Alarms are 0 or 1.
+        Alarms are 0 or 1. What there is nothing to measure of is left out.
     """
     labels_Q = np.asarray(val_labels_Q)
     chosen_A = choose_queries(
@@ -70,17 +70,17 @@ def guard(
     chosen_A = chosen_A[np.isin(labels_Q[chosen_A], gallery_labels_G)]
     target = _Target(embedder, val_store, labels_Q, gallery_GD, gallery_labels_G)
 
-    found = collapse(val_emb_QD, len(np.unique(labels_Q)))
-    metrics = {
-        "val/adversarial_recall_at_1": target.recall(
-            chosen_A, config.val_epsilon, config.val_steps
-        ),
-        "val/mean_cosine": float(found["mean_cosine"]),
-        "val/effective_rank": float(found["effective_rank"]),
-        "alarm/collapse": float(found["collapsed"]),
-    }
-    if config.one_step and config.probe_queries:
-        probed_A = chosen_A[:: math.ceil(len(chosen_A) / config.probe_queries) or 1]
+    metrics = {}
+    if len(chosen_A):
+        recall = target.recall(chosen_A, config.val_epsilon, config.val_steps)
+        metrics["val/adversarial_recall_at_1"] = recall
+    if len(val_emb_QD) > 1:
+        found = collapse(val_emb_QD, len(np.unique(labels_Q)))
+        metrics["val/mean_cosine"] = float(found["mean_cosine"])
+        metrics["val/effective_rank"] = float(found["effective_rank"])
+        metrics["alarm/collapse"] = float(found["collapsed"])
+    if len(chosen_A) and config.one_step and config.probe_queries:
+        probed_A = chosen_A[:: math.ceil(len(chosen_A) / config.probe_queries)]
         single = target.recall(probed_A, config.epsilon, steps=0)
         strong = target.recall(probed_A, config.epsilon, PROBE_STEPS)
         metrics["val/probe_single_step"], metrics["val/probe"] = single, strong
@@ -135,7 +135,7 @@ class _Target:
         counts = [hits] * world
         if up:
             dist.all_gather_object(counts, hits)
-        return sum(counts) / max(1, len(chosen_A))
+        return sum(counts) / len(chosen_A)
 
     def _hits(self, index_A: NDArray[np.int64], epsilon: float, steps: int) -> int:
         pixels_ACHW = self.store.centre(index_A, self.embedder.image_size)

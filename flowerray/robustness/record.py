@@ -45,9 +45,9 @@ def record(victim: Victim, result: Robustness) -> dict[str, Any]:
     `attacks`: name -> eps -> {recall_at_1, ci, map_at_r, n} (and pair_accuracy: independent);
     `worst_case`: eps -> {recall_at_1, ci, map_at_r, n, recall_at_1_this_eps_alone, retention,
     pair_accuracy, pair_auc, num_pairs, right: "0110..." one character a query};
-    `expected_robustness`: {recall_at_1, ci, eps}; `collapse`: {mean_cosine, effective_rank,
-    collapsed}; `seconds`, `images_attacked`: by attack; `queries`: files relative to the data's
-    root, in the order of `right`.
+    `expected_robustness`: {mean, ci, eps} (and `recall_at_1`, what 0.1.0 called its mean);
+    `collapse`: {mean_cosine, effective_rank, collapsed}; `seconds`, `images_attacked`: by attack;
+    `queries`: files relative to the data's root, in the order of `right`.
     The caller adds `audit`: {passed, failed, eps, queries, checks [{name, passed, value, text}]} or
     None, `beside`: another model's record or None, and `ers` where asked for.
     An eps is a string in 1/255 such as "0.5"; pair keys are missing where there are no pairs.
@@ -114,7 +114,10 @@ def metrics(content: dict[str, Any]) -> dict[str, float]:
     prefix = f"{content['split']}/attacked_{content['norm']}"
     if content["perturb"] != "query":
         prefix += f"_{content['perturb']}"
-    found = {f"{prefix}/expected_recall_at_1": content["expected_robustness"]["recall_at_1"]}
+    expected = content["expected_robustness"]["mean"]
+    found = dict.fromkeys(
+        [f"{prefix}/expected_{n}" for n in ("robustness", "recall_at_1")], expected
+    )
     for eps, score in content["worst_case"].items():
         for name in ("recall_at_1", "map_at_r", "pair_accuracy", "pair_auc"):
             if name in score:

@@ -142,3 +142,19 @@ def test_queries_in_the_gallery_are_refused(block: int, monkeypatch: pytest.Monk
     refuse_own_images(emb[:10], emb[10:])
     refuse_own_images(torch.cat([emb[:10], emb[15:16]]), emb[10:])  # one double photograph
     refuse_own_images(emb[:1].expand(10, 8), emb[:1].expand(30, 8))  # a collapsed model
+
+
+def test_a_large_gallery_ranks_by_distance_and_equal_distances_by_index() -> None:
+    """The last of a million items is nearer by less than ties once took from it."""
+    angle_G = torch.full((1_000_000,), 1.0)
+    labels_G = torch.zeros(len(angle_G), dtype=torch.int64)
+    angle_G[5], angle_G[-1], labels_G[-1] = 3e-4, 1e-5, 1
+    gallery_GD = torch.stack([angle_G.cos(), angle_G.sin()], 1)
+    logits = MaxSimLogits(nn.Flatten(), gallery_GD, labels_G)
+    query = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
+    assert logits(query).argmax() == 1
+    assert nearest(query.flatten(1), gallery_GD, k=1).item() == len(angle_G) - 1
+    gallery_GD[5] = gallery_GD[-1]
+    assert MaxSimLogits(nn.Flatten(), gallery_GD, labels_G)(query).argmax() == 0
+    with pytest.raises(UserError, match="holds 1,000,001 items"):
+        MaxSimLogits(nn.Flatten(), gallery_GD[[*range(1), *range(1_000_000)]], labels_G)

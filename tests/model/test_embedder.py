@@ -108,12 +108,19 @@ def test_a_zero_vector_gives_no_nan() -> None:
         torch.zeros(3, 64, 64),
         torch.zeros(2, 64, 64, 3),
         torch.full((2, 3, 64, 64), 255.0),
+        (0.8 * torch.rand(2, 3, 64, 64) - 0.45) / 0.225,
         np.zeros((2, 3, 64, 64), np.float32),
     ],
 )
 def test_wrong_input_is_refused(bad: Tensor) -> None:
     with pytest.raises(UserError, match="takes .*pixels in"):
         make().eval()(bad)
+
+
+def test_an_exported_model_has_no_look_at_its_pixels() -> None:
+    embedder, pixels = make().eval(), images()
+    exported = torch.export.export(embedder, (pixels,)).module()
+    torch.testing.assert_close(exported(pixels), embedder(pixels))
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,20 @@ def test_adversarial_recall_starts_at_the_clean_one_and_falls(
     assert guarded(embedder, flowers, own=True, val_epsilon=64.0)[key] < 0.2
 
 
+def test_what_cannot_be_measured_is_no_number(
+    small_run: Path, flowers: tuple[Dataset, Store, Store]
+) -> None:
+    dataset, train_store, val_store = flowers
+    embedder = flowerray.load(small_run)
+    emb, labels = embed(embedder, val_store), dataset.split_labels("val")
+    config = HardenConfig(kind="nfgsm", val_queries=4)
+    other = np.full(len(labels), 99)  # the gallery lacks every class
+    found = guard(config, embedder, val_store, emb, labels, (emb, other))
+    assert set(found) == {"val/mean_cosine", "val/effective_rank", "alarm/collapse"}
+    found = guard(config, embedder, val_store, emb[:1], labels[:1], None)
+    assert found == {} and alarms(found) == []
+
+
 def test_the_collapse_alarm_fires_on_a_constant_encoder(
     small_run: Path, flowers: tuple[Dataset, Store, Store]
 ) -> None:
