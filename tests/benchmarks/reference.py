@@ -136,7 +136,7 @@ def withstand(
         left = np.flatnonzero(right_Q)
         for start in range(0, len(left), size):
             rows = left[start : start + size]
-            images = victim.images(victim.chosen_Q[rows])
+            images = victim.images(victim.chosen_Q[rows]).contiguous()  # FAB takes views
             attacked = part(logits, images, places_Q[torch.from_numpy(rows)], eps / 255).detach()
             within = (attacked - images).abs().flatten(1).amax(1).cpu().numpy() <= (
                 eps / 255 + ROUNDING
