@@ -117,7 +117,10 @@ def ray_session(min_cpus: int, frees_workers: bool = False) -> Iterator[Any]:
         UserError: the cluster cannot be reached.
     """
     address = os.environ.get("RAY_ADDRESS")
-    with tempfile.TemporaryDirectory(prefix="flowerray-", ignore_cleanup_errors=True) as place:
+    short = "/tmp" if sys.platform != "win32" else None  # a socket's path has 107 bytes
+    with tempfile.TemporaryDirectory(
+        prefix="flowerray-", dir=short, ignore_cleanup_errors=True
+    ) as place:
         for name, value in (ENVIRONMENT if address else {**ENVIRONMENT, **OWN}).items():
             os.environ.setdefault(name, value)
         if address:
@@ -134,7 +137,7 @@ def ray_session(min_cpus: int, frees_workers: bool = False) -> Iterator[Any]:
             "num_cpus": max(min_cpus, cores()),
             "include_dashboard": frees_workers,
             "object_store_memory": 256 * 2**20,
-            "_temp_dir": place,
+            "_temp_dir": f"{place}/ray",  # which Ray opens to all, inside of ours
         }
         try:
             # Ray has its workers import from the folder where it was started.

@@ -285,7 +285,7 @@ def study_table(result: Mapping[str, Any]) -> str:
     lines = [
         f"{result['method']}: {total} trials ({trials['complete']} complete, {trials['stopped']} "
         f"stopped early, {trials['failed']} failed),",
-        f"{result['images']:,} images trained",
+        f"{result['images']:,} images drawn",
         "",
         *columns(rows, "<<<", indent=2),
     ]

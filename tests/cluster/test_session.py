@@ -105,7 +105,7 @@ with ray_session(min_cpus=1) as ray:
     heard = [c.laddr.ip for p in started for c in p.net_connections("inet") if c.status == "LISTEN"]
     words = [word for process in started for word in process.cmdline()]
     (place,) = {w.split("=")[1] for w in words if w.startswith("--temp-dir=")}
-    mode = oct(os.stat(place).st_mode)[-3:]
+    mode = oct(os.stat(os.path.dirname(place)).st_mode)[-3:]
 print(json.dumps([found, heard, mode, os.path.exists(place)]))
 """
 
