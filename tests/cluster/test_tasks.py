@@ -212,7 +212,7 @@ def test_tasks_of_a_ray_train_what_this_process_would(
     assert status(tmp_path / "bad")["finished"] == "FAILED"
     assert (tmp_path / "center" / "plots" / "training.png").stat().st_size > 1000
     lines = capsys.readouterr().err.splitlines()
-    assert sum("of 3  seed0  val MAP@R 0." in line for line in lines) == 1, lines
+    assert sum("of 3  seed0  loss " in line for line in lines) == 1, lines
     assert sum("of 3  bad  failed: the loss became nan" in line for line in lines) == 1, lines
 
     # What finished is not trained again: no Ray, same numbers.
