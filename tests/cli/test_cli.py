@@ -405,7 +405,7 @@ def test_only_the_systems_own_errors_become_a_sentence(
         raise errors.pop(0)
 
     monkeypatch.setattr(cli.Command, "run", lambda _, words: broken(words))
-    assert dispatch(["methods"]) == 2
+    assert dispatch(["methods", "gone.jpg"]) == 2
     assert "gone.jpg cannot be used (No such file): check" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="a bug"):
         dispatch(["methods"])
