@@ -229,9 +229,7 @@ def test_rendered_sets_are_free_of_the_real_sizes_only(tmp_path: Path) -> None:
     masks = read_oxford(root).masks
     assert masks is not None and masks[14].name == "segmim_00015.jpg"
     (root / "synthetic.json").write_text("{")
-    with pytest.raises(
-        UserError, match=r"synthetic\.json is not valid JSON, .* render the set again"
-    ):
+    with pytest.raises(UserError, match=r"synthetic\.json is not valid .* render the set again"):
         read_oxford(root)
     (root / "synthetic.json").unlink()
     with pytest.raises(UserError, match="1,020"):
