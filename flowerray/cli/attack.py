@@ -79,7 +79,7 @@ def attack(words: list[str]) -> int:
 
     model = open_model(options.run, pick_device("auto"))
     run = None if model.folder is None else model.folder.path
-    config = AttackConfig(**{field: getattr(options, field) for field in AttackConfig.model_fields})
+    config = AttackConfig.part_of(options)
     if config.norm == "l2" and preset == "default" and not given(words, ["eps"]):
         config = config.model_copy(update={"eps": L2_GRID})
     asked: dict[str, Any] = {

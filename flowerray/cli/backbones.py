@@ -38,11 +38,9 @@ def backbones(words: list[str]) -> int:
 
     about = "Measures timm models before any training; recommends one for a budget."
     options = parse(Options, words, "backbones", about)
-    fields = {name: getattr(options, name) for name in BackbonesConfig.model_fields}
-    if options.files is not None:
-        fields["files"] = options.files.expanduser().absolute()
-        if not fields["files"].is_dir():
-            raise UserError(f"--files {options.files} is no folder: name one of weight files.")
+    files = None if options.files is None else options.files.expanduser().absolute()
+    if files is not None and not files.is_dir():
+        raise UserError(f"--files {options.files} is no folder: name one of weight files.")
 
     from flowerray.backbones.command import survey_backbones
     from flowerray.backbones.pictures import backbones_table
@@ -51,8 +49,9 @@ def backbones(words: list[str]) -> int:
 
     out = (options.out or default_out("backbones")).expanduser().absolute()
     gpus = own_gpus() if options.gpus is None else options.gpus
+    config = BackbonesConfig.part_of(options, files=files)
     content = survey_backbones(
-        options.models, BackbonesConfig(**fields), absolute_data(options.data), out,
+        options.models, config, absolute_data(options.data), out,
         results=options.results, max_latency_ms=options.max_latency_ms,
         max_params=options.max_params, cpus=options.cpus, gpus=gpus, quiet=options.as_json,
     )  # fmt: skip

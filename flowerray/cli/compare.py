@@ -1,7 +1,7 @@
 """`flowerray compare`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from flowerray.cli.options import (
     NOT_RESUMED,
@@ -45,19 +45,19 @@ def compare(words: list[str]) -> int:
         "Trains cross-entropy, center, siamese and triplet under one budget and compares them, and "
         "frozen features, on test: intervals over seeds, paired tests, cost."
     )
-    fields = {name: getattr(start, name) for name in CompareConfig.model_fields}
-    options = parse(Options, words, "compare", about, default=Options(**fields))
-    fields = {name: getattr(options, name) for name in CompareConfig.model_fields}
+    options = parse(Options, words, "compare", about, default=Options(**dict(start)))
+    changes: dict[str, Any] = {
+        "data": absolute_data(options.data),
+        "embedder": absolute_embedder(options.embedder),
+    }
     if resume is None and not given(words, ["gpus"]):
-        fields["gpus"] = own_gpus()
-    fields["data"] = absolute_data(options.data)
-    fields["embedder"] = absolute_embedder(options.embedder)
+        changes["gpus"] = own_gpus()
     for name in ("center", "siamese", "triplet"):
-        if fields[name] is not None:
-            fields[name] = fields[name].expanduser().absolute()
+        if (study := getattr(options, name)) is not None:
+            changes[name] = study.expanduser().absolute()
     out = (options.resume or options.out or default_out("compare")).expanduser().absolute()
 
-    config = CompareConfig(**fields)
+    config = CompareConfig.part_of(options, **changes)
     with resumable("compare", out, "options.json"):
         content = compare(config, out, options.resume is not None, quiet=options.as_json)
     print(as_json(content) if options.as_json else comparison_table(content))

@@ -35,8 +35,7 @@ def synthesize(words: list[str]) -> int:
     options = parse(
         Options, words, "data synthesize", "Renders flowers in the Oxford layout, with masks."
     )
-    fields = {field: getattr(options, field) for field in SyntheticConfig.model_fields}
-    print(synthesize(options.out.expanduser().absolute(), SyntheticConfig(**fields)))
+    print(synthesize(options.out.expanduser().absolute(), SyntheticConfig.part_of(options)))
     return 0
 
 

@@ -85,9 +85,7 @@ def explain(words: list[str]) -> int:
         )  # fmt: skip
         print(as_json(result) if quiet else table.concepts(result))
     else:
-        config = splits.ExplainConfig(
-            **{field: getattr(options, field) for field in splits.ExplainConfig.model_fields}
-        )
+        config = splits.ExplainConfig.part_of(options)
         beside = None if options.beside is None else open_model(options.beside, device)
         result = splits.explain_split(model, config, options.out, beside, quiet)
         print(as_json(result) if quiet else table.split(result))

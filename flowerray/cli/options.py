@@ -120,10 +120,9 @@ def parse_run(
     kind = create_model(
         "Options", __base__=Options, method=(config, Field(description="The loss."))
     )
-    parts = {field: getattr(start, field) for field in Run.model_fields}
     about = about or methods.get(method).summary.partition(":")[0] + "."  # tyro does not wrap it
-    options = parse(kind, words, name, about, default=kind(**parts))
-    run = absolute(Run(**{field: getattr(options, field) for field in Run.model_fields}))
+    options = parse(kind, words, name, about, default=kind(**dict(start)))
+    run = absolute(Run.part_of(options))
     if old is not None and (changed := differences(old, run)):
         raise UserError(
             f"{resume} cannot be resumed with other options: {', '.join(changed)} differ "

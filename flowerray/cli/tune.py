@@ -70,8 +70,7 @@ def tune(words: list[str]) -> int:
     kinds = {name: (field.annotation, field) for name, field in fields.items()}
     kinds["method"] = (file.config, fields["method"])
     kind = create_model("Options", __base__=Own, **kinds)  # type: ignore[call-overload]
-    values = {n: getattr(config, n) for n in StudyConfig.model_fields}
-    values |= {n: getattr(start, n) for n in parts}
+    values = dict(config) | {n: getattr(start, n) for n in parts}
     values |= old.resources if old else {}
     about = f"Searches what {method} leaves open; a knob given here is not searched."
     options = parse(kind, words, f"tune {method}", about, default=kind(**values))
