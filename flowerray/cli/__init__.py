@@ -120,12 +120,12 @@ def dispatch(words: list[str]) -> int:
     def say(sentence: str) -> None:
         if debug:
             traceback.print_exc()
-        print(f"flowerray {words[0]}: {sentence}", file=sys.stderr)
+        print(f"flowerray {words[0]}: {visible(sentence)}", file=sys.stderr)
 
     try:
         return command.run(words[1:])
     except UserError as error:
-        print(f"flowerray {words[0]}: {visible(str(error))}", file=sys.stderr)
+        say(with_flags(str(error), words))
         return 2
     except KeyboardInterrupt as error:
         again = f"; go on with: {error}" if str(error) else "."
@@ -142,7 +142,7 @@ def dispatch(words: list[str]) -> int:
             said = f"{place} cannot be used ({error.strerror}): check the path and its permissions."
         else:  # a fault of ours
             raise
-        print(f"flowerray {words[0]}: {visible(said)}", file=sys.stderr)
+        say(said)
         return 2
 
 
