@@ -1,23 +1,20 @@
-"""Intervals and paired tests: how sure a mean is, and whether two runs differ.
+"""Intervals and paired tests: how sure a mean is, and whether two models differ.
 
-Letters: Q queries, S seeds, R resamples or permutations.
+How often each interval holds the truth: docs/statistics.md. Letters: Q queries, S seeds.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flowerray.errors import UserError
 
-_CHUNK = 2**22
-"""Random numbers held at a time."""
-
-_RARE = 10
-"""Hits or misses below which a share's bounds are Wilson's."""
+_SMALLEST_P = 1e-6
+"""Where a p-value of `paired_difference` stops: further out no interval is to be believed."""
 
 
 @dataclass(frozen=True)
@@ -46,46 +43,173 @@ class PairedTest(Interval):
     p_value: float = 1.0
 
 
-def bootstrap_interval(
-    values_Q: ArrayLike, *, seed: int = 0, resamples: int = 10_000, level: float = 0.95
-) -> Interval:
-    """Percentile bootstrap of a mean over queries (Efron 1979).
+def mean_interval(scores: ArrayLike, *, level: float = 0.95) -> Interval:
+    """Interval of a mean score over other queries and, of several trainings, other seeds.
 
-    Of rare hits or misses (fewer than ten) the resamples tell too little: of 512 queries without a
-    hit none differs, and with 5 of them the interval holds the truth in 88 of 100 cases. There the
-    bounds are Wilson's (1927).
+    Args:
+        scores: (Q,) of one model, or (S, Q).
+
+    Returns:
+        No bounds for one query; `n` counts queries.
 
     Raises:
-        UserError: no values, or one that is not finite.
+        UserError: no scores, or one that is not finite.
     """
-    values = _checked("values", values_Q, 1)
-    if len(values) == 1:
-        return Interval(1, float(values[0]), float("nan"), float("nan"), level)
-    hits = int((values == 1).sum())
-    if hits + (values == 0).sum() == len(values) and min(hits, len(values) - hits) < _RARE:
-        return _wilson(hits, len(values), level)
-    means = np.concatenate(
-        [values[index].mean(1) for index in _resamples(len(values), seed, resamples)]
-    )
-    return Interval(len(values), float(values.mean()), *_percentiles(means, level), level)
+    found = _Mean(_checked("scores", np.atleast_2d(np.asarray(scores, np.float64)), 2))
+    queries = found.scores_SQ.shape[1]
+    if queries == 1:
+        return Interval(1, found.mean, math.nan, math.nan, level)
+    tail = (1 - level) / 2
+    return Interval(queries, found.mean, *found.bounds(tail, found.critical(tail)), level)
 
 
-def _wilson(hits: int, queries: int, level: float) -> Interval:
-    """Wilson's score interval of a share."""
-    z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
-    share = hits / queries
-    middle = (share + z2 / (2 * queries)) / (1 + z2 / queries)
-    spread = (share * (1 - share) / queries + z2 / (4 * queries**2)) * z2
-    half = math.sqrt(spread) / (1 + z2 / queries)
-    low, high = max(0.0, middle - half), min(1.0, middle + half)
-    if hits in (0, queries):  # exact there, without the last digit's rounding
-        low, high = (0.0, high) if hits == 0 else (low, 1.0)
-    return Interval(queries, share, low, high, level)
+def paired_difference(
+    first_SQ: ArrayLike, second_SQ: ArrayLike, *, level: float = 0.95
+) -> PairedTest:
+    """The mean of first - second on the same queries, over other queries and other seeds.
+
+    The bounds are those of the wins and of the losses, put together by how much they go along with
+    each other (MOVER, Zou and Donner 2008).
+
+    Args:
+        first_SQ: one side's score of each query, a row a seed (or one row for a single run).
+        second_SQ: the other's; a single row is compared with every row of the first (frozen
+            features).
+
+    Returns:
+        The interval, and the p-value at which it begins to hold 0; for the hits of one run against
+        one, McNemar's exact test (1947). `n` counts queries.
+
+    Raises:
+        UserError: shapes that do not pair, one query, or a value that is not finite.
+    """
+    first, second = _pair(first_SQ, second_SQ)
+    difference_SQ = first - second
+    seeds, queries = difference_SQ.shape
+    if queries == 1:
+        raise UserError("One query allows no paired comparison: give at least two.")
+    found = _Difference(difference_SQ)
+    if seeds == 1 and np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all():
+        p_value = _mcnemar((difference_SQ > 0).sum(), (difference_SQ < 0).sum())
+    else:
+        p_value = found.p_value()
+    return PairedTest(queries, found.mean, *found.bounds((1 - level) / 2), level, p_value)
+
+
+def _mcnemar(wins: int, losses: int) -> float:
+    from scipy.stats import binomtest  # takes a second to import
+
+    return float(binomtest(wins, wins + losses, 0.5).pvalue) if wins + losses else 1.0
+
+
+class _Mean:
+    """The mean of a table of scores whose rows and columns were both drawn at random."""
+
+    def __init__(self, scores_SQ: NDArray[np.float64]) -> None:
+        self.scores_SQ = scores_SQ
+        self.mean = float(scores_SQ.mean())
+
+    @cached_property
+    def parts(self) -> tuple[float, float]:
+        """The mean's variance: the seeds' part, and that of the queries which they share.
+
+        An analysis of variance with two crossed random factors (Searle, Casella and McCulloch
+        1992, chapter 4). Seeds that agree by chance do not leave less than a quarter of what
+        S x Q separate scores would have.
+        """
+        scores, (seeds, queries) = self.scores_SQ, self.scores_SQ.shape
+        separate = float(scores.var(ddof=1)) / scores.size
+        if seeds == 1:
+            return 0.0, separate
+        rows_S1, columns_Q = scores.mean(1, keepdims=True), scores.mean(0)
+        rest = ((scores - rows_S1 - columns_Q + self.mean) ** 2).sum() / (seeds - 1) / (queries - 1)
+        of_seeds = float(rows_S1.var(ddof=1)) / seeds
+        of_queries = float(columns_Q.var(ddof=1) - rest / seeds) / queries
+        return of_seeds, max(of_queries, separate / 4 - of_seeds, 0.0)
+
+    def critical(self, tail: float) -> float:
+        """Student's quantiles with S - 1 and Q - 1 degrees of freedom, weighted by the variance's
+        parts (Cochran and Cox 1957, section 4.14).
+        """
+        from scipy.special import stdtrit
+
+        of_seeds, of_queries = self.parts
+        seeds, queries = self.scores_SQ.shape
+        critical = -stdtrit(queries - 1, tail)
+        if of_seeds > 0:
+            weight = of_seeds / (of_seeds + of_queries)
+            critical += weight * (-stdtrit(seeds - 1, tail) - critical)
+        return float(critical)
+
+    def bounds(self, tail: float, critical: float) -> tuple[float, float]:
+        """Of a mean within 0..1 the bounds of a share, outside `critical` standard errors.
+
+        A share with this mean has the mean's variance at an effective number of queries n (Korn
+        and Graubard 1998, who also allow for the degrees of freedom). Where little is seen of what
+        is rare, so is the variance, and n goes to Q: one query counts as much as a share's. The
+        bounds are quantiles of beta distributions half-way between Clopper and Pearson's (1934),
+        which are too wide, and Jeffreys', which are too narrow.
+        """
+        from scipy.special import betainccinv, betaincinv, ndtri
+
+        mean, variance = self.mean, sum(self.parts)
+        least, most = float(self.scores_SQ.min()), float(self.scores_SQ.max())
+        if least < 0 or most > 1:
+            half = critical * math.sqrt(variance)
+            return mean - half, mean + half
+        queries = self.scores_SQ.shape[1]
+        n = float(queries)
+        if least < most:
+            rare = min(mean, 1 - mean)
+            n = (rare * mean * (1 - mean) / variance + 1) / (rare + 1 / queries)
+        n *= (ndtri(tail) / critical) ** 2
+        a, b = n * mean, n * (1 - mean)
+        low = betaincinv(a + 0.25, b + 0.75, tail) if a > 0 else 0.0
+        high = betainccinv(a + 0.75, b + 0.25, tail) if b > 0 else 1.0
+        return min(float(low), mean), max(float(high), mean)
+
+
+class _Difference:
+    """A mean difference as that of wins less that of losses."""
+
+    def __init__(self, difference_SQ: NDArray[np.float64]) -> None:
+        self.both = _Mean(difference_SQ)
+        self.wins, self.losses = (_Mean((s * difference_SQ).clip(min=0)) for s in (1, -1))
+        self.mean = self.both.mean
+        total, wins, losses = (sum(m.parts) for m in (self.both, self.wins, self.losses))
+        spread = 2 * math.sqrt(wins * losses)
+        self.correlation = max(-1.0, min(1.0, (wins + losses - total) / spread)) if spread else 0.0
+
+    def bounds(self, tail: float) -> tuple[float, float]:
+        critical = self.both.critical(tail)
+        wins, losses = (side.bounds(tail, critical) for side in (self.wins, self.losses))
+
+        def reach(a: float, b: float) -> float:
+            return math.sqrt(max(a * a + b * b - 2 * self.correlation * a * b, 0.0))
+
+        low = self.mean - reach(self.wins.mean - wins[0], losses[1] - self.losses.mean)
+        high = self.mean + reach(wins[1] - self.wins.mean, self.losses.mean - losses[0])
+        return low, high
+
+    def p_value(self) -> float:
+        """Two-sided: the level at which the bounds reach 0."""
+        from scipy.optimize import brentq
+
+        def beyond(log_p: float) -> float:
+            low, high = self.bounds(math.exp(log_p) / 2)
+            return max(low, -high)
+
+        least, most = math.log(_SMALLEST_P), -1e-6
+        if self.mean == 0 or beyond(most) <= 0:
+            return 1.0
+        if beyond(least) >= 0:
+            return _SMALLEST_P
+        return math.exp(brentq(beyond, least, most, xtol=1e-6))
 
 
 def t_interval(values_S: ArrayLike, *, level: float = 0.95) -> Interval:
-    """Student's t interval of a mean over independent runs (one value a seed); no bounds for one
-    value.
+    """Student's t interval of a mean over independent runs (one value a seed), for the queries that
+    they were measured on; no bounds for one value.
 
     Raises:
         UserError: no values, or one that is not finite.
@@ -94,55 +218,10 @@ def t_interval(values_S: ArrayLike, *, level: float = 0.95) -> Interval:
     mean, n = float(values.mean()), len(values)
     if n == 1:
         return Interval(1, mean, float("nan"), float("nan"), level)
-    from scipy import stats  # takes a second to import
+    from scipy.special import stdtrit
 
-    half = float(stats.t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
+    half = float(stdtrit(n - 1, (1 + level) / 2) * values.std(ddof=1) / np.sqrt(n))
     return Interval(n, mean, mean - half, mean + half, level)
-
-
-def paired_bootstrap(
-    first_SQ: ArrayLike,
-    second_SQ: ArrayLike,
-    *,
-    seed: int = 0,
-    resamples: int = 10_000,
-    level: float = 0.95,
-) -> PairedTest:
-    """Bootstrap of the mean of first - second over the same queries, resampling seeds and queries
-    alike.
-
-    Each resample draws S seeds and Q queries with replacement and keeps a drawn query's scores
-    together across the drawn seeds, since the seeds share the test set (the pigeonhole bootstrap,
-    Owen 2007). With few seeds the spread between them is understated: say how many there were.
-
-    Args:
-        first_SQ: one run's score of each query, a row a seed (or one row for a single run).
-        second_SQ: the other's; a single row is compared with every row of the first (frozen
-            features).
-
-    Returns:
-        The interval, and the p-value that belongs to it: twice the share of resampled means on the
-        other side of 0, counted as (1 + number) / (1 + resamples); `n` counts queries.
-
-    Raises:
-        UserError: shapes that do not pair, or a value that is not finite.
-    """
-    first, second = _pair(first_SQ, second_SQ)
-    difference_QS = (first - second).T.copy()
-    queries, seeds = difference_QS.shape
-    if queries == 1:
-        raise UserError("One query allows no paired comparison: give at least two.")
-    rng = np.random.default_rng((seed, 1))
-    means = []
-    for index_RQ in _resamples(queries, seed, resamples, width=seeds):
-        per_seed_RS = difference_QS[index_RQ].mean(1)
-        drawn_RS = rng.integers(seeds, size=per_seed_RS.shape)
-        means.append(np.take_along_axis(per_seed_RS, drawn_RS, axis=1).mean(1))
-    means_R = np.concatenate(means)
-    fewer = min((means_R <= 0).sum(), (means_R >= 0).sum())
-    p_value = min(1.0, 2 * (1 + int(fewer)) / (1 + resamples))
-    mean = float(difference_QS.mean())
-    return PairedTest(queries, mean, *_percentiles(means_R, level), level, p_value)
 
 
 def holm(p_values_T: ArrayLike) -> NDArray[np.float64]:
@@ -158,91 +237,6 @@ def holm(p_values_T: ArrayLike) -> NDArray[np.float64]:
     adjusted = np.empty_like(values)
     adjusted[order] = np.maximum.accumulate(factors * values[order]).clip(max=1)
     return adjusted
-
-
-def mcnemar(first_hit_Q: ArrayLike, second_hit_Q: ArrayLike, *, level: float = 0.95) -> PairedTest:
-    """Exact (binomial) test of equal hit rates on the same queries (McNemar 1947).
-
-    The interval of the difference first - second is Newcombe's (1998, method 10): Wilson's bounds
-    of both rates, put together by how much they go along with each other.
-
-    Raises:
-        UserError: lengths that differ, no values, or a value that is neither 0 nor 1.
-    """
-    first, second = (side[0] for side in _pair(first_hit_Q, second_hit_Q))
-    if not np.isin(np.concatenate([first, second]), (0, 1)).all():
-        raise UserError("McNemar's test compares hits and misses: every value must be 0 or 1.")
-    queries = len(first)
-    wins, losses = int((first > second).sum()), int((first < second).sum())
-    both = int((first * second).sum())
-    neither = queries - both - wins - losses
-    one, two = (_wilson(hits, queries, level) for hits in (both + wins, both + losses))
-    along = float(both * neither - wins * losses)
-    if along > 0:
-        along = max(along - queries / 2, 0)
-    spread = math.sqrt(math.prod((both + wins, neither + losses, both + losses, neither + wins)))
-    phi = along / spread if spread else 0.0
-
-    def reach(a: float, b: float) -> float:
-        return math.sqrt(a * a - 2 * phi * a * b + b * b)
-
-    mean = (wins - losses) / queries
-    low = mean - reach(one.mean - one.low, two.high - two.mean)
-    high = mean + reach(one.high - one.mean, two.mean - two.low)
-    if wins + losses == 0:
-        return PairedTest(queries, mean, low, high, level, 1.0)
-    from scipy import stats
-
-    p_value = float(stats.binomtest(wins, wins + losses, 0.5).pvalue)
-    return PairedTest(queries, mean, low, high, level, p_value)
-
-
-def permutation_test(
-    first_Q: ArrayLike,
-    second_Q: ArrayLike,
-    *,
-    seed: int = 0,
-    permutations: int = 10_000,
-    level: float = 0.95,
-) -> PairedTest:
-    """Paired permutation test: where nothing differs, every difference could have the other sign.
-
-    p = (1 + as extreme) / (1 + permutations) (Phipson and Smyth 2010), so it is never 0; the
-    interval is that of `paired_bootstrap`.
-
-    Raises:
-        UserError: lengths that differ, fewer than two values, or one that is not finite.
-    """
-    first, second = (side[0] for side in _pair(first_Q, second_Q))
-    difference = first - second
-    interval = paired_bootstrap(first, second, seed=seed, level=level)
-    observed = abs(difference.sum())
-    # Sums that are equal on paper may differ in the last digit.
-    slack = 1e-12 * np.abs(difference).sum()
-    rng = np.random.default_rng((seed, 2))
-    extreme, left = 0, permutations
-    while left:
-        rows = min(left, max(1, _CHUNK // len(difference)))
-        signs = rng.integers(0, 2, size=(rows, len(difference)), dtype=np.int8) * 2 - 1
-        extreme += int((np.abs(signs @ difference) >= observed - slack).sum())
-        left -= rows
-    p_value = (1 + extreme) / (1 + permutations)
-    return PairedTest(
-        interval.n, interval.mean, interval.low, interval.high, interval.level, p_value
-    )
-
-
-def _resamples(size: int, seed: int, number: int, width: int = 1) -> Iterator[NDArray[np.int64]]:
-    """Indices (rows, size) with replacement, `number` rows in all, a chunk at a time."""
-    rng = np.random.default_rng((seed, 0))
-    rows = max(1, _CHUNK // (size * width))
-    for start in range(0, number, rows):
-        yield rng.integers(size, size=(min(rows, number - start), size))
-
-
-def _percentiles(means_R: NDArray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(means_R, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def _checked(name: str, values: ArrayLike, ndim: int) -> NDArray[np.float64]:

@@ -25,7 +25,7 @@ from flowerray.errors import UserError
 from flowerray.model.embedder import BUNDLED_BACKBONE, Embedder, EmbedderConfig
 from flowerray.model.modes import full_precision
 from flowerray.retrieval.measure import BuildStore, EvaluateConfig, measure
-from flowerray.statistics import bootstrap_interval
+from flowerray.statistics import mean_interval
 
 DEFAULT_MODELS = (
     BUNDLED_BACKBONE,
@@ -158,7 +158,7 @@ def assess(
         `model`, `family` (timm's file), `weights` (see `open_backbone`), `params`, `flops` (of one
         image; two a multiplication with addition), `features` (F), `queries`, `gallery`, and
         `recall_at_1`, `map_at_r`, `linear`: each a `mean` with the `low` and `high` of its 95 %
-        bootstrap interval over queries. `linear` (accuracy of `linear_probe`) is None where train
+        interval over queries. `linear` (accuracy of `linear_probe`) is None where train
         does not hold the queries' classes.
 
     Raises:
@@ -182,15 +182,15 @@ def assess(
         "features": embedder.num_features,
         "queries": int(counted_Q.sum()),
         "gallery": found.metrics["gallery"],
-        "recall_at_1": bootstrap_interval(found.per_query["hit"][counted_Q]).to_dict(),
-        "map_at_r": bootstrap_interval(found.per_query["average_precision"][counted_Q]).to_dict(),
+        "recall_at_1": mean_interval(found.per_query["hit"][counted_Q]).to_dict(),
+        "map_at_r": mean_interval(found.per_query["average_precision"][counted_Q]).to_dict(),
         "linear": None,
     }
     if found.metrics["gallery"] == "train" and len(np.unique(found.gallery_labels)) > 1:
         right_Q = linear_probe(
             found.gallery_emb, found.gallery_labels, found.query_emb, config.linear_c
         ) == found.query_labels  # fmt: skip
-        row["linear"] = bootstrap_interval(right_Q).to_dict()
+        row["linear"] = mean_interval(right_Q).to_dict()
     return row
 
 

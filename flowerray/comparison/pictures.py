@@ -15,14 +15,12 @@ from flowerray.show.charts import forest
 from flowerray.show.columns import columns
 from flowerray.show.interval import read, words
 from flowerray.show.style import BLUE, ORANGE, save
-from flowerray.statistics import bootstrap_interval, holm, paired_bootstrap, t_interval
+from flowerray.statistics import holm, mean_interval, paired_difference
 from flowerray.text import labelled
 
 METRICS = {"recall_at_1": "R@1", "map_at_r": "MAP@R"}
 FROZEN = "frozen"
 """The row of the backbone as it came: one record, and no training."""
-RESAMPLES = 5000
-"""Of each bootstrap."""
 
 
 def rows_of(
@@ -41,14 +39,8 @@ def rows_of(
         rows[row] = {"images": paid[0]["images"], "epochs": paid[0]["epochs"], "seconds": seconds}
         for metric in METRICS:
             values_SQ = scores(found, metric)
-            values_S = values_SQ.mean(1)
-            # One model without seeds: what could have been others are the queries.
-            ci = (
-                bootstrap_interval(values_SQ[0], resamples=RESAMPLES)
-                if row == FROZEN
-                else t_interval(values_S)
-            )
-            rows[row][metric] = {**ci.to_dict(), "values": values_S.tolist()}
+            found_mean = mean_interval(values_SQ).to_dict()
+            rows[row][metric] = {**found_mean, "values": values_SQ.mean(1).tolist()}
     return rows
 
 
@@ -62,7 +54,7 @@ def pairs_of(records: Mapping[str, Sequence[Record]], quiet: bool = False) -> li
         pair: dict[str, Any] = {"first": first, "second": second}
         for metric in METRICS:
             sides = (scores(records[row], metric) for row in (first, second))
-            test = paired_bootstrap(*sides, resamples=RESAMPLES)
+            test = paired_difference(*sides)
             pair[metric] = {**test.to_dict(), "p_value": test.p_value}
         pairs.append(pair)
     for metric in METRICS:
@@ -97,9 +89,9 @@ def comparison_table(content: dict[str, Any]) -> str:
             names = f"{pair['first']} - {pair['second']}"
             table.append([names, words(test, "+.3f"), *p_values])
         lines += columns(table, "<<>>")
-    lines += ["", "Rows: mean and 95 % t interval over seeds (frozen: bootstrap over queries);"]
-    lines += ["images and seconds of one training. Differences: paired bootstrap over the same"]
-    lines += ["queries x seeds; Holm p holds for all differences of a protocol together."]
+    lines += ["", "Mean and 95 % interval over queries and seeds (frozen: queries alone); images"]
+    lines += ["and seconds of one training. Differences on the same queries; Holm p holds for"]
+    lines += ["all differences of a protocol together."]
     return "\n".join([*lines, *(labelled("note", text) for text in content["notes"])])
 
 

@@ -101,9 +101,7 @@ def plan(config: CompareConfig) -> tuple[list[PlannedRun], int, list[str]]:
     bases, trials = base_runs(config, notes)
     first_seed = FRESH_SEED if trials else 0  # the search chose what its own seed favoured
     if config.seeds < ENOUGH_SEEDS:
-        notes.append(
-            f"{config.seeds} seeds are few: intervals and tests are rough below {ENOUGH_SEEDS}."
-        )
+        notes.append(f"{config.seeds} seeds are few: intervals are wide below {ENOUGH_SEEDS}.")
     entries = []
     for protocol in config.protocols:
         data = config.data.model_copy(update={"protocol": protocol})

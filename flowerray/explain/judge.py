@@ -21,7 +21,7 @@ from flowerray.explain.faithfulness import METRICS, FaithfulnessConfig, Scores, 
 from flowerray.explain.layers import Layer, Norm, capture, similarity
 from flowerray.explain.localise import energy, iou, pointing
 from flowerray.model.embedder import Embedder
-from flowerray.statistics import Interval, bootstrap_interval, paired_bootstrap
+from flowerray.statistics import Interval, mean_interval, paired_difference
 
 LOCALISATION = ("energy", "pointing", "iou")
 LOWER_IS_BETTER = ("deletion", "road_lerf")
@@ -192,9 +192,9 @@ def metrics_of(subjects: Subjects) -> tuple[str, ...]:
 
 
 def intervals(scores: dict[str, dict[str, NDArray]]) -> dict[str, dict[str, Interval]]:
-    """Means with 95 % bootstrap intervals over images."""
+    """Means with 95 % intervals over images."""
     return {
-        name: {metric: bootstrap_interval(values) for metric, values in rows.items()}
+        name: {metric: mean_interval(values) for metric, values in rows.items()}
         for name, rows in scores.items()
     }
 
@@ -211,7 +211,7 @@ def gains(
         for metric, values in rows.items():
             pair = (first[metric], values)
             ordered = pair[::-1] if metric in LOWER_IS_BETTER else pair
-            found[name][metric] = paired_bootstrap(*ordered)
+            found[name][metric] = paired_difference(*ordered)
     return found
 
 

@@ -13,7 +13,7 @@ from flowerray.data.dataset import Dataset
 from flowerray.explore.duplicates import DuplicatePair
 from flowerray.retrieval.measure import default_gallery
 from flowerray.retrieval.search import retrieval_per_query
-from flowerray.statistics import Interval, bootstrap_interval
+from flowerray.statistics import Interval, mean_interval
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def recall_effect(
     clean_Q = counted_Q & ~tainted_Q
     return Effect(
         gallery=gallery_name,
-        every=bootstrap_interval(hit_Q[counted_Q]),
-        clean=bootstrap_interval(hit_Q[clean_Q]) if clean_Q.any() else None,
+        every=mean_interval(hit_Q[counted_Q]),
+        clean=mean_interval(hit_Q[clean_Q]) if clean_Q.any() else None,
     )
 
 

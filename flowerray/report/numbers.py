@@ -14,15 +14,12 @@ from flowerray.report.gather import Setting, Variant
 from flowerray.statistics import (
     Interval,
     PairedTest,
-    bootstrap_interval,
     holm,
-    mcnemar,
-    paired_bootstrap,
+    mean_interval,
+    paired_difference,
     t_interval,
 )
 
-RESAMPLES = 2000
-"""Of intervals that go without a p-value: their bounds are then good to the third decimal."""
 PER_QUERY = {"recall_at_1": "hit", "map_at_r": "average_precision"}
 FROZEN = "frozen features"
 
@@ -81,15 +78,17 @@ def evaluations(setting: Setting) -> list[Evaluations]:
 
 
 def summary(records: Sequence[Record], metric: str) -> Interval | None:
-    """A metric's mean over seeds with Student's interval; of one seed, with the bootstrap over its
-    queries where they are known. Bounds stay within 0..1. None where no evaluation has it.
+    """A metric's mean with its interval over queries and seeds; where the seeds were not asked the
+    same queries, or their scores are not known, Student's over seeds, within 0..1. None where no
+    evaluation has it.
     """
     values = [r["metrics"][metric] for r in records if metric in r["metrics"]]
     if not values:
         return None
+    known = metric in PER_QUERY and all("per_query" in r for r in records)
+    if known and len({tuple(r["queries"]) for r in records}) == 1:
+        return mean_interval(scores(records, metric))
     found = t_interval(values)
-    if len(values) == 1 and metric in PER_QUERY and "per_query" in records[0]:
-        found = bootstrap_interval(scores(records, metric)[0], resamples=RESAMPLES)
     return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 
 
@@ -135,15 +134,7 @@ def compare(
     )
     if hits[0].shape[1] < 2:
         return None
-    difference = paired_bootstrap(*precision, resamples=RESAMPLES)
-    return Comparison(first, second, hit_difference(*hits), difference)
-
-
-def hit_difference(first_SQ: NDArray, second_SQ: NDArray) -> PairedTest:
-    """McNemar's exact test for one run against one, else the paired bootstrap."""
-    if len(first_SQ) == len(second_SQ) == 1:
-        return mcnemar(first_SQ[0], second_SQ[0])
-    return paired_bootstrap(first_SQ, second_SQ)
+    return Comparison(first, second, paired_difference(*hits), paired_difference(*precision))
 
 
 def corrected(found: Sequence[Comparison]) -> list[Comparison]:

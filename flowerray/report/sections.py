@@ -109,8 +109,8 @@ def _clean_table(table: Evaluations, shown: Sequence[Variant]) -> list[Block]:
         seeds = MISSING if name.startswith(FROZEN) else str(len(table.records[name]))
         rows.append([name, seeds, *cells])
     caption = (
-        f"{table.title}. Mean and 95 % interval: Student's t over seeds; with one seed the "
-        "bootstrap over queries, where their scores were kept. The best mean of a column is bold."
+        f"{table.title}. Mean and 95 % interval: of R@1 and MAP@R over queries and seeds, of the "
+        "others Student's t over seeds. The best mean of a column is bold."
     )
     drawn = [n for n in found if n.startswith(FROZEN) or any(n == v.label for v in shown)]
     picture = charts.forest(
@@ -138,10 +138,9 @@ def _paired(rows: Sequence[Comparison]) -> Table:
             ]
             for c in rows
         ],
-        "Paired comparisons on the same queries. p, of no difference in R@1: McNemar's exact test "
-        "for one run against one, else the bootstrap over seeds and queries, as for the 95 % "
-        "intervals; the last column corrects for all rows (Holm). A few seeds understate how much "
-        "trainings differ.",
+        "Paired comparisons on the same queries, with 95 % intervals over queries and seeds. p, of "
+        "no difference in R@1: McNemar's exact test for one run against one, else where the "
+        "interval begins to hold 0; the last column corrects for all rows (Holm).",
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from flowerray.retrieval.measure import Measurement
 from flowerray.retrieval.pictures import Neighbour
 from flowerray.show.columns import columns
 from flowerray.show.interval import words
-from flowerray.statistics import Interval, bootstrap_interval
+from flowerray.statistics import Interval, mean_interval
 
 LABELS = {
     "recall_at_1": "R@1",
@@ -28,8 +28,8 @@ PER_QUERY = {"recall_at_1": "hit", "r_precision": "r_precision", "map_at_r": "av
 
 
 def measurement(title: str, result: Measurement) -> str:
-    """The metrics of one evaluation, with 95 % bootstrap intervals over queries where they are
-    means of queries.
+    """The metrics of one evaluation, with 95 % intervals over queries where they are means of
+    queries.
     """
     m, known = result.metrics, intervals(result)
     rows = [[label, words(known.get(key, m[key]))] for key, label in LABELS.items() if key in m]
@@ -64,7 +64,7 @@ def intervals(result: Scored) -> dict[str, Interval]:
     counted = result.per_query["num_relevant"] > 0
     return {
         key: replace(
-            bootstrap_interval(result.per_query[name][counted].astype(float)),
+            mean_interval(result.per_query[name][counted].astype(float)),
             mean=result.metrics[key],
         )
         for key, name in PER_QUERY.items()

@@ -25,7 +25,7 @@ from flowerray.retrieval.pairs import Pairs
 from flowerray.robustness.gallery import attack_gallery
 from flowerray.robustness.verification import attack_pairs, query_pair_accuracy
 from flowerray.robustness.victim import Victim
-from flowerray.statistics import bootstrap_interval
+from flowerray.statistics import mean_interval
 
 EXAMPLES = 6
 """Fallen queries whose pictures are kept at each budget."""
@@ -56,7 +56,7 @@ class Score:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """R@1 with its 95 % bootstrap interval over queries, MAP@R and n."""
+        """R@1 with its 95 % interval over queries, MAP@R and n."""
         return {
             **_interval(self.hit_Q.astype(float)),
             "map_at_r": float(self.average_precision_Q.mean()),
@@ -152,8 +152,8 @@ def bits(hit_Q: NDArray[np.bool_]) -> str:
 
 
 def _interval(values_Q: NDArray) -> dict[str, Any]:
-    """A mean with its 95 % bootstrap interval; no bounds (None) for a single value."""
-    interval = bootstrap_interval(values_Q, resamples=2000)
+    """A mean with its 95 % interval; no bounds (None) for a single value."""
+    interval = mean_interval(values_Q)
     bounds = [None if np.isnan(bound) else bound for bound in (interval.low, interval.high)]
     return {"recall_at_1": interval.mean, "ci": bounds}
 

@@ -22,9 +22,10 @@ import torch
 
 from flowerray.data.source import DataConfig
 from flowerray.opening import open_model
+from flowerray.report.numbers import PER_QUERY
 from flowerray.retrieval.command import evaluate_frozen, evaluate_model
 from flowerray.retrieval.measure import EvaluateConfig, Measurement
-from flowerray.statistics import bootstrap_interval, paired_bootstrap, t_interval
+from flowerray.statistics import mean_interval, paired_difference, t_interval
 from flowerray.training.run import Run
 from flowerray.training.rundir import RunDir
 from tests.benchmarks.command import about, flowerray
@@ -95,7 +96,7 @@ def measured(folder: Path, split: str) -> Measurement:
 
 def floor(frozen: Measurement) -> dict[str, Any]:
     """The frozen backbone's figures, with an interval over queries."""
-    ci = bootstrap_interval(frozen.per_query["hit"].astype(float))
+    ci = mean_interval(frozen.per_query["hit"].astype(float))
     return {
         "recall_at_1": {"mean": ci.mean, "low": ci.low, "high": ci.high, "n": ci.n},
         "map_at_r": {"mean": frozen.metrics["map_at_r"]},
@@ -103,17 +104,18 @@ def floor(frozen: Measurement) -> dict[str, Any]:
 
 
 def summary(runs: list[Measurement], frozen: Measurement) -> dict[str, Any]:
-    """Means with t-intervals over seeds; the paired gain over frozen features (queries x seeds)."""
+    """Means, and the paired gain over frozen features, with intervals over queries and seeds."""
     found: dict[str, Any] = {}
     for key in METRICS:
         values = [run.metrics[key] for run in runs if key in run.metrics]
         ci = t_interval(values) if len(values) > 1 else None
+        if key in PER_QUERY:
+            ci = mean_interval([run.per_query[PER_QUERY[key]] for run in runs])
         found[key] = {"mean": float(np.mean(values)), "values": values}
         if ci is not None:
             found[key] |= {"low": ci.low, "high": ci.high}
     hits_SQ = np.stack([run.per_query["hit"] for run in runs]).astype(float)
-    floor_SQ = np.tile(frozen.per_query["hit"].astype(float), (len(runs), 1))
-    gain = paired_bootstrap(hits_SQ, floor_SQ)
+    gain = paired_difference(hits_SQ, frozen.per_query["hit"])
     found["gain_over_frozen"] = {"mean": gain.mean, "low": gain.low, "high": gain.high}
     return found
 

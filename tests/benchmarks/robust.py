@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from flowerray.statistics import paired_bootstrap, t_interval
+from flowerray.statistics import mean_interval, paired_difference
 from tests.benchmarks.command import about, flowerray
 
 METHODS = ("center", "siamese", "triplet")
@@ -95,12 +95,10 @@ def summary(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any
         for name, side in (("robust", 0), ("standard", 1)):
             right_SQ = np.stack([right(pair[side], eps) for pair in pairs])
             values = right_SQ.mean(1).tolist()
-            row[name] = {"values": values, "mean": float(np.mean(values))}
-            if len(values) > 1:
-                ci = t_interval(values)
-                row[name] |= {"low": ci.low, "high": ci.high}
+            ci = mean_interval(right_SQ)
+            row[name] = {"values": values, "mean": ci.mean, "low": ci.low, "high": ci.high}
             hits.append(right_SQ)
-        gain = paired_bootstrap(*hits)
+        gain = paired_difference(*hits)
         row["difference"] = {"mean": gain.mean, "low": gain.low, "high": gain.high}
         by_eps[eps] = row
     audits = [robust["audit"]["failed"] if robust["audit"] else None for robust, _ in pairs]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from flowerray.statistics import paired_bootstrap, t_interval
+from flowerray.statistics import mean_interval, paired_difference
 from flowerray.tuning.study import Study
 from tests.benchmarks.command import about, flowerray
 from tests.benchmarks.quality import measured
@@ -72,16 +72,16 @@ def one_method(options: argparse.Namespace, extra: list[str], method: str) -> di
         found[side] = {}
         for column, (metric, key) in METRICS.items():
             values = [run.metrics[metric] for run in runs]
-            ci = t_interval(values)
+            rows = [run.per_query[key].astype(float) for run in runs]
+            ci = mean_interval(rows)
             found[side][column] = {
                 "values": values, "mean": ci.mean, "low": ci.low, "high": ci.high,
             }  # fmt: skip
-            rows = [run.per_query[key].astype(float) for run in runs]
             of_query[column][side] = np.stack(rows)
     if "tuned" in sides:
         found["gain"] = {}
         for column, by_side in of_query.items():
-            test = paired_bootstrap(by_side["tuned"], by_side["default"])
+            test = paired_difference(by_side["tuned"], by_side["default"])
             found["gain"][column] = {
                 "mean": test.mean, "low": test.low, "high": test.high, "p": test.p_value,
             }  # fmt: skip

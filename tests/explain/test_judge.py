@@ -99,8 +99,8 @@ def test_judging_scores_each_image_as_it_is() -> None:
 
 
 def test_gains_are_above_zero_where_the_first_is_better() -> None:
-    better = {"energy": np.array([0.8, 0.9, 0.7]), "deletion": np.array([0.1, 0.2, 0.15])}
-    worse = {"energy": np.array([0.5, 0.5, 0.6]), "deletion": np.array([0.4, 0.5, 0.3])}
+    better = {"energy": np.array([0.8, 0.9, 0.7] * 5), "deletion": np.array([0.1, 0.2, 0.15] * 5)}
+    worse = {"energy": np.array([0.5, 0.5, 0.6] * 5), "deletion": np.array([0.4, 0.5, 0.3] * 5)}
     found = gains(better, {"other": worse})["other"]
     assert found["energy"].mean == pytest.approx(0.8 / 3) and found["energy"].low > 0
     assert found["deletion"].mean == pytest.approx(0.75 / 3) and found["deletion"].low > 0

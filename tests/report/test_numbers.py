@@ -8,17 +8,24 @@ from scipy import stats
 
 from flowerray.report.gather import group, read_run
 from flowerray.report.numbers import FROZEN, compare, comparisons, evaluations, scores, summary
+from flowerray.statistics import mean_interval
 from tests.report.runs import QUERIES, draw, evaluation, make_run, read
 
 ROOT = Path("flowers")
 
 
-def test_several_seeds_have_students_interval_cut_to_0_and_1() -> None:
+def test_several_seeds_have_an_interval_over_queries_and_seeds_else_students() -> None:
     records = [evaluation(share, seed, ROOT) for seed, share in enumerate((0.9, 0.95, 1.0))]
     found = summary(records, "recall_at_1")
-    assert found is not None and found.mean == pytest.approx(0.95) and found.n == 3
+    assert found == mean_interval(scores(records, "recall_at_1")) and found.n == QUERIES
     half = stats.t.ppf(0.975, 2) * 0.05 / np.sqrt(3)
-    assert found.low == pytest.approx(0.95 - half) and found.high == 1.0
+    for queries in (records[0]["queries"][::-1], None):  # other queries, none known
+        records[0]["queries"] = queries
+        if queries is None:
+            del records[0]["per_query"]
+        found = summary(records, "recall_at_1")
+        assert found is not None and found.mean == pytest.approx(0.95) and found.n == 3
+        assert found.low == pytest.approx(0.95 - half) and found.high == 1.0
     assert summary(records, "pair_eer") is None
 
 
