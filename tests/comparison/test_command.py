@@ -362,7 +362,7 @@ def test_an_interrupted_comparison_is_resumed(
     assert dispatch(resumed) == 0
     shown = capsys.readouterr()
     content = json.loads(shown.out)
-    assert read_json(out / "compare.json") == content
+    assert json.loads((out / "compare.json").read_text()) == content
     rows = content["protocols"]["official"]["rows"]
     assert {row: values["images"] for row, values in rows.items()} == {
         "frozen": 0, **dict.fromkeys(ROWS, 40)

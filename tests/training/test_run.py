@@ -43,7 +43,7 @@ def test_differences_name_options_and_leave_out_resources(tmp_path: Path) -> Non
         ({"train": {"epochs": 0}}, "does not fit .*`train.epochs` = 0: input should be .* 1\\.$"),
         ({"train": {"pace": 1}}, "does not fit .*there is no option `train.pace`\\.$"),
         ({"method": {"name": "quadruplet"}}, "does not fit .*no method 'quadruplet'"),
-        ({"method": {}}, "does not fit .*'name' is missing"),
+        ({"method": {}}, "does not fit .*'method.name' is missing"),
         ({"colour": 1}, "does not fit .*no option `colour`"),
     ],
 )
