@@ -29,7 +29,7 @@ FLOORS = [
     "training: rundir harden progress checkpoint loop run curves table",
     "tracking: address server registry state sync",
     "opening",
-    "retrieval: search pairs embed measure pictures table command",
+    "retrieval: search pairs embed views measure pictures table command",
     "robustness: config journal victim verification gallery attack checks score audit guard"
     " record table pictures command",
     "explain: layers baselines decompose cam faithfulness localise sanity judge concepts tcav"

@@ -17,6 +17,7 @@ from flowerray.cluster.trainer import innermost, train_on_workers
 from flowerray.cluster.watch import Watcher
 from flowerray.cluster.worker import (
     build_method,
+    keep_features,
     pick_device,
     refuse_changed,
     split_store,
@@ -64,7 +65,9 @@ def train_run(
         folder.create(run.to_dict())
     with only_driver(folder.path), Watcher(quiet) as watcher:
         with watcher.running(folder, run.to_dict(), tags, steps=steps, parent=parent):
-            if run.resources.workers == 0:
+            # One worker gains nothing from a Ray of its own that takes longer than its training.
+            head = run.embedder.train == "head" and run.resources.workers == 1
+            if run.resources.workers == 0 or (head and "RAY_ADDRESS" not in os.environ):
                 device = pick_device(run.resources.device)
                 summary = train_worker(run, FolderReporter(folder.path), device)
             else:
@@ -137,12 +140,22 @@ def check_run(run: Run, quiet: bool = False, resume: bool = False) -> tuple[dict
                 f"`resources.device` cuda: this machine has {torch.cuda.device_count()} GPUs that "
                 f"torch can use, for {workers} workers; choose cpu, or fewer workers."
             )
-    method = build_method(run, len(trained_classes))
+    if run.embedder.train == "head" and run.harden.on:
+        raise UserError(
+            "`harden` changes pixels, and `embedder.train` head trains on kept features alone: "
+            "train all of the embedder, with `init` where there is a head already."
+        )
+    if run.embedder.start == "pca" and run.embedder.train != "head":
+        raise UserError("`embedder.start` pca needs the features that `embedder.train` head keeps.")
+    method, embedder = build_method(run, len(trained_classes))
     if not resume:  # which has its own weights
-        start_weights(run, method, dataset, trained_classes)
+        start_weights(run, method, embedder, dataset, trained_classes)
     for split in ("train", "val"):
         if split in dataset.splits:
             split_store(dataset, split, run.embedder.image_size, progress=not quiet)
+    alone = run.resources.workers <= 1 and "RAY_ADDRESS" not in os.environ
+    if run.embedder.train == "head" and alone:
+        keep_features(run, embedder.to(pick_device(run.resources.device)), dataset, quiet)
     return dataset.tags, total_steps(config, run.harden, sampler)
 
 

@@ -2,7 +2,7 @@
 result.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from timm.layers import convert_sync_batchnorm
+from tqdm import tqdm
 
 from flowerray import methods
 from flowerray.data.dataset import Dataset
@@ -20,11 +21,12 @@ from flowerray.errors import UserError
 from flowerray.files import write_json
 from flowerray.memory import keep_freed_memory
 from flowerray.methods._base import Method
-from flowerray.model.embedder import Embedder
+from flowerray.model.embedder import Embedder, Head, start_from_pca
 from flowerray.model.modes import own_draws
-from flowerray.retrieval.embed import embed, embed_together
+from flowerray.retrieval.embed import embed, embed_together, frozen_features
 from flowerray.retrieval.measure import frozen_pairs, split_names, validation_metrics
 from flowerray.retrieval.pairs import PAIR_SEED, fit_threshold, pair_cosines, save_pairs
+from flowerray.retrieval.views import Views, kept_views, one_view
 from flowerray.robustness.guard import guard
 from flowerray.training import checkpoint
 from flowerray.training.loop import Data, Result, train
@@ -41,20 +43,28 @@ def split_store(dataset: Dataset, split: str, image_size: int, progress: bool = 
     return build_store(paths, resize_side(image_size), progress=progress)
 
 
-def build_method(run: Run, num_classes: int) -> Method:
-    """The module that trains, from the run's seed."""
+def build_method(run: Run, num_classes: int) -> tuple[Method, Embedder]:
+    """The module that trains, from the run's seed, and its embedder, of which it may hold the head
+    alone.
+    """
     file = methods.get(run.method_name)
     with own_draws():
         torch.default_generator.manual_seed(run.train.seed)  # the loss's own parameters
-        return file.method(run.method, Embedder(run.embedder, seed=run.train.seed), num_classes)
+        embedder = Embedder(run.embedder, seed=run.train.seed)
+        own = Head(embedder) if run.embedder.train == "head" else embedder
+        return file.method(run.method, own, num_classes), embedder
 
 
 def start_weights(
-    run: Run, method: Method, dataset: Dataset, trained_classes: NDArray[np.int64]
+    run: Run,
+    method: Method,
+    embedder: Embedder,
+    dataset: Dataset,
+    trained_classes: NDArray[np.int64],
 ) -> None:
     """Gives the method the weights of `run.init`, where there is one: `checkpoint.initialise`."""
     if run.init is not None:
-        checkpoint.initialise(method, run.init, class_names(dataset, trained_classes))
+        checkpoint.initialise(method, embedder, run.init, class_names(dataset, trained_classes))
 
 
 def noted(run: Run, dataset: Dataset) -> dict[str, Any]:
@@ -104,17 +114,36 @@ def train_worker(run: Run, reporter: FolderReporter, device: torch.device) -> di
     val_store = None
     if "val" in dataset.splits:
         val_store = split_store(dataset, "val", run.embedder.image_size)
-    method = build_method(run, len(trained_classes)).to(device)
-    if (saved := reporter.restore()) is None:
-        start_weights(run, method, dataset, trained_classes)
-    else:
+    method, embedder = build_method(run, len(trained_classes))
+    saved, head = reporter.restore(), run.embedder.train == "head"
+    if saved is None or head:  # a head's checkpoint has no backbone
+        start_weights(run, method, embedder, dataset, trained_classes)
+    if saved is not None:
         refuse_changed(checkpoint.trained_on(saved), dataset.tags, dataset.root)
-    if not run.embedder.freeze_bn and reporter.world > 1:
-        method = convert_sync_batchnorm(method)
+    method, embedder = method.to(device), embedder.to(device)
+    if head:
+        data = head_data(run, embedder, dataset, train_store, targets_N, val_store, saved is None)
+    else:
+        data = Data(train_store, targets_N, validation(run, dataset, train_store, val_store))
+        if not run.embedder.freeze_bn and reporter.world > 1:
+            method = convert_sync_batchnorm(method)
+    facts = noted(run, dataset)
+    result = train(run.train, run.augment, run.harden, method, data, reporter, facts)
+    if reporter.rank != 0:
+        return {}
+    return finish(run, reporter.dir, method, embedder, dataset, trained_classes, val_store, result)
+
+
+def validation(
+    run: Run, dataset: Dataset, train_store: Store, val_store: Store | None
+) -> Callable[[Embedder], dict[str, float]] | None:
+    """What measures an embedder on val after each epoch; None where there is no val."""
+    if val_store is None:
+        return None
+    labels_Q = dataset.split_labels("val")
 
     def validate(embedder: Embedder) -> dict[str, float]:
-        assert val_store is not None
-        emb_QD, labels_Q = embed_together(embedder, val_store), dataset.split_labels("val")
+        emb_QD = embed_together(embedder, val_store)
         gallery = None
         if dataset.protocol != "disjoint":
             gallery = embed_together(embedder, train_store), dataset.split_labels("train")
@@ -123,18 +152,63 @@ def train_worker(run: Run, reporter: FolderReporter, device: torch.device) -> di
             metrics |= guard(run.harden, embedder, val_store, emb_QD, labels_Q, gallery)
         return metrics
 
-    data = Data(train_store, targets_N, validate if val_store is not None else None)
-    facts = noted(run, dataset)
-    result = train(run.train, run.augment, run.harden, method, data, reporter, facts)
-    if reporter.rank != 0:
-        return {}
-    return finish(run, reporter.dir, method, dataset, trained_classes, val_store, result)
+    return validate
+
+
+def keep_features(run: Run, embedder: Embedder, dataset: Dataset, quiet: bool) -> None:
+    """Computes what a head is trained on, where it is not kept yet, and shows how far it is."""
+    stores = {
+        split: split_store(dataset, split, run.embedder.image_size)
+        for split in ("train", "val")
+        if split in dataset.splits
+    }
+    total = len(stores["train"]) * (1 + run.data.views) + len(stores.get("val", ()))
+    with tqdm(total=total, unit="img", desc="features", disable=quiet or None) as bar:
+        kept_views(embedder, stores["train"], run.augment, run.data.views, progress=bar.update)
+        if "val" in stores:
+            frozen_features(embedder, stores["val"], progress=bar.update)
+
+
+def head_data(
+    run: Run,
+    embedder: Embedder,
+    dataset: Dataset,
+    train_store: Store,
+    targets_N: NDArray[np.int64],
+    val_store: Store | None,
+    fresh: bool,
+) -> Data:
+    """What a head is trained on and validated by: features of the embedder's backbone, kept.
+
+    Args:
+        fresh: no checkpoint is resumed, so that `embedder.start` sets the projection.
+    """
+    views_NVF = kept_views(embedder, train_store, run.augment, run.data.views)
+    device = embedder.projection.weight.device
+    train_NF = torch.from_numpy(np.ascontiguousarray(views_NVF[:, 0])).to(device)
+    if fresh and run.init is None and run.embedder.start == "pca":
+        start_from_pca(embedder.projection, train_NF)
+    validate = None
+    if val_store is not None:
+        val_QF = torch.from_numpy(frozen_features(embedder, val_store)).to(device)
+        labels_Q = dataset.split_labels("val")
+
+        @torch.no_grad()
+        def validate(head: Head) -> dict[str, float]:
+            gallery = None
+            if dataset.protocol != "disjoint":
+                gallery = head(train_NF).float().cpu().numpy(), dataset.split_labels("train")
+            return validation_metrics(head(val_QF).float().cpu().numpy(), labels_Q, gallery)
+
+    view = lambda batch: one_view(batch.images, batch.uniforms)  # noqa: E731
+    return Data(Views(views_NVF), targets_N, validate, view)
 
 
 def finish(
     run: Run,
     folder: RunDir,
     method: Method,
+    embedder: Embedder,
     dataset: Dataset,
     trained_classes: NDArray[np.int64],
     val_store: Store | None,
@@ -148,15 +222,15 @@ def finish(
     assert source is not None, "a finished training has saved a checkpoint"
     state = checkpoint.load_state(source, device)
     method.load_state_dict(state["method"])
-    embedder_state = state["average"] or checkpoint.split_state(method)[0]
-    method.embedder.load_state_dict(embedder_state)
+    trained = state["average"] or checkpoint.split_state(method)[0]
+    embedder.load_state_dict({**embedder.state_dict(), **trained})
 
     threshold = run.threshold
     if val_store is not None:
         untrained = Embedder(run.embedder, seed=run.train.seed).to(device)
         pairs = frozen_pairs(untrained, val_store, dataset.split_labels("val"), seed=PAIR_SEED)
         save_pairs(folder.pairs, {"val": (pairs, split_names(dataset, "val"))}, seed=PAIR_SEED)
-        emb_ND = embed(method.embedder, val_store, device=device)
+        emb_ND = embed(embedder, val_store, device=device)
         if threshold is None:
             threshold = fit_threshold(pair_cosines(emb_ND, pairs), pairs.same)
     assert threshold is not None, "the driver refuses a run with neither val nor threshold"
@@ -167,7 +241,7 @@ def finish(
     classes = class_names(dataset, trained_classes)
     used = run.train.model_copy(update={"precision": result.precision})  # what auto came to
     facts = noted(run.model_copy(update={"train": used}), dataset)
-    checkpoint.export(model, method, embedder_state, facts, threshold, classes)
+    checkpoint.export(model, method, embedder.state_dict(), facts, threshold, classes)
     best = result.best if val_store is not None else None
     summary = {
         **result._asdict(),

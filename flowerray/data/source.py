@@ -36,6 +36,9 @@ class DataConfig(Config):
     """Images of each class that validate (class folders only); the rest tests."""
     seed: int = Field(0, ge=0)
     """Of the split of class folders, and of the classes that `disjoint` validates on."""
+    views: int = Field(8, ge=0, le=10_000)
+    """Augmented views of each training image whose features are kept where only the head is trained
+    (`--embedder.train head`), beside those of its centre crop."""
     synthetic: SyntheticConfig = SyntheticConfig()
     """The set that is rendered where `root` is None."""
 

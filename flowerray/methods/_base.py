@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flowerray.config import Config
 
 if TYPE_CHECKING:  # the methods can be listed and configured without loading timm
-    from flowerray.model.embedder import Embedder
+    from flowerray.model.embedder import Embedder, Head
 
 
 class MethodConfig(Config):
@@ -82,7 +82,7 @@ def gather(rows_b: Tensor) -> Tensor:
 class Method(nn.Module, ABC):
     """An embedder and a loss with its parameters: one module, so that DDP keeps all of it equal."""
 
-    def __init__(self, config: MethodConfig, embedder: "Embedder", num_classes: int) -> None:
+    def __init__(self, config: MethodConfig, embedder: "Embedder | Head", num_classes: int) -> None:
         super().__init__()
         self.config = config
         self.embedder = embedder

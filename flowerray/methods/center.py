@@ -31,7 +31,7 @@ from flowerray.methods._base import (
 )
 
 if TYPE_CHECKING:
-    from flowerray.model.embedder import Embedder
+    from flowerray.model.embedder import Embedder, Head
 
 EXPORT_NAME = "center_loss"
 
@@ -63,7 +63,7 @@ class Center(Method):
     config: Config
     centers_CD: Tensor
 
-    def __init__(self, config: Config, embedder: "Embedder", num_classes: int) -> None:
+    def __init__(self, config: Config, embedder: "Embedder | Head", num_classes: int) -> None:
         super().__init__(config, embedder, num_classes)
         # Rows of length 1: AdamW steps by an absolute amount, which would turn longer rows slowly.
         rows_CD = F.normalize(torch.randn(num_classes, embedder.dim, generator=self.generator()))

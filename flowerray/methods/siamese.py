@@ -40,7 +40,7 @@ from flowerray.methods._base import (
 )
 
 if TYPE_CHECKING:
-    from flowerray.model.embedder import Embedder
+    from flowerray.model.embedder import Embedder, Head
 
 EXPORT_NAME = "siamese_network"
 
@@ -74,7 +74,7 @@ class Siamese(Method):
 
     config: Config
 
-    def __init__(self, config: Config, embedder: "Embedder", num_classes: int) -> None:
+    def __init__(self, config: Config, embedder: "Embedder | Head", num_classes: int) -> None:
         super().__init__(config, embedder, num_classes)
         if config.head == "bce":
             # Evenly weighted |f1 - f2| sums to about sqrt(2 D / pi) d, so this starts near

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from flowerray.model.embedder import Embedder
+from flowerray.model.embedder import Embedder, Head
 
 
 class MovingAverage:
@@ -16,12 +16,12 @@ class MovingAverage:
     (1 + n) / (10 + n), or short trainings would export their first weights.
     """
 
-    def __init__(self, embedder: Embedder, decay: float) -> None:
+    def __init__(self, embedder: Embedder | Head, decay: float) -> None:
         self.decay = decay
         self.state: dict[str, Tensor] = copy.deepcopy(embedder.state_dict())
 
     @torch.no_grad()
-    def update(self, embedder: Embedder, step: int) -> None:
+    def update(self, embedder: Embedder | Head, step: int) -> None:
         """average += (1 - decay) (weights - average), after optimizer step `step`, from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, value in embedder.state_dict().items():
@@ -31,7 +31,7 @@ class MovingAverage:
                 self.state[name].copy_(value)
 
     @contextmanager
-    def swapped_into(self, embedder: Embedder) -> Iterator[None]:
+    def swapped_into(self, embedder: Embedder | Head) -> Iterator[None]:
         """Within its block the embedder has the averaged weights."""
         own = copy.deepcopy(embedder.state_dict())
         embedder.load_state_dict(self.state)

@@ -6,7 +6,7 @@ D embedding dimensions.
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -45,6 +45,12 @@ class EmbedderConfig(Config):
     weights: str = "bundled"
     """Source of the backbone's weights: "bundled" (tf_efficientnet_lite0 only, no network), "hub"
     (timm's pretrained ones), "none" (random), or the path of a .safetensors, .pth or .pt file."""
+    train: Literal["all", "head"] = "all"
+    """all = backbone and projection; head = the projection alone, on features of the backbone that
+    are computed once and kept."""
+    start: Literal["orthogonal", "pca"] = "orthogonal"
+    """The projection's first weights: a random orthogonal matrix, or (head only) the whitened
+    principal components of the training images' features."""
     freeze_bn: bool = True
     """Keep BatchNorm's running statistics as loaded; its scale and shift are trained either way."""
 
@@ -118,10 +124,7 @@ class Embedder(nn.Module):
             UserError: images that are no tensor, not float, not (B, 3, H, W), of 0..255, or
                 normalised.
         """
-        features_BF = self.features(images_BCHW)
-        with torch.autocast(features_BF.device.type, enabled=False):
-            emb_BD = self.projection(features_BF.to(self.projection.weight.dtype))
-            return F.normalize(emb_BD, dim=1, eps=1e-6)
+        return projected(self.projection, self.features(images_BCHW))
 
     def features(self, images_BCHW: Tensor) -> Tensor:
         """Pooled backbone features (B, F), not normalised; input as for `forward`."""
@@ -183,6 +186,46 @@ class Embedder(nn.Module):
                 f"The embedder takes pixels in [0,1] and was given values from {low:.4g} to "
                 f"{high:.4g}: divide those of 0..255 by 255, and leave the normalisation to it."
             )
+
+
+class Head(nn.Module):
+    """The projection of an embedder on features that were kept: what is trained, checkpointed and
+    averaged in the embedder's place where its backbone stays as it is.
+    """
+
+    def __init__(self, embedder: Embedder) -> None:
+        """Shares the embedder's projection: what is trained here is trained there."""
+        super().__init__()
+        self.config, self.seed, self.dim = embedder.config, embedder.seed, embedder.dim
+        self.image_size = embedder.image_size
+        self.projection = embedder.projection
+
+    def forward(self, features_BF: Tensor) -> Tensor:
+        """Unit-norm emb_BD, as `Embedder.forward` makes them of the same images."""
+        return projected(self.projection, features_BF)
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """None."""
+        return []
+
+
+def projected(projection: nn.Linear, features_BF: Tensor) -> Tensor:
+    """Unit-norm emb_BD of features of any length, under autocast in the projection's precision."""
+    with torch.autocast(features_BF.device.type, enabled=False):
+        emb_BD = projection(features_BF.to(projection.weight.dtype))
+        return F.normalize(emb_BD, dim=1, eps=1e-6)
+
+
+@torch.no_grad()
+def start_from_pca(projection: nn.Linear, features_NF: Tensor) -> None:
+    """Sets a projection to the first D principal components of features, each scaled to variance 1
+    and all to the mean length 1; what N features of rank below D leave open stays as it is.
+    """
+    centred_NF = (features_NF - features_NF.mean(0)).double()
+    _, spread_R, components_RF = torch.linalg.svd(centred_NF, full_matrices=False)
+    rank = min(int((spread_R > 1e-6 * spread_R[0]).sum()), projection.out_features)
+    whitened_RF = components_RF[:rank] / spread_R[:rank, None]
+    projection.weight[:rank] = (whitened_RF / whitened_RF.norm(dim=1).mean()).to(projection.weight)
 
 
 def _cfg(backbone: str) -> PretrainedCfg:

@@ -153,7 +153,7 @@ def load_export(run_or_file: str | Path) -> dict[str, Any]:
     return {**content, "dataset": run.pop("dataset", None), "run": run}
 
 
-def initialise(method: Method, source: Path, classes: tuple[str, ...]) -> None:
+def initialise(method: Method, embedder: Embedder, source: Path, classes: tuple[str, ...]) -> None:
     """Gives a method the weights of a finished RUN or an export, as the start of a training.
 
     The embedder's weights always; the loss's own parameters where they are of the same method and
@@ -161,6 +161,7 @@ def initialise(method: Method, source: Path, classes: tuple[str, ...]) -> None:
 
     Args:
         method: on any device.
+        embedder: the method's, or the one whose head it trains.
         source: a RUN folder or an export.
         classes: names of the classes that are about to be trained, in the targets' order.
 
@@ -168,7 +169,7 @@ def initialise(method: Method, source: Path, classes: tuple[str, ...]) -> None:
         UserError: nothing there; an embedder of another backbone or embedding size.
     """
     content = load_export(source)
-    own = method.embedder.config
+    own = embedder.config
     old = EmbedderConfig(**content["run"]["embedder"])
     for field in ("backbone", "dim"):
         if getattr(own, field) != getattr(old, field):
@@ -176,12 +177,13 @@ def initialise(method: Method, source: Path, classes: tuple[str, ...]) -> None:
                 f"`init` {source} has embedder.{field} {getattr(old, field)}, and this run "
                 f"{getattr(own, field)}: give `embedder.{field}` {getattr(old, field)}."
             )
-    embedder, rest = content["embedder"], split_state(method)[1]
+    rest = split_state(method)[1]
     same = content["run"]["method"]["name"] == methods.name_of(type(method.config))
     if same and tuple(content["classes"]) == classes and content["method"].keys() == rest.keys():
         rest = content["method"]
     try:
-        method.load_state_dict(join_state(embedder, rest))
+        embedder.load_state_dict(content["embedder"])
+        method.load_state_dict(join_state(split_state(method)[0], rest))
     except RuntimeError as error:  # a backbone that is tied to its image size
         raise UserError(
             f"`init` {source} does not fit {own.backbone} at {own.image_size} px: give its "

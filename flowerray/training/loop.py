@@ -22,12 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 from flowerray import system
 from flowerray.config import Config
 from flowerray.data.augment import AugmentConfig, augment, draw
-from flowerray.data.batches import Batches, PKSampler
-from flowerray.data.store import Store
+from flowerray.data.batches import Batch, Batches, ImageStore, PKSampler
 from flowerray.errors import UserError
 from flowerray.methods._base import Method, Output
 from flowerray.model.averages import MovingAverage
-from flowerray.model.embedder import Embedder
+from flowerray.model.embedder import Head
 from flowerray.model.modes import own_draws
 from flowerray.model.precision import faster_precision
 from flowerray.training import checkpoint
@@ -109,14 +108,16 @@ class Reporter(Protocol):
 class Data(NamedTuple):
     """What the loop trains on and how it validates."""
 
-    store: Store
-    """Decoded training images."""
+    store: ImageStore
+    """Decoded training images; where a head is trained, features of their views."""
     targets_N: NDArray[np.int64]
     """Their classes, 0..num_classes-1."""
-    validate: Callable[[Embedder], dict[str, float]] | None
-    """Metrics of an embedder under names `val/...`; every rank calls it. None where a protocol has
-    no val split.
+    validate: Callable[..., dict[str, float]] | None
+    """Metrics of the method's embedder under names `val/...`; every rank calls it. None where a
+    protocol has no val split.
     """
+    view: Callable[[Batch], Tensor] | None = None
+    """What the method is given of a batch; None = its augmented pixels."""
 
 
 class Result(NamedTuple):
@@ -160,7 +161,7 @@ def train(
             method.
     """
     device = next(method.parameters()).device
-    size = method.embedder.image_size
+    view = data.view or pixels(method, augment_config)
     sampler = make_sampler(config, data.targets_N)
     steps = total_steps(config, harden, sampler)
     batches = Batches(
@@ -226,8 +227,7 @@ def train(
             torch.manual_seed(hash((*method.seed, reporter.rank)) % 2**63)
             schedule.apply(optimizer, progress.step)
 
-            images = augment(batch.images, batch.sizes, batch.uniforms, size, augment_config)
-            images = images.to(method_dtype(method))
+            images = view(batch).to(method_dtype(method))
             # A clean run has one round, without adversarial images; see `harden.Hardening.rounds`.
             for adversarial in hardening.rounds(images, batch.labels, progress.step):
                 output = backward(images, adversarial, batch.labels)
@@ -356,6 +356,12 @@ def make_optimizer(config: TrainConfig, method: Method) -> torch.optim.Optimizer
     )
 
 
+def pixels(method: Method, config: AugmentConfig) -> Callable[[Batch], Tensor]:
+    """Augments a batch's images for a method's embedder."""
+    size = method.embedder.image_size
+    return lambda batch: augment(batch.images, batch.sizes, batch.uniforms, size, config)
+
+
 def method_dtype(method: Method) -> torch.dtype:
     """float64 where the method was made double (tests of equality), else float32."""
     return next(method.parameters()).dtype
@@ -367,6 +373,8 @@ def pick_precision(
     """What `config` says; for auto rank 0's measurement, which decides for all workers."""
     if config.precision != "auto":
         return config.precision
+    if isinstance(method.embedder, Head):
+        return "fp32"  # one small matrix product
     choice = [faster_precision(method.embedder, device) if reporter.rank == 0 else "fp32"]
     if reporter.world > 1:
         dist.broadcast_object_list(choice, src=0, device=device)

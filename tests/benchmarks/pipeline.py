@@ -152,7 +152,7 @@ def compute(job: Job, run: Run) -> dict[str, Any]:
     images_BCHW = store.centre(indices_B, run.embedder.image_size).float().div(255)
     labels_B = torch.from_numpy(targets_N[indices_B])
 
-    method = build_method(run, int(targets_N.max()) + 1).train()
+    method = build_method(run, int(targets_N.max()) + 1)[0].train()
     optimizer, schedule = (
         make_optimizer(run.train, method),
         Schedule(run.train.epochs * sampler.steps, sampler.steps),

@@ -1,0 +1,137 @@
+"""Features of the views of training images, computed once and kept: what a head is trained on.
+
+Letters: N images, V views, B of a batch, F backbone features, U random numbers an image.
+"""
+
+import hashlib
+from collections.abc import Callable
+from contextlib import suppress
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowerray.data.augment import AugmentConfig, augment, draw
+from flowerray.data.store import Store
+from flowerray.files import atomic_file
+from flowerray.model.embedder import Embedder
+from flowerray.model.precision import full_precision
+
+VIEW_SEED = 0
+"""Of the views: the same for every run, so that trials and seeds share what is kept."""
+BATCH = 64
+
+
+class Views:
+    """Features of N images as `Batches` reads them."""
+
+    def __init__(self, features_NVF: NDArray[np.float32]) -> None:
+        self.features_NVF = features_NVF
+
+    def padded(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """All views of some images, BVF, and no sizes."""
+        features_BVF = torch.from_numpy(self.features_NVF[np.asarray(indices)])
+        return features_BVF, torch.zeros(len(indices), 2, dtype=torch.int64)
+
+
+def one_view(features_BVF: Tensor, uniforms_BU: Tensor) -> Tensor:
+    """A view of each image, BF, drawn by the first of its random numbers."""
+    number = features_BVF.shape[1]
+    view_B = (uniforms_BU[:, 0] * number).long().clamp(max=number - 1)
+    return features_BVF[torch.arange(len(view_B), device=view_B.device), view_B]
+
+
+def kept_views(
+    embedder: Embedder,
+    store: Store,
+    config: AugmentConfig,
+    views: int,
+    *,
+    progress: Callable[[int], object] | None = None,
+) -> NDArray[np.float32]:
+    """L2-normalised features (N, 1 + V, F) of each image's centre crop and V augmented views, kept
+    beside the store; the workers of a process group share the work.
+
+    Args:
+        embedder: on its device; nothing of it changes.
+        config: of the augmentation.
+        progress: called with a number of views that are done; N x (1 + V) in all.
+    """
+    file = store.folder / f"views-{_digest(embedder, config, views)}.npy"
+    if all(_together(file.exists())):
+        if progress is not None:
+            progress(len(store) * (1 + views))
+        return np.load(file, mmap_mode="r")
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    bounds = np.linspace(0, len(store), world + 1).astype(int)
+    own = np.arange(bounds[rank], bounds[rank + 1])
+    own_MVF = _features(embedder, store, config, views, own, progress)
+    features_NVF = np.concatenate(_together(own_MVF))
+    if rank == 0:
+        with suppress(OSError):  # it only saves time
+            with atomic_file(file) as temporary, temporary.open("wb") as opened:
+                np.save(opened, features_NVF)
+    return features_NVF
+
+
+@full_precision()
+def _features(
+    embedder: Embedder,
+    store: Store,
+    config: AugmentConfig,
+    views: int,
+    indices_M: NDArray[np.int64],
+    progress: Callable[[int], object] | None,
+) -> NDArray[np.float32]:
+    """Of some images."""
+    device = next(embedder.parameters()).device
+    modes = [(module, module.training) for module in embedder.modules()]
+    embedder.eval()
+    size = embedder.image_size
+    uniforms_VNU = [draw(VIEW_SEED, view, 0, len(store)) for view in range(views)]
+    features_MVF = np.empty((len(indices_M), 1 + views, embedder.num_features), np.float32)
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(indices_M), BATCH):
+                batch = indices_M[start : start + BATCH]
+                pixels = [(store.centre(batch, size).to(device).float() / 255)]
+                images, sizes = (part.to(device) for part in store.padded(batch))
+                pixels += [
+                    augment(images, sizes, uniforms_NU[batch].to(device), size, config)
+                    for uniforms_NU in uniforms_VNU
+                ]
+                for view, images_BCHW in enumerate(pixels):
+                    images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+                    found_BF = F.normalize(embedder.features(images_BCHW).float(), dim=1)
+                    features_MVF[start : start + len(batch), view] = found_BF.cpu().numpy()
+                    if progress is not None:
+                        progress(len(batch))
+    finally:
+        for module, training in modes:
+            module.training = training
+    return features_MVF
+
+
+def _digest(embedder: Embedder, config: AugmentConfig, views: int) -> str:
+    """Of all that decides the features."""
+    facts = (
+        embedder.config.backbone, embedder.mean.flatten().tolist(), embedder.std.flatten().tolist(),
+        embedder.image_size, views, VIEW_SEED, config.model_dump_json(), torch.__version__,
+    )  # fmt: skip
+    digest = hashlib.blake2b(repr(facts).encode(), digest_size=8)
+    for name, value in embedder.backbone.state_dict().items():
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _together(own: object) -> list:
+    """What every worker has, by rank."""
+    if not dist.is_initialized():
+        return [own]
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
