@@ -18,8 +18,9 @@ from flowerray import methods
 from flowerray.data.augment import AugmentConfig
 from flowerray.data.store import Store
 from flowerray.methods._base import Method
-from flowerray.model.embedder import Embedder, EmbedderConfig
+from flowerray.model.embedder import Embedder, EmbedderConfig, Head
 from flowerray.retrieval.measure import validation
+from flowerray.retrieval.views import Views, kept_views, one_view
 from flowerray.training.harden import HardenConfig
 from flowerray.training.loop import Data, TrainConfig, train
 from flowerray.training.rundir import FolderReporter, RunDir
@@ -46,8 +47,9 @@ def train_small(job: dict[str, Any]) -> Method:
         EmbedderConfig(backbone="test_efficientnet", dim=16, image_size=32, weights="none")
     )
     targets_N = np.array(job["targets"])
+    own = Head(embedder) if job.get("head") else embedder
     method = file.method(
-        file.config(**job.get("config", {})), embedder, num_classes=int(targets_N.max()) + 1
+        file.config(**job.get("config", {})), own, num_classes=int(targets_N.max()) + 1
     )
     if job.get("double"):
         method.double()
@@ -59,6 +61,9 @@ def train_small(job: dict[str, Any]) -> Method:
     reporter = DyingReporter(Path(job["out"]), job.get("rank", 0), job.get("world", 1))
     reporter.die_at = job.get("die_at", 0)
     data = Data(store, targets_N, validate if job.get("validate") else None)
+    if job.get("head"):
+        views = Views(kept_views(embedder, store, AugmentConfig(), 3))
+        data = Data(views, targets_N, None, lambda batch: one_view(batch.images, batch.uniforms))
     harden = HardenConfig(**job.get("harden", {}))
     train(config, AugmentConfig(), harden, method, data, reporter, run={"test": True})
     return method

@@ -1,0 +1,142 @@
+"""A head on kept features: the same RUN, the same guarantees, none of the backbone's cost."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flowerray import load, methods
+from flowerray.cluster import fit as driver
+from flowerray.cluster.fit import fit
+from flowerray.errors import UserError
+from flowerray.model.embedder import Embedder, EmbedderConfig, Head, start_from_pca
+from flowerray.training.run import Run
+from flowerray.training.rundir import FolderReporter, RunDir
+from tests.small import small, with_hardening
+from tests.train_process import largest_difference, train_as_one_and_as_two
+
+
+def head_run(root: Path, method: str = "triplet", **more: Any) -> Run:
+    """tests/small.py's run, of the head alone."""
+    run = small(root, method, epochs=3, lr=1e-2)
+    embedder = run.embedder.model_copy(update={"train": "head", **more})
+    return run.model_copy(
+        update={"embedder": embedder, "data": run.data.model_copy(update={"views": 2})}
+    )
+
+
+def test_a_head_embeds_as_its_embedder_does() -> None:
+    embedder = Embedder(EmbedderConfig(backbone="test_efficientnet", weights="none", image_size=32))
+    images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = embedder.eval().features(images)
+        for scaled in (features, 7 * features):
+            torch.testing.assert_close(Head(embedder)(scaled), embedder(images))
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_a_run_of_a_head(method: str, small_set: Path, tmp_path: Path) -> None:
+    run = head_run(small_set, method)
+    summary = fit(run, tmp_path / "run", quiet=True)
+    trained = load(tmp_path / "run")
+    start = Embedder(run.embedder, seed=0)
+    for name, value in start.backbone.state_dict().items():
+        assert torch.equal(value, trained.backbone.state_dict()[name]), name
+    assert not torch.equal(trained.projection.weight, start.projection.weight)
+    series = RunDir(tmp_path / "run").series("epoch/loss")
+    assert series[-1][1] < series[0][1]
+    assert summary["epochs"] == 3 and 0 < summary["val_map_at_r"] < 1
+    state = torch.load(tmp_path / "run/checkpoints/last/state.pt", weights_only=True)
+    assert not [name for name in state["method"] if "backbone" in name]
+
+
+def test_a_stopped_training_of_a_head_goes_on_to_the_same_bits(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = head_run(small_set, "center")
+    fit(run, tmp_path / "whole", quiet=True)
+    report = FolderReporter.report
+
+    def stop(self: FolderReporter, step: int, *words: Any, **more: Any) -> None:
+        report(self, step, *words, **more)
+        if step == 8:  # in the second epoch
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(FolderReporter, "report", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit(run, tmp_path / "parts", quiet=True)
+    monkeypatch.setattr(FolderReporter, "report", report)
+    fit(run, tmp_path / "parts", resume=True, quiet=True)
+    whole, parts = (
+        torch.load(next((tmp_path / name).glob("*.pth")), weights_only=True)
+        for name in ("whole", "parts")
+    )
+    for part in ("embedder", "method"):
+        assert largest_difference(whole[part], parts[part]) == 0
+    assert whole["threshold"] == parts["threshold"]
+
+
+def test_one_worker_and_two_train_the_same_head(job: dict[str, Any], tmp_path: Path) -> None:
+    options = {
+        **job, "methods": ["center", "triplet"], "head": True, "double": True,
+        "train": {"epochs": 2, "classes_per_batch": 4, "images_per_class": 2, "lr": 1e-3},
+    }  # fmt: skip
+    train_as_one_and_as_two(options, tmp_path)
+    for method in options["methods"]:
+        one, two = (
+            torch.load(tmp_path / f"w{world}-{method}.pt", weights_only=True) for world in (1, 2)
+        )
+        assert largest_difference(one, two) < 1e-5
+
+
+def test_pca_starts_with_whitened_components() -> None:
+    rng = np.random.default_rng(0)
+    features_NF = rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12)) + rng.normal(size=12)
+    projection = torch.nn.Linear(12, 5, bias=False)
+    start_from_pca(projection, torch.from_numpy(features_NF).float())
+    weight_DF = projection.weight.detach().double().numpy()
+    values, vectors = np.linalg.eigh(np.cov(features_NF.T))
+    overlap = np.abs(weight_DF @ vectors[:, ::-1][:, :5]) / np.linalg.norm(weight_DF, axis=1)
+    np.testing.assert_allclose(overlap, np.eye(5), atol=1e-3)
+    covariance = np.cov(weight_DF @ features_NF.T)
+    np.testing.assert_allclose(covariance / covariance[0, 0], np.eye(5), atol=1e-3)
+    assert np.linalg.norm(weight_DF, axis=1).mean() == pytest.approx(1)
+
+
+def test_few_features_leave_the_rest_of_the_start_as_it_is() -> None:
+    rng = np.random.default_rng(0)
+    projection = torch.nn.Linear(12, 6, bias=False)
+    before = projection.weight.detach().clone()
+    start_from_pca(projection, torch.from_numpy(rng.normal(size=(4, 12))).float())
+    assert torch.equal(projection.weight[3:], before[3:])  # four points span three directions
+    assert not torch.equal(projection.weight[:3], before[:3])
+
+
+def test_a_head_goes_on_from_another_run(small_set: Path, small_run: Path, tmp_path: Path) -> None:
+    run = head_run(small_set).model_copy(update={"init": small_run})
+    fit(run, tmp_path / "run", quiet=True)
+    trained, source = load(tmp_path / "run"), load(small_run)
+    for name, value in source.backbone.state_dict().items():
+        assert torch.equal(value, trained.backbone.state_dict()[name]), name
+
+
+def test_what_a_head_cannot_do_is_refused(small_set: Path, tmp_path: Path) -> None:
+    hardened = with_hardening(head_run(small_set), kind="pgd")
+    with pytest.raises(UserError, match="--harden changes pixels"):
+        fit(hardened, tmp_path / "run", quiet=True)
+    all_of_it = head_run(small_set, train="all", start="pca")
+    with pytest.raises(UserError, match="--embedder.start pca needs"):
+        fit(all_of_it, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_worker_starts_no_ray(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "fit_on_ray", lambda *_: pytest.fail("Ray"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    run = head_run(small_set)
+    resources = run.resources.model_copy(update={"workers": 1})
+    fit(run.model_copy(update={"resources": resources}), tmp_path / "run", quiet=True)
