@@ -3,7 +3,6 @@
 Letters: N images, V views, B of a batch, F backbone features, U random numbers an image.
 """
 
-import hashlib
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -14,11 +13,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowerray import cache
 from flowerray.data.augment import AugmentConfig, augment, draw
-from flowerray.data.store import Store
-from flowerray.files import atomic_file
+from flowerray.data.store import Store, floats
 from flowerray.model.embedder import Embedder
-from flowerray.model.precision import full_precision
+from flowerray.model.modes import evaluating, full_precision
+from flowerray.model.precision import device_name
 
 VIEW_SEED = 0
 """Of the views: the same for every run, so that trials and seeds share what is kept."""
@@ -60,11 +60,17 @@ def kept_views(
         config: of the augmentation.
         progress: called with a number of views that are done; N x (1 + V) in all.
     """
-    file = store.folder / f"views-{_digest(embedder, config, views)}.npy"
-    if all(_together(file.exists())):
+    weights, device = embedder.backbone.state_dict(), next(embedder.parameters()).device
+    facts = embedder.config.backbone, embedder.mean.flatten().tolist(), embedder.image_size
+    own_facts = embedder.std.flatten().tolist(), views, VIEW_SEED, config.model_dump_json()
+    key = cache.key(weights, device_name(device), *facts, *own_facts)
+    file = store.folder / f"views-{key}.npz"
+    kept = cache.read_arrays(file)
+    if all(_together(kept is not None and "features" in kept)):
+        assert kept is not None
         if progress is not None:
             progress(len(store) * (1 + views))
-        return np.load(file, mmap_mode="r")
+        return kept["features"]
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     bounds = np.linspace(0, len(store), world + 1).astype(int)
@@ -73,12 +79,10 @@ def kept_views(
     features_NVF = np.concatenate(_together(own_MVF))
     if rank == 0:
         with suppress(OSError):  # it only saves time
-            with atomic_file(file) as temporary, temporary.open("wb") as opened:
-                np.save(opened, features_NVF)
+            cache.write_arrays(file, features=features_NVF)
     return features_NVF
 
 
-@full_precision()
 def _features(
     embedder: Embedder,
     store: Store,
@@ -88,44 +92,25 @@ def _features(
     progress: Callable[[int], object] | None,
 ) -> NDArray[np.float32]:
     """Of some images."""
-    device = next(embedder.parameters()).device
-    modes = [(module, module.training) for module in embedder.modules()]
-    embedder.eval()
-    size = embedder.image_size
+    device, size = next(embedder.parameters()).device, embedder.image_size
     uniforms_VNU = [draw(VIEW_SEED, view, 0, len(store)) for view in range(views)]
     features_MVF = np.empty((len(indices_M), 1 + views, embedder.num_features), np.float32)
-    try:
-        with torch.inference_mode():
-            for start in range(0, len(indices_M), BATCH):
-                batch = indices_M[start : start + BATCH]
-                pixels = [(store.centre(batch, size).to(device).float() / 255)]
-                images, sizes = (part.to(device) for part in store.padded(batch))
-                pixels += [
-                    augment(images, sizes, uniforms_NU[batch].to(device), size, config)
-                    for uniforms_NU in uniforms_VNU
-                ]
-                for view, images_BCHW in enumerate(pixels):
-                    images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
-                    found_BF = F.normalize(embedder.features(images_BCHW).float(), dim=1)
-                    features_MVF[start : start + len(batch), view] = found_BF.cpu().numpy()
-                    if progress is not None:
-                        progress(len(batch))
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(embedder), torch.inference_mode(), full_precision():
+        for start in range(0, len(indices_M), BATCH):
+            batch = indices_M[start : start + BATCH]
+            images, sizes = (part.to(device) for part in store.padded(batch))
+            pixels = [floats(store.centre(batch, size), device)]
+            pixels += [
+                augment(images, sizes, uniforms_NU[batch].to(device), size, config)
+                for uniforms_NU in uniforms_VNU
+            ]
+            for view, images_BCHW in enumerate(pixels):
+                images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+                found_BF = F.normalize(embedder.features(images_BCHW).float(), dim=1)
+                features_MVF[start : start + len(batch), view] = found_BF.cpu().numpy()
+                if progress is not None:
+                    progress(len(batch))
     return features_MVF
-
-
-def _digest(embedder: Embedder, config: AugmentConfig, views: int) -> str:
-    """Of all that decides the features."""
-    facts = (
-        embedder.config.backbone, embedder.mean.flatten().tolist(), embedder.std.flatten().tolist(),
-        embedder.image_size, views, VIEW_SEED, config.model_dump_json(), torch.__version__,
-    )  # fmt: skip
-    digest = hashlib.blake2b(repr(facts).encode(), digest_size=8)
-    for name, value in embedder.backbone.state_dict().items():
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _together(own: object) -> list:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from flowerray import load, methods
-from flowerray.cluster import fit as driver
-from flowerray.cluster.fit import fit
+from flowerray.cluster import driver
+from flowerray.cluster.driver import train_run
 from flowerray.errors import UserError
 from flowerray.model.embedder import Embedder, EmbedderConfig, Head, start_from_pca
 from flowerray.training.run import Run
@@ -39,7 +39,7 @@ def test_a_head_embeds_as_its_embedder_does() -> None:
 @pytest.mark.parametrize("method", methods.names())
 def test_a_run_of_a_head(method: str, small_set: Path, tmp_path: Path) -> None:
     run = head_run(small_set, method)
-    summary = fit(run, tmp_path / "run", quiet=True)
+    summary = train_run(run, tmp_path / "run", quiet=True)
     trained = load(tmp_path / "run")
     start = Embedder(run.embedder, seed=0)
     for name, value in start.backbone.state_dict().items():
@@ -56,7 +56,7 @@ def test_a_stopped_training_of_a_head_goes_on_to_the_same_bits(
     small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = head_run(small_set, "center")
-    fit(run, tmp_path / "whole", quiet=True)
+    train_run(run, tmp_path / "whole", quiet=True)
     report = FolderReporter.report
 
     def stop(self: FolderReporter, step: int, *words: Any, **more: Any) -> None:
@@ -66,9 +66,9 @@ def test_a_stopped_training_of_a_head_goes_on_to_the_same_bits(
 
     monkeypatch.setattr(FolderReporter, "report", stop)
     with pytest.raises(KeyboardInterrupt):
-        fit(run, tmp_path / "parts", quiet=True)
+        train_run(run, tmp_path / "parts", quiet=True)
     monkeypatch.setattr(FolderReporter, "report", report)
-    fit(run, tmp_path / "parts", resume=True, quiet=True)
+    train_run(run, tmp_path / "parts", resume=True, quiet=True)
     whole, parts = (
         torch.load(next((tmp_path / name).glob("*.pth")), weights_only=True)
         for name in ("whole", "parts")
@@ -116,7 +116,7 @@ def test_few_features_leave_the_rest_of_the_start_as_it_is() -> None:
 
 def test_a_head_goes_on_from_another_run(small_set: Path, small_run: Path, tmp_path: Path) -> None:
     run = head_run(small_set).model_copy(update={"init": small_run})
-    fit(run, tmp_path / "run", quiet=True)
+    train_run(run, tmp_path / "run", quiet=True)
     trained, source = load(tmp_path / "run"), load(small_run)
     for name, value in source.backbone.state_dict().items():
         assert torch.equal(value, trained.backbone.state_dict()[name]), name
@@ -124,19 +124,19 @@ def test_a_head_goes_on_from_another_run(small_set: Path, small_run: Path, tmp_p
 
 def test_what_a_head_cannot_do_is_refused(small_set: Path, tmp_path: Path) -> None:
     hardened = with_hardening(head_run(small_set), kind="pgd")
-    with pytest.raises(UserError, match="--harden changes pixels"):
-        fit(hardened, tmp_path / "run", quiet=True)
+    with pytest.raises(UserError, match="changes pixels"):
+        train_run(hardened, tmp_path / "run", quiet=True)
     all_of_it = head_run(small_set, train="all", start="pca")
-    with pytest.raises(UserError, match="--embedder.start pca needs"):
-        fit(all_of_it, tmp_path / "run", quiet=True)
+    with pytest.raises(UserError, match="pca needs"):
+        train_run(all_of_it, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 
 def test_one_worker_starts_no_ray(
     small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "fit_on_ray", lambda *_: pytest.fail("Ray"))
+    monkeypatch.setattr(driver, "train_on_ray", lambda *_: pytest.fail("Ray"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     run = head_run(small_set)
     resources = run.resources.model_copy(update={"workers": 1})
-    fit(run.model_copy(update={"resources": resources}), tmp_path / "run", quiet=True)
+    train_run(run.model_copy(update={"resources": resources}), tmp_path / "run", quiet=True)
