@@ -69,10 +69,8 @@ def test_a_stopped_training_of_a_head_goes_on_to_the_same_bits(
         train_run(run, tmp_path / "parts", quiet=True)
     monkeypatch.setattr(FolderReporter, "report", report)
     train_run(run, tmp_path / "parts", resume=True, quiet=True)
-    whole, parts = (
-        torch.load(next((tmp_path / name).glob("*.pth")), weights_only=True)
-        for name in ("whole", "parts")
-    )
+    files = [next((tmp_path / name).glob("*.pth")) for name in ("whole", "parts")]
+    whole, parts = (torch.load(file, weights_only=True) for file in files)
     for part in ("embedder", "method"):
         assert largest_difference(whole[part], parts[part]) == 0
     assert whole["threshold"] == parts["threshold"]
