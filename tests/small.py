@@ -6,8 +6,8 @@ from typing import Any
 from flowerray import methods
 from flowerray.data.source import DataConfig
 from flowerray.model.embedder import EmbedderConfig
+from flowerray.training.config import TrainConfig
 from flowerray.training.harden import HardenConfig
-from flowerray.training.loop import TrainConfig
 from flowerray.training.run import ResourcesConfig, Run
 
 OPTIONS = {

@@ -21,8 +21,9 @@ from flowerray.methods._base import Method
 from flowerray.model.embedder import Embedder, EmbedderConfig, Head
 from flowerray.retrieval.measure import validation
 from flowerray.retrieval.views import Views, kept_views, one_view
+from flowerray.training.config import TrainConfig
 from flowerray.training.harden import HardenConfig
-from flowerray.training.loop import Data, TrainConfig, train
+from flowerray.training.loop import Data, train
 from flowerray.training.rundir import FolderReporter, RunDir
 
 

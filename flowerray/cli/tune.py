@@ -33,9 +33,10 @@ def tune(words: list[str]) -> int:
     from flowerray.training.run import PRESETS, Run
     from flowerray.tuning.command import SpaceOptions, TrialResources, new_study, resume_study
     from flowerray.tuning.command import tune as search
+    from flowerray.tuning.config import StudyConfig
     from flowerray.tuning.pictures import study_table
     from flowerray.tuning.space import COMMON, DIM
-    from flowerray.tuning.study import Study, StudyConfig
+    from flowerray.tuning.study import Study
 
     presets = {"choices": list(PRESETS), "default": "laptop"}
     chosen = peek(words, preset=presets, resume={"type": Path})

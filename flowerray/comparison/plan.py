@@ -14,7 +14,7 @@ from flowerray.data.source import DataConfig
 from flowerray.errors import UserError
 from flowerray.files import read_json
 from flowerray.model.embedder import EmbedderConfig
-from flowerray.training.loop import TrainConfig
+from flowerray.training.config import TrainConfig
 from flowerray.training.run import Run, differences
 from flowerray.training.rundir import RunDir
 from flowerray.tuning.study import Study

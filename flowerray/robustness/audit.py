@@ -22,6 +22,7 @@ from flowerray.attacks.logits import MaxSimLogits
 from flowerray.attacks.objectives import cross_entropy, margin
 from flowerray.attacks.pgd import Attacked, Objective, PGDConfig, pgd
 from flowerray.model.modes import full_precision
+from flowerray.robustness import checks as limits
 from flowerray.robustness.attack import Robustness, perturb
 from flowerray.robustness.checks import Audit, Check, beyond_chance, telling_eps
 from flowerray.robustness.victim import Victim
@@ -31,20 +32,6 @@ CHECKS = (
     "transfer", "restarts", "gradients", "noise", "undefended", "batches", "collapse", "decision",
 )  # fmt: skip
 """The methods of `Auditor` that are checks, in the order in which they run."""
-HUGE = 128.0
-"""A change of every pixel, in 1/255, at which any image can be made nearly any other."""
-MANY_RESTARTS = 5
-MANY_STEPS = 5
-"""Times the steps of the measurement that its survivors have to withstand."""
-STEPS = (1, 5, 20)
-ZERO_GRADIENTS = 0.01
-"""Largest share of images whose gradient may be exactly 0."""
-EXTRA = 0.02
-"""Largest share of queries that only a weaker or repeated attack may break."""
-FEW_PASSES = 50
-"""Forward passes of Square where only its bounds are looked at."""
-ALONE = 8
-"""Images whose gradient is taken alone and in a batch."""
 
 
 class Auditor:
@@ -111,9 +98,9 @@ class Auditor:
         if not names:
             text = "these attacks count only where they end inside"
             return [Check("attacks stay inside", None, None, text)]
-        batch = np.arange(min(ALONE, len(self.clean_Q)))
+        batch = np.arange(min(limits.ALONE, len(self.clean_Q)))
         images = self.victim.images(self.victim.chosen_Q[batch])
-        few = {"restarts": 1, "steps": STEPS[1], "black_box_queries": FEW_PASSES}
+        few = {"restarts": 1, "steps": limits.STEPS[1], "black_box_queries": limits.FEW_PASSES}
         budget = self.config.model_copy(update=few)
         outside = 0
         for name in names:
@@ -140,8 +127,8 @@ class Auditor:
     def huge(self) -> list[Check]:
         """A radius of half the range leaves chance."""
         size = self.victim.embedder.image_size
-        eps = HUGE if self.config.norm == "linf" else HUGE * np.sqrt(3 * size * size)
-        right_Q = self._margin(eps, STEPS[-1], self.clean_Q)
+        eps = limits.HUGE if self.config.norm == "linf" else limits.HUGE * np.sqrt(3 * size * size)
+        right_Q = self._margin(eps, limits.STEPS[-1], self.clean_Q)
         value, chance = float(right_Q.mean()), self.victim.chance()
         text = f"at {eps:.0f}/255 R@1 is {value:.3f}; chance is {chance:.3f}"
         return [Check("huge eps kills", value <= chance + 0.05, value, text)]
@@ -149,7 +136,7 @@ class Auditor:
     def more_steps(self) -> list[Check]:
         """More steps are not weaker, and reach higher values."""
         right, values = [], []
-        for steps in STEPS:
+        for steps in limits.STEPS:
             reached = 0.0
 
             def attacked(batch: NDArray, steps: int = steps) -> Tensor:
@@ -163,7 +150,7 @@ class Auditor:
         gaps = [beyond_chance(few, many) for few, many in pairwise(right)]
         rising = all(many >= few - 1e-4 for few, many in pairwise(values))
         rates = ", ".join(f"{right_Q.mean():.3f}" for right_Q in right)
-        text = f"R@1 after {', '.join(map(str, STEPS))} steps: {rates}"
+        text = f"R@1 after {', '.join(map(str, limits.STEPS))} steps: {rates}"
         passed = rising and not any(too_much for _, too_much in gaps)
         return [Check("more steps not weaker", passed, max(gap for gap, _ in gaps), text)]
 
@@ -192,7 +179,7 @@ class Auditor:
                 said.append(f"{left_Q.sum() - right_Q.sum()} of {left_Q.sum()} at {eps:g}/255")
                 worst, bad = max(worst, share), bad or too_much
                 withstood_Q |= right_Q
-        text = f"{MANY_STEPS * self.config.steps} steps of APGD break {', '.join(said)}"
+        text = f"{limits.MANY_STEPS * self.config.steps} steps of APGD break {', '.join(said)}"
         return [Check("survivors withstand five times the steps", not bad, worst, text)]
 
     def black_box(self) -> list[Check]:
@@ -201,7 +188,7 @@ class Auditor:
         broken = left_Q & ~self._bank("square", left_Q)
         extra = float(broken.mean())
         text = f"square alone breaks {extra:.3f} of the queries, {left_Q.mean():.3f} were left"
-        return [Check("black box not stronger", extra <= self._at_most(EXTRA), extra, text)]
+        return [Check("black box not stronger", extra <= self._at_most(limits.EXTRA), extra, text)]
 
     def transfer(self) -> list[Check]:
         """Images made on the standard model do not break what an attack on this one leaves."""
@@ -210,21 +197,21 @@ class Auditor:
         if self.standard.embedder.image_size != self.victim.embedder.image_size:
             text = "the standard model takes images of another size"
             return [Check("transfer not stronger", None, None, text)]
-        attacked = partial(self._pgd, self.standard, self.eps, STEPS[-1], 0, None)
+        attacked = partial(self._pgd, self.standard, self.eps, limits.STEPS[-1], 0, None)
         left_Q = self._left_white
         right_Q = self._survive(left_Q, lambda batch: attacked(batch).images_BCHW)
         broken = float((left_Q & ~right_Q).mean())
         text = f"images made on the standard model break {broken:.3f} more queries"
-        return [Check("transfer not stronger", broken <= self._at_most(EXTRA), broken, text)]
+        return [Check("transfer not stronger", broken <= self._at_most(limits.EXTRA), broken, text)]
 
     def restarts(self) -> list[Check]:
         """More random starts change little: else the budget is too small."""
         union_Q = self._left_once
-        for restart in range(1, MANY_RESTARTS):
+        for restart in range(1, limits.MANY_RESTARTS):
             union_Q = self._margin(self.eps, self.config.steps, union_Q, restart)
         drop = float(self._left_once.mean() - union_Q.mean())
-        text = f"R@1 drops by {drop:.3f} from 1 to {MANY_RESTARTS} restarts"
-        return [Check("restarts add little", drop <= self._at_most(EXTRA), drop, text)]
+        text = f"R@1 drops by {drop:.3f} from 1 to {limits.MANY_RESTARTS} restarts"
+        return [Check("restarts add little", drop <= self._at_most(limits.EXTRA), drop, text)]
 
     # ---- what the model itself says
 
@@ -245,7 +232,7 @@ class Auditor:
             zero += int(zero_B.sum())
         share = zero / len(self.clean_Q)
         text = f"{share:.3f} of the images have a gradient of exactly 0, or none that is finite"
-        return [Check("gradients exist", share < ZERO_GRADIENTS, share, text)]
+        return [Check("gradients exist", share < limits.ZERO_GRADIENTS, share, text)]
 
     def noise(self) -> list[Check]:
         """Noise as large as the perturbation hardly matters."""
@@ -270,7 +257,7 @@ class Auditor:
             left_Q = left.hit_Q[self.rows]
             right_Q = self._withstand(victim, left_Q, radii[0])
             falls = not beyond_chance(right_Q, left_Q)[1]
-            text += f", {MANY_STEPS * self.config.steps} steps of APGD break "
+            text += f", {limits.MANY_STEPS * self.config.steps} steps of APGD break "
             text += f"{left_Q.sum() - right_Q.sum()} of {left_Q.sum()}"
         return [Check(name, falls, value, text)]
 
@@ -280,7 +267,7 @@ class Auditor:
         images = self.victim.images(self.victim.chosen_Q[batch])
         together = _gradient(self._objective(self.victim, batch), images)
         differences = []
-        for row in batch[:ALONE]:
+        for row in batch[: limits.ALONE]:
             alone = _gradient(
                 self._objective(self.victim, batch[row : row + 1]), images[row : row + 1]
             )
@@ -330,7 +317,7 @@ class Auditor:
         self, victim: Victim, left_Q: NDArray[np.bool_], eps: float
     ) -> NDArray[np.bool_]:
         """(Q,): which of these are right under five times the steps of APGD, then targeted APGD."""
-        many = {"restarts": 1, "steps": MANY_STEPS * self.config.steps}
+        many = {"restarts": 1, "steps": limits.MANY_STEPS * self.config.steps}
         config = self.config.model_copy(update=many)
         classes = len(np.unique(victim.gallery_labels_G))
 

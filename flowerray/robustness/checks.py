@@ -1,4 +1,4 @@
-"""What the checks of an audit say, and the rule by which one attack counts as stronger.
+"""What the checks of an audit say, their limits, and when one attack counts as stronger.
 
 Letters: Q audited queries.
 """
@@ -10,6 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowerray.robustness.attack import Robustness
+
+HUGE = 128.0
+"""A change of every pixel, in 1/255, at which any image can be made nearly any other."""
+MANY_RESTARTS = 5
+MANY_STEPS = 5
+"""Times the steps of the measurement that its survivors have to withstand."""
+STEPS = (1, 5, 20)
+ZERO_GRADIENTS = 0.01
+"""Largest share of images whose gradient may be exactly 0."""
+EXTRA = 0.02
+"""Largest share of queries that only a weaker or repeated attack may break."""
+FEW_PASSES = 50
+"""Forward passes of Square where only its bounds are looked at."""
+ALONE = 8
+"""Images whose gradient is taken alone and in a batch."""
 
 
 @dataclass(frozen=True)

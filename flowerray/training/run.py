@@ -17,8 +17,8 @@ from flowerray.errors import UserError
 from flowerray.methods._base import MethodConfig
 from flowerray.model.embedder import EmbedderConfig
 from flowerray.rendered.synthetic import SyntheticConfig
+from flowerray.training.config import TrainConfig
 from flowerray.training.harden import HardenConfig
-from flowerray.training.loop import TrainConfig
 
 
 class ResourcesConfig(Config):

@@ -25,11 +25,12 @@ from flowerray.tracking.state import State
 from flowerray.training.loop import images_a_step
 from flowerray.training.run import ResourcesConfig, Run
 from flowerray.training.rundir import Record, RunDir
+from flowerray.tuning.config import StudyConfig, label
 from flowerray.tuning.confirm import confirm
 from flowerray.tuning.pictures import plot_study
 from flowerray.tuning.searcher import make_scheduler, make_searcher
 from flowerray.tuning.space import search_space
-from flowerray.tuning.study import Study, StudyConfig, label, refuse_existing
+from flowerray.tuning.study import Study, refuse_existing
 from flowerray.tuning.trial import trial
 
 ENVIRONMENT = {

@@ -18,8 +18,9 @@ from flowerray.tracking import sync
 from flowerray.tracking.state import State
 from flowerray.training.run import Run
 from flowerray.training.rundir import RunDir
+from flowerray.tuning.database import outcome
 from flowerray.tuning.space import value_of, with_params
-from flowerray.tuning.study import Study, outcome
+from flowerray.tuning.study import Study
 from flowerray.tuning.trial import WORST
 
 NEAR_FRONT = 0.9

@@ -8,68 +8,45 @@ was running when the driver died is asked for again, with its parameters and its
 
 import math
 import shutil
-import sqlite3
 import sys
 import time
 import uuid
 import warnings
 from collections.abc import Callable
-from contextlib import closing
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Any, NotRequired
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 from typing_extensions import TypedDict
 
 from flowerray.cluster.watch import Ending
-from flowerray.config import Config
 from flowerray.description import VERSION
 from flowerray.errors import UserError
 from flowerray.files import only_driver, read_json, sqlite_url, write_json, writing
-from flowerray.tracking.state import State, Status
-from flowerray.training.loop import images_a_step, make_sampler, total_steps
+from flowerray.tracking.state import Status
+from flowerray.training.loop import images_a_step, total_steps
+from flowerray.training.loop import make_sampler as make_batches
 from flowerray.training.run import Run, differences
 from flowerray.training.rundir import FolderReporter, RunDir
+from flowerray.tuning.config import StudyConfig, label
+from flowerray.tuning.database import (
+    LOCK_SECONDS,
+    STOPPED,
+    damage,
+    folder_name,
+    make_sampler,
+    outcome,
+    read_back,
+)
 from flowerray.tuning.pictures import Row
-from flowerray.tuning.space import Knobs, defaults, distributions, value_of, with_params
-from flowerray.tuning.trial import ADVERSARIAL, FAILED, FAULT, MAP_AT_R, WORST, Story, story
+from flowerray.tuning.space import Knobs, defaults, distributions, with_params
+from flowerray.tuning.trial import FAILED, FAULT, MAP_AT_R, WORST, Story, story
 
-STOPPED = "stopped early"
-"""How the reason of a trial begins that the pruner ended."""
 STATUSES: dict[str, Status] = {"complete": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 """What MLflow calls the outcomes."""
-LOCK_SECONDS = 60.0
-"""That a call waits for a locked optuna.db, in each of `TRIES`."""
 TRIES = 4
-
-
-class StudyConfig(Config):
-    """How a study searches."""
-
-    trials: int = Field(32, ge=1)
-    """Trials of the search, the failed ones too; may differ when a study is resumed."""
-    sampler: Literal["tpe", "random", "nsga2", "cmaes"] = "tpe"
-    """Who proposes: tpe = multivariate tree-structured Parzen estimator, nsga2 = evolution, cmaes =
-    covariance matrix adaptation (numbers only; choices are drawn)."""
-    pruner: Literal["asha", "none"] = "asha"
-    """asha = a trial goes on past an epoch of 2, 6, 18 ... only among the best third there (by the
-    sum of the objectives); none = every trial is trained to its end. nsga2 learns from trials that
-    came to their end alone, so none is its default."""
-    objective: Literal["map", "pareto"] = "map"
-    """map = val MAP@R; pareto = val MAP@R and adversarial R@1, for hardened trainings."""
-    seed: int = Field(0, ge=0, lt=2**31)
-    """Of the sampler; each trial trains with --train.seed."""
-    confirm_seeds: int = Field(3, ge=0, le=100)
-    """Seeds that the search never used, with which the best configuration and the default are
-    trained again; 0 = the best trial is taken as it is."""
-
-    @property
-    def objectives(self) -> list[str]:
-        """Names of the metrics that are maximised."""
-        return [MAP_AT_R] if self.objective == "map" else [MAP_AT_R, ADVERSARIAL]
 
 
 class Stored(TypedDict):
@@ -179,14 +156,14 @@ class Study:
         """Takes in the data set that it trains on: its tags, and the training images' classes."""
         self.tags, self.targets_N = tags, targets_N
         train, harden = self.base.train, self.base.harden
-        sampler = make_sampler(train, targets_N)
+        sampler = make_batches(train, targets_N)
         steps = sampler.steps * (1 + math.ceil(train.warmup_epochs))
         steps = min(total_steps(train, harden, sampler), steps)
         self.grace = steps * images_a_step(train, harden)
 
     def epochs(self, run: Run) -> int:
         """Of a whole trial with this configuration; the last one may be a part of one."""
-        sampler = make_sampler(run.train, self.targets_N)
+        sampler = make_batches(run.train, self.targets_N)
         return math.ceil(total_steps(run.train, run.harden, sampler) / sampler.steps)
 
     # ---- Optuna
@@ -215,12 +192,12 @@ class Study:
                 file=sys.stderr,
             )
         study = self._book(self._open)
-        study.sampler = self.sampler(len(study.get_trials(deepcopy=False)))
+        study.sampler = make_sampler(self.config, len(study.get_trials(deepcopy=False)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names([label(name) for name in self.config.objectives])
         if lost:
-            self._read_back(study)
+            read_back(self, study)
         if not study.get_trials(deepcopy=False):
             study.enqueue_trial(defaults(self.base, self.knobs))
         return study
@@ -263,62 +240,6 @@ class Study:
                     )
         assert self.fault is not None
         raise self.fault
-
-    def _read_back(self, study: Any) -> None:
-        """Tells a new optuna.db of the trials whose folders are there: those that ended as they
-        did, the others as asked for.
-        """
-        from optuna.trial import TrialState, create_trial
-
-        for path in sorted((self.folder / "trials").glob("*/run.json")):
-            folder, run = RunDir(path.parent), Run.from_dict(RunDir(path.parent).read())
-            params = {name: value_of(run, name) for name in self.knobs}
-            told, (images, known, finished) = State.read(folder.path), self.story(folder)
-            note: dict[str, Any] = {"folder": folder.path.name, "images": images}
-            values: list[float] | None = None
-            single = len(self.config.objectives) == 1
-            if finished and known:
-                state, values = TrialState.COMPLETE, [known[-1][n] for n in self.config.objectives]
-            elif told.finished == "KILLED" and (told.reason or "").startswith(STOPPED):
-                state, note["reason"] = TrialState.PRUNED, told.reason
-                values = [known[-1][MAP_AT_R]] if single and known else None
-            elif told.finished == "FAILED" and told.reason:
-                state, note["reason"] = TrialState.COMPLETE, told.reason
-                values = [WORST] * len(self.config.objectives)
-            else:
-                study.enqueue_trial(params, user_attrs={"folder": folder.path.name})
-                continue
-            study.add_trial(
-                create_trial(
-                    state=state,
-                    params=params,
-                    distributions=self.distributions,
-                    values=values,
-                    user_attrs=note,
-                    intermediate_values={k["epoch"]: k[MAP_AT_R] for k in known} if single else {},
-                )
-            )
-
-    def sampler(self, asked: int) -> Any:
-        """The sampler; after `asked` trials it draws what was not drawn yet."""
-        import optuna
-
-        seed = int(np.random.SeedSequence((self.config.seed, asked)).generate_state(1)[0])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            if self.config.sampler == "random":
-                return optuna.samplers.RandomSampler(seed=seed)
-            if self.config.sampler == "nsga2":
-                population = max(4, min(50, self.config.trials // 4))
-                return optuna.samplers.NSGAIISampler(seed=seed, population_size=population)
-            if self.config.sampler == "cmaes":
-                return optuna.samplers.CmaEsSampler(
-                    seed=seed, warn_independent_sampling=False, consider_pruned_trials=True
-                )
-            startup = max(4, min(10, self.config.trials // 4))
-            return optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, constant_liar=True, n_startup_trials=startup
-            )
 
     def requeue(self) -> int:
         """Asks again for the trials that have no outcome: those that were running when the driver
@@ -459,31 +380,3 @@ def refuse_existing(folder: Path) -> None:
         raise UserError(
             f"{folder} exists already: choose another `out`, or continue it with `resume` {folder}."
         )
-
-
-def damage(file: Path) -> str | None:
-    """What is wrong with a database of Optuna's, if anything; a lock is nothing wrong."""
-    try:
-        with closing(sqlite3.connect(file, timeout=LOCK_SECONDS)) as connection:
-            found = str(connection.execute("PRAGMA integrity_check").fetchone()[0])
-            connection.execute("SELECT count(*) FROM trials")
-        return None if found == "ok" else found.splitlines()[0]
-    except sqlite3.DatabaseError as error:
-        return None if "locked" in str(error) else str(error)
-
-
-def folder_name(trial: Any) -> str:
-    """Of an Optuna trial's RUN folder; a trial that is asked for again keeps it."""
-    return str(trial.user_attrs.get("folder", f"{trial.number:04d}"))
-
-
-def outcome(trial: Any) -> Literal["complete", "stopped", "failed"]:
-    """How an Optuna trial that ended did so."""
-    if trial.state.name == "PRUNED":
-        return "stopped"
-    return "failed" if "reason" in trial.user_attrs else "complete"
-
-
-def label(objective: str) -> str:
-    """An objective's name in lines and tables."""
-    return {MAP_AT_R: "val MAP@R", ADVERSARIAL: "adversarial R@1"}.get(objective, objective)

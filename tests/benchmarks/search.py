@@ -20,7 +20,8 @@ from flowerray.statistics import Interval, t_interval
 from flowerray.training.run import Run
 from flowerray.training.rundir import RunDir
 from flowerray.tuning.confirm import measured, pick, retrain
-from flowerray.tuning.study import Study, outcome
+from flowerray.tuning.database import outcome
+from flowerray.tuning.study import Study
 from tests.benchmarks.command import about, flowerray
 
 SETTING = ["--embedder.image-size", "96", "--train.epochs", "12"]

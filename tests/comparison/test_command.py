@@ -25,8 +25,8 @@ from flowerray.model.embedder import EmbedderConfig
 from flowerray.rendered.synthetic import SyntheticConfig, synthesize
 from flowerray.show.interval import words
 from flowerray.statistics import mean_interval, paired_difference
+from flowerray.training.config import TrainConfig
 from flowerray.training.harden import HardenConfig
-from flowerray.training.loop import TrainConfig
 from flowerray.training.run import Run, differences
 from flowerray.training.rundir import RunDir
 from tests.small import small

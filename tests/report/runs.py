@@ -11,8 +11,8 @@ from flowerray import methods
 from flowerray.data.source import DataConfig
 from flowerray.files import write_json
 from flowerray.tracking import sync
+from flowerray.training.config import TrainConfig
 from flowerray.training.harden import HardenConfig
-from flowerray.training.loop import TrainConfig
 from flowerray.training.run import Run
 from flowerray.training.rundir import FolderReporter, RunDir
 

@@ -19,7 +19,7 @@ from flowerray.opening import open_model
 from flowerray.report.command import PAGE, resolve, words, write_report
 from flowerray.retrieval import command as measuring
 from flowerray.retrieval.measure import EvaluateConfig
-from flowerray.training.loop import TrainConfig
+from flowerray.training.config import TrainConfig
 from flowerray.training.run import PRESETS, Run
 from tests.report.runs import make_run
 from tests.show.test_page import check_page

@@ -106,7 +106,7 @@ def test_an_attack_that_leaves_the_budget(
 
 def test_a_single_query_decides_nothing(auditor: Auditor) -> None:
     """Of 24 one is 4 %, and `--audit-queries` may be as few as 8."""
-    assert auditor._at_most(module.EXTRA) == 1 / 24 and auditor._at_most(0.05) == 0.05
+    assert auditor._at_most(module.limits.EXTRA) == 1 / 24 and auditor._at_most(0.05) == 0.05
 
 
 def test_masked_gradients() -> None:

@@ -13,7 +13,8 @@ from flowerray import methods
 from flowerray.errors import UserError
 from flowerray.model.averages import MovingAverage
 from flowerray.training import loop as module
-from flowerray.training.loop import Schedule, TrainConfig, make_optimizer
+from flowerray.training.config import TrainConfig
+from flowerray.training.loop import Schedule, make_optimizer
 from flowerray.training.progress import DivergedError, Progress, note_epoch
 from flowerray.training.rundir import RunDir
 from tests.train_process import (

@@ -9,7 +9,8 @@ import numpy as np
 from flowerray.cluster.watch import Ending
 from flowerray.files import write_json
 from flowerray.training.rundir import RunDir
-from flowerray.tuning.study import Study, StudyConfig
+from flowerray.tuning.config import StudyConfig
+from flowerray.tuning.study import Study
 from tests.small import small, words
 
 KNOBS: dict[str, dict[str, Any]] = {

@@ -7,8 +7,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from flowerray import methods
 from flowerray.errors import UserError
+from flowerray.training.config import TrainConfig
 from flowerray.training.harden import HardenConfig
-from flowerray.training.loop import TrainConfig
 from flowerray.training.run import Run
 from flowerray.tuning.space import (
     COMMON,

@@ -17,10 +17,12 @@ from flowerray.training.run import Run
 from flowerray.training.rundir import RunDir
 from flowerray.tuning import command as tune
 from flowerray.tuning.command import TrialResources, end_left, refuse_faults, search
+from flowerray.tuning.config import StudyConfig
 from flowerray.tuning.confirm import champion, count
+from flowerray.tuning.database import make_sampler
 from flowerray.tuning.searcher import make_searcher
 from flowerray.tuning.space import with_params
-from flowerray.tuning.study import Study, StudyConfig
+from flowerray.tuning.study import Study
 from tests.small import small
 from tests.tuning.studies import KNOBS, make_study, pretend, run_trial, tune_words
 
@@ -233,7 +235,7 @@ def test_a_resumed_sampler_does_not_repeat_itself(tmp_path: Path) -> None:
     def draws(asked: int) -> list[float]:
         import optuna
 
-        fresh = optuna.create_study(sampler=study.sampler(asked))
+        fresh = optuna.create_study(sampler=make_sampler(study.config, asked))
         return [fresh.ask(study.distributions).params["method.margin"] for _ in range(3)]
 
     assert draws(0) == draws(0)
@@ -245,7 +247,7 @@ def test_every_sampler_draws(name: Any, tmp_path: Path) -> None:
     import optuna
 
     study = make_study(tmp_path / "study", tmp_path, sampler=name)
-    fresh = optuna.create_study(sampler=study.sampler(0), direction="maximize")
+    fresh = optuna.create_study(sampler=make_sampler(study.config, 0), direction="maximize")
     for value in (0.1, 0.5, 0.3, 0.2, 0.6, 0.4):
         fresh.tell(fresh.ask(study.distributions), value)
     assert len({trial.params["method.margin"] for trial in fresh.trials}) == 6
@@ -256,7 +258,7 @@ def test_cmaes_learns_from_trials_that_were_stopped(tmp_path: Path) -> None:
     import optuna
 
     study = make_study(tmp_path / "study", tmp_path, sampler="cmaes")
-    fresh = optuna.create_study(sampler=study.sampler(0), direction="maximize")
+    fresh = optuna.create_study(sampler=make_sampler(study.config, 0), direction="maximize")
     for number in range(30):
         trial = fresh.ask(study.distributions)
         value = -abs(trial.params["method.margin"] - 0.3)
