@@ -184,7 +184,10 @@ class Watcher:
             except Exception as error:
                 result.set_exception(error)
 
-        self._calls.put(call)
+        if self._threads[1].is_alive():
+            self._calls.put(call)
+        else:  # outside of the block nobody would
+            call()
         return result
 
     def say(self, line: str) -> None:
