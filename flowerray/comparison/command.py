@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from flowerray.opening import open_model
 from flowerray.retrieval.command import as_record, evaluate_frozen, keep, run_measure
 from flowerray.retrieval.measure import EvaluateConfig, Evaluation
 from flowerray.tracking import sync
+from flowerray.training.run import Run
 from flowerray.training.rundir import RunDir
 
 ELSEWHERE = ("cpus", "gpus")
@@ -62,6 +64,8 @@ def compare(
         KeyboardInterrupt: the user's; `resume` goes on.
     """
     entries, trials, notes = plan(config)
+    if resume:
+        entries = as_begun(entries, out, notes)
     require_gpus(config.gpus)
     for entry in entries:
         if entry.run.train.seed == entries[0].run.train.seed:
@@ -69,6 +73,26 @@ def compare(
     open_folder(config, out, resume)
     with only_driver(out):
         return run_comparison(config, out, entries, trials, notes, quiet)
+
+
+def as_begun(entries: Sequence[PlannedRun], out: Path, notes: list[str]) -> list[PlannedRun]:
+    """The entries of a comparison that 0.1.0 began: its trainings were of whole epochs."""
+    epochs: dict[tuple[str, str], int] = {}
+    for entry in entries:
+        folder = RunDir(out / "runs" / entry.name)
+        if folder.run_json.exists():
+            begun = Run.from_dict(folder.read()).train
+            if not begun.images:
+                epochs[entry.protocol, entry.row] = begun.epochs
+    if not epochs:
+        return list(entries)
+    notes.append("begun by 0.1.0: trained for whole epochs, so that rows drew nearly equally many.")
+    found = []
+    for entry in entries:
+        number = epochs.get((entry.protocol, entry.row), max(epochs.values()))
+        train = entry.run.train.model_copy(update={"images": 0, "epochs": number})
+        found.append(replace(entry, run=entry.run.model_copy(update={"train": train})))
+    return found
 
 
 def run_comparison(

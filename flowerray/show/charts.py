@@ -16,6 +16,7 @@ from flowerray.show.style import (
     legible,
     panels,
     plain_axes,
+    short,
 )
 from flowerray.statistics import Interval
 
@@ -138,7 +139,9 @@ def forest(
     columns = min(columns, len(content))
     lines = -(-len(content) // columns)
     height = lines * (1.0 + 0.3 * len(names))
-    figure, grid = panels(3.2 * columns + 2.2, height, lines, columns, sharey=True)
+    labels = [short(name, 48) for name in names]
+    room = max(2.2, 0.09 * max(map(len, labels), default=0))
+    figure, grid = panels(3.2 * columns + room, height, lines, columns, sharey=True)
     for axes in grid.flat[len(content) :]:
         axes.set_visible(False)
     for axes, (title, panel) in zip(grid.flat, content.items(), strict=False):
@@ -151,7 +154,7 @@ def forest(
             axes.plot(dots, [place] * len(dots), "o", color=colour, alpha=0.4, markersize=4)
             axes.plot([found.low, found.high], [place, place], linewidth=2.2, color=colour)
             axes.plot([found.mean], [place], "o", markersize=6, color=colour)
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), labels)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.locator_params(axis="x", nbins=5)
         axes.spines["left"].set_visible(False)

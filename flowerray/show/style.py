@@ -49,8 +49,10 @@ def legend_below(figure: Any, columns: int = 4) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     if found:
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + 0.2 * (-(-len(found) // columns) - 1))
         figure.legend(
-            found.values(), found.keys(), loc="outside lower center",
+            found.values(), [short(label, 40) for label in found], loc="outside lower center",
             ncols=min(columns, len(found)), frameon=False, fontsize=9,
         )  # fmt: skip
 

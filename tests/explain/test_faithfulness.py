@@ -21,7 +21,7 @@ from tests.explain.cases import embed, embedder, images
     ("road", "said"), [((), "at least 1 item"), ((0.2, 1.5), "less than 1"), ((0.0,), "greater")]
 )
 def test_shares_that_cannot_be_removed(road: tuple[float, ...], said: str) -> None:
-    with pytest.raises(UserError, match=rf"^road.*{said}"):
+    with pytest.raises(UserError, match=rf"^`road.*{said}"):
         FaithfulnessConfig(road=road)
 
 

@@ -188,7 +188,7 @@ def test_init_that_does_not_fit_is_refused(
         ),
         ({"kind": "trades", "mix": 0.5}, r"^harden\.mix has no use with harden\.kind trades"),
         ({"kind": "free", "awp": 0.01}, r"^harden\.awp has no use with harden\.kind free"),
-        ({"kind": "fgsm"}, "^kind = 'fgsm': "),
+        ({"kind": "fgsm"}, "^`kind` = 'fgsm': "),
         ({"kind": "pgd", "epsilon": 0.0}, r"^`epsilon` = 0\.0: input should be greater than 0\.$"),
     ],
 )
