@@ -14,7 +14,7 @@ from tests.compatibility import archive, readings
 EXPECTED: dict[str, Any] = json.loads(archive.EXPECTED.read_text())
 
 
-CHANGED = ("ci", "low", "high", "n", "gain", "p_value", "comparisons", "notes")
+CHANGED = ("ci", "low", "high", "n", "gain", "p", "p_holm", "p_value", "notes")
 """Intervals hold at small numbers since 0.2.0, and count queries."""
 DECIDED = ("attacks", "worst_case")
 
