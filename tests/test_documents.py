@@ -14,7 +14,7 @@ from tests.small import OPTIONS
 from tests.test_house_rules import PAGES, flowerray_lines
 
 NOT_RUN = {
-    "demo": "renders and trains for minutes; tests/cluster/test_fit.py trains with Ray",
+    "demo": "renders and trains for minutes; tests/cluster/test_driver.py trains with Ray",
     "train": "trains for minutes; tests/cli/test_cli.py runs it small",
     "tune": "trains many times; tests/tuning runs it small",
     "compare": "trains many times; tests/comparison runs it small",
