@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from flowerray.cluster.worker import pick_device, train_worker
 from flowerray.errors import UserError
 from flowerray.files import only_driver
 from flowerray.pool import cores
+from flowerray.text import WIDTH
 from flowerray.tracking import sync
 from flowerray.tracking.state import State
 from flowerray.training import checkpoint
@@ -186,7 +188,8 @@ def train_unfinished(
                 said = brief(folder.records()[-1]["metrics"])
                 watcher.close(Ending(folder.path))
             over = watcher.opened - len(watcher.going)
-            watcher.say(f"{over} of {watcher.opened}  {folder.path.name}  {said}")
+            line = f"{over} of {watcher.opened}  {folder.path.name}  {said}"
+            watcher.say(fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
 
         if calls:
             run_tasks(train_one, calls, ended, cpus=cpus, gpus=gpus, in_process=in_process)

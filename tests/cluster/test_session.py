@@ -1,4 +1,4 @@
-"""Joining and starting Ray, where it fails: one sentence (with Ray itself: test_driver, test_tasks)."""
+"""Joining and starting Ray, where it fails: one sentence (Ray itself: test_driver, test_tasks)."""
 
 import json
 import os
