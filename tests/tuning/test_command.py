@@ -184,21 +184,29 @@ def test_asha_knows_the_trials_of_an_earlier_sitting(tmp_path: Path) -> None:
     fresh = make_study(tmp_path / "fresh", tmp_path, epochs=9)
     for one, decision in ((study, "STOP"), (fresh, "CONTINUE")):
         scheduler = make_scheduler(one)
-        (tmp_path / "new").mkdir(exist_ok=True)
-        trial = SimpleNamespace(trial_id="new", config={"folder": str(tmp_path / "new")})
-        scheduler.on_trial_add(None, trial)
-        standing = {"epoch": 1, "val/map_at_r": 0.1}
-        assert scheduler.on_trial_result(None, trial, standing) == "CONTINUE"
-        assert scheduler.on_trial_result(None, trial, {**standing, "epoch": 2}) == decision
+        trial = begun(scheduler, tmp_path / f"new-{decision}")
+        assert scheduler.on_trial_result(None, trial, standing(1, 0.1)) == "CONTINUE"
+        assert scheduler.on_trial_result(None, trial, standing(2, 0.1)) == decision
+
+
+def begun(scheduler: Any, folder: Path) -> Any:
+    """A trial with a RUN folder that the scheduler knows."""
+    if not folder.exists():
+        RunDir(folder).create(small(folder, epochs=9).to_dict())
+    trial = SimpleNamespace(trial_id=folder.name, config={"folder": str(folder)})
+    scheduler.on_trial_add(None, trial)
+    return trial
+
+
+def standing(epoch: int, value: float, **more: Any) -> dict[str, Any]:
+    """What a trial reports after so many epochs of 6 steps of 12 images."""
+    return {"epoch": epoch, "images": 72 * epoch, "val/map_at_r": value, **more}
 
 
 def reaches(scheduler: Any, folder: Path, value: float) -> str:
     """What is decided on another trial with this value at the first rung, epoch 2."""
-    trial = SimpleNamespace(trial_id=str(value), config={"folder": str(folder / str(value))})
-    study_run = RunDir(Path(trial.config["folder"]))
-    study_run.create(small(folder, epochs=9).to_dict())
-    scheduler.on_trial_add(None, trial)
-    decision: str = scheduler.on_trial_result(None, trial, {"epoch": 2, "val/map_at_r": value})
+    trial = begun(scheduler, folder / str(value))
+    decision: str = scheduler.on_trial_result(None, trial, standing(2, value))
     return decision
 
 
@@ -212,14 +220,11 @@ def test_asha_goes_by_both_objectives(tmp_path: Path) -> None:
     }
     decisions = {}
     for name, standings in told.items():
-        (tmp_path / name).mkdir()
         for number, (clean, attacked) in enumerate(standings):
-            config = {"folder": str(tmp_path / name)}
-            trial = SimpleNamespace(trial_id=f"{name}-{number}", config=config)
-            scheduler.on_trial_add(None, trial)
-            standing = {"epoch": 2, "val/map_at_r": clean, "val/adversarial_recall_at_1": attacked}
-            decisions[name] = scheduler.on_trial_result(None, trial, standing)
-            scheduler.on_trial_complete(None, trial, standing)
+            trial = begun(scheduler, tmp_path / f"{name}-{number}")
+            result = standing(2, clean, **{"val/adversarial_recall_at_1": attacked})
+            decisions[name] = scheduler.on_trial_result(None, trial, result)
+            scheduler.on_trial_complete(None, trial, result)
     assert decisions["robust"] == "CONTINUE"
 
 
@@ -231,16 +236,15 @@ def test_asha_knows_what_a_trial_reached_that_was_cut_off(tmp_path: Path) -> Non
     scheduler = make_scheduler(study)
     trial = SimpleNamespace(trial_id="cut-off", config={"folder": str(folder.path)})
     scheduler.on_trial_add(None, trial)
-    scheduler.on_trial_result(None, trial, {"epoch": 5, "val/map_at_r": 0.5})
+    scheduler.on_trial_result(None, trial, standing(5, 0.5))
     assert [reaches(scheduler, tmp_path, value) for value in (0.15, 0.3)] == ["STOP", "CONTINUE"]
 
 
 def test_asha_learns_nothing_from_a_fault(tmp_path: Path) -> None:
     """No cluster: a full disk is no value of the configuration."""
     scheduler = make_scheduler(make_study(tmp_path / "study", tmp_path, epochs=9))
-    trial = SimpleNamespace(trial_id="fault", config={"folder": str(tmp_path)})
-    scheduler.on_trial_add(None, trial)
-    result = {"epoch": 2, "val/map_at_r": 0.0, "failed": "No space left", "fault": True}
+    trial = begun(scheduler, tmp_path / "fault")
+    result = standing(2, 0.0, failed="No space left", fault=True)
     assert scheduler.on_trial_result(None, trial, result) == "CONTINUE"
     scheduler.on_trial_complete(None, trial, result)
     assert [reaches(scheduler, tmp_path, value) for value in (0.3, 0.2)] == ["CONTINUE", "STOP"]
