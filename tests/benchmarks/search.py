@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from flowerray.show.interval import words
 from flowerray.statistics import Interval, t_interval
 from flowerray.training.run import Run
 from flowerray.training.rundir import RunDir
@@ -180,7 +181,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             f"{_mean(r['tpe+asha']):>10.3f}   {reached}"
         )
     gain: Interval = t_interval([_mean(r["tpe+asha"]) - _mean(r["random"]) for r in results])
-    return "\n".join([*lines, f"gain of TPE + ASHA in confirmed val MAP@R: {gain:+.3f}"])
+    return "\n".join([*lines, f"gain of TPE + ASHA in confirmed val MAP@R: {words(gain, '+.3f')}"])
 
 
 if __name__ == "__main__":
