@@ -17,6 +17,7 @@ os.environ.update(
 )
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("MLFLOW_RUN_ID", None)
+os.environ.pop("UV_RUN_RECURSION_DEPTH", None)  # `uv run` would stand before every advised command
 
 import pytest  # noqa: E402 (the environment comes first)
 

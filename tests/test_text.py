@@ -20,7 +20,6 @@ def test_a_label_and_a_folded_text() -> None:
 
 
 def test_a_command_stands_as_it_has_to_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)
     assert typed("flowerray demo") == "flowerray demo"
     monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")
     assert typed("flowerray demo") == "uv run flowerray demo"

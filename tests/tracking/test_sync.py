@@ -48,7 +48,6 @@ def test_the_default_is_an_absolute_database_beside_the_run(
     monkeypatch.chdir(tmp_path)
     assert tracking_uri(Path("runs/a")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
     line = f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/runs/mlflow.db"
-    monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)
     assert ui_line(Path("runs/a")) == line
 
 
