@@ -76,12 +76,13 @@ def train(
     from flowerray import methods
     from flowerray.cli.options import absolute, default_out
     from flowerray.cluster.driver import train_run
-    from flowerray.training.run import PRESETS, Run
+    from flowerray.training.run import PRESETS, Run, from_preset
 
     if preset not in PRESETS:
         raise UserError(f"`preset` = {preset!r}: choose one of {', '.join(PRESETS)}.")
-    content = PRESETS[preset](methods.get(name).config(**method or {})).to_dict()
     changes: dict[str, Any] = {"resources": {"workers": 0}, **parts}
+    said = {k: v for k, v in changes.get("embedder", {}).items() if k in ("train", "backbone")}
+    content = from_preset(preset, methods.get(name).config(**method or {}), **said).to_dict()
     if data is not None:
         changes["data"] = data if isinstance(data, dict) else {"root": data}
     if epochs is not None:

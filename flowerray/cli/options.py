@@ -13,7 +13,7 @@ from flowerray.text import typed
 
 if TYPE_CHECKING:
     from flowerray.data.source import DataConfig
-    from flowerray.methods import MethodFile
+    from flowerray.methods import MethodConfig, MethodFile
     from flowerray.model.embedder import EmbedderConfig
     from flowerray.training.run import Run
     from flowerray.training.rundir import RunDir
@@ -86,9 +86,10 @@ def parse_run(
     from flowerray.training.run import PRESETS, Run, differences
     from flowerray.training.rundir import RunDir
 
-    presets = {"choices": list(PRESETS), "default": default_preset}
-    chosen = peek(words, preset=presets, resume={"type": Path}, **{"from": {"type": Path}})
-    preset, resume, source = chosen["preset"], chosen["resume"], chosen["from"]
+    chosen = peek(
+        words, **starting(default_preset), resume={"type": Path}, **{"from": {"type": Path}}
+    )
+    resume, source = chosen.pop("resume"), chosen.pop("from")
     config = methods.get(method).config
     old = None
     if resume is not None:
@@ -101,7 +102,7 @@ def parse_run(
                 f"the data set of {resume} is no longer at {old.data.root}: put it back there, or "
                 "a link to it."
             )
-    start = old or PRESETS[preset](config())
+    start = old or started(config(), chosen)
     if source is not None:
         refuse(words, ["preset"], "--from takes the options of the run that it names.")
         start = follow(RunDir(source), method)
@@ -129,6 +130,26 @@ def parse_run(
             "from its run.json."
         )
     return options, run
+
+
+def starting(default_preset: str = "laptop") -> dict[str, dict[str, Any]]:
+    """What `peek` looks for, so that `started` gives the run that the other options change."""
+    from flowerray.training.run import PRESETS
+
+    return {
+        "preset": {"choices": list(PRESETS), "default": default_preset},
+        "embedder.train": {"choices": ["all", "head"], "default": "all"},
+        "embedder.backbone": {"default": ""},
+    }
+
+
+def started(method: "MethodConfig", chosen: dict[str, Any]) -> "Run":
+    """A preset with the method's defaults for what is trained; `chosen` holds `starting`'s."""
+    from flowerray.training.run import from_preset
+
+    return from_preset(
+        chosen["preset"], method, chosen["embedder.train"], chosen["embedder.backbone"]
+    )
 
 
 def follow(source: "RunDir", method: str) -> "Run":

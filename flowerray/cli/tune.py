@@ -14,6 +14,8 @@ from flowerray.cli.options import (
     peek,
     refuse,
     resumable,
+    started,
+    starting,
     take_method,
 )
 from flowerray.errors import UserError
@@ -38,10 +40,9 @@ def tune(words: list[str]) -> int:
     from flowerray.tuning.space import COMMON, DIM
     from flowerray.tuning.study import Study
 
-    presets = {"choices": list(PRESETS), "default": "laptop"}
-    chosen = peek(words, preset=presets, resume={"type": Path})
+    chosen = peek(words, **starting(), resume={"type": Path})
     file = methods.get(method)
-    start, config = PRESETS[chosen["preset"]](file.config()), StudyConfig()
+    start, config = started(file.config(), chosen), StudyConfig()
     old = None
     if chosen["resume"] is not None:
         refuse(words, NOT_RESUMED, WHY_NOT_RESUMED)

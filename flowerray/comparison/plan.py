@@ -15,7 +15,7 @@ from flowerray.errors import UserError
 from flowerray.files import read_json
 from flowerray.model.embedder import EmbedderConfig
 from flowerray.training.config import TrainConfig
-from flowerray.training.run import Run, differences
+from flowerray.training.run import Run, differences, own_defaults
 from flowerray.training.rundir import RunDir
 from flowerray.tuning.study import Study
 
@@ -119,7 +119,10 @@ def base_runs(config: CompareConfig, notes: list[str]) -> tuple[dict[str, Run], 
     names = ("center", "siamese", "triplet")
     shared = {"embedder": config.embedder, "augment": config.augment}
     runs = {
-        name: Run(method=methods.get(name).config(), train=config.train).model_copy(update=shared)
+        name: Run(
+            method=methods.get(name).config(),
+            train=own_defaults(config.train, name, config.embedder),
+        ).model_copy(update=shared)
         for name in names
     }
     trials = 0

@@ -31,6 +31,8 @@ class MethodFile:
     method: "type[Method]"
     space: dict[str, dict[str, Any]]
     """Search space as plain data: dotted field -> {"low", "high", "log"} or {"choices"}."""
+    defaults: dict[str, dict[str, Any]]
+    """Of `train` options, for a training of "all" and of a "head" of the default backbone."""
     export_name: str
     """The `<name>` in `best_model_<name>.pth`."""
     summary: str
@@ -76,7 +78,8 @@ def register(module: ModuleType, name: str | None = None) -> MethodFile:
 
     Args:
         module: what a file in flowerray/methods has: a docstring, `Config` (a MethodConfig), one
-            `Method` subclass, and optionally `space` and `EXPORT_NAME`.
+            `Method` subclass, and optionally `space`, `defaults` and
+            `EXPORT_NAME`.
         name: by default the last part of the module's.
 
     Raises:
@@ -125,6 +128,7 @@ def _declared(module: ModuleType, name: str) -> MethodFile:
         config=config,
         method=found[0],
         space=getattr(module, "space", {}),
+        defaults=getattr(module, "defaults", {}),
         export_name=getattr(module, "EXPORT_NAME", name),
         summary=module.__doc__.strip().splitlines()[0],
     )

@@ -22,7 +22,7 @@ from flowerray.show.page import Note, Page
 from flowerray.text import counted
 from flowerray.tracking import registry, sync
 from flowerray.training import checkpoint
-from flowerray.training.run import PRESETS, Run
+from flowerray.training.run import PRESETS, Run, from_preset
 
 PAGE = "report.html"
 OWN = (PAGE, "metrics.jsonl", "mlflow.json", ".mlflow.json.lock", ".mlflow.lock")
@@ -187,8 +187,12 @@ def words(run: Run) -> list[str]:
     """The options that make the run, from the preset that leaves the fewest to name."""
     own = flatten(run.to_dict())
     kinds = []
-    for name, preset in PRESETS.items():
-        start = flatten(preset(type(run.method)()).to_dict())
+    for name, plain in PRESETS.items():
+        method, network = type(run.method)(), plain(type(run.method)()).embedder
+        start = flatten(
+            from_preset(name, method, run.embedder.train, run.embedder.backbone).to_dict()
+        )
+        start |= {"embedder.train": network.train, "embedder.backbone": network.backbone}
         changed = [] if name == "laptop" else ["--preset", name]
         for option, value in own.items():
             if value != start[option]:

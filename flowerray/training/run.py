@@ -132,3 +132,31 @@ def gpu(method: MethodConfig) -> Run:
 
 
 PRESETS: dict[str, Callable[[MethodConfig], Run]] = {"demo": demo, "laptop": laptop, "gpu": gpu}
+
+
+def from_preset(
+    name: str, method: MethodConfig, train: Literal["all", "head"] = "all", backbone: str = ""
+) -> Run:
+    """A preset with the method's own defaults.
+
+    Args:
+        train: what of the network is trained.
+        backbone: another one than the preset's.
+    """
+    run = PRESETS[name](method)
+    chosen = {"train": train, "backbone": backbone or run.embedder.backbone}
+    embedder = run.embedder.model_copy(update=chosen)
+    options = own_defaults(run.train, run.method_name, embedder)
+    return run.model_copy(update={"embedder": embedder, "train": options})
+
+
+def own_defaults(train: TrainConfig, method: str, embedder: EmbedderConfig) -> TrainConfig:
+    """`train` with the method's defaults where it has the general ones. They were found with the
+    default backbone and hold for that alone.
+    """
+    if embedder.backbone != EmbedderConfig().backbone:
+        return train
+    plain, own = TrainConfig(), methods.get(method).defaults.get(embedder.train, {})
+    return train.model_copy(
+        update={k: value for k, value in own.items() if getattr(train, k) == getattr(plain, k)}
+    )

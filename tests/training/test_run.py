@@ -1,13 +1,17 @@
 """A Run as data: run.json, its differences, the presets."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flowerray import methods
+from flowerray.cli.options import parse_run
 from flowerray.errors import UserError
-from flowerray.training.run import PRESETS, ResourcesConfig, Run, differences
+from flowerray.model.embedder import EmbedderConfig
+from flowerray.training.config import TrainConfig
+from flowerray.training.run import PRESETS, ResourcesConfig, Run, differences, own_defaults
 from tests.small import small
 
 
@@ -66,3 +70,24 @@ def test_the_defaults_are_the_contracts() -> None:
     assert (run.embedder.image_size, run.embedder.dim) == (128, 128)
     assert (run.train.classes_per_batch, run.train.images_per_class) == (12, 4)
     assert (run.train.epochs, run.train.seed, run.train.checkpoint_every_steps) == (15, 0, 50)
+
+
+def test_a_method_has_defaults_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On the command line, in Python and in a comparison; never in place of what is said, and
+    never for another backbone.
+    """
+    file = methods.get("center")
+    own = {"all": {"lr": 7e-4, "epochs": 21}, "head": {"lr": 2e-3}}
+    monkeypatch.setattr(methods, "get", lambda name: replace(file, name="center", defaults=own))
+
+    def parsed(*words: str) -> tuple[float, int]:
+        train = parse_run("train", "center", list(words))[1].train
+        return train.lr, train.epochs
+
+    assert parsed() == (7e-4, 21)
+    assert parsed("--train.lr", "1e-4") == (1e-4, 21)
+    assert parsed("--preset", "demo") == (7e-4, 8)
+    assert parsed("--embedder.train", "head") == (2e-3, 15)
+    assert parsed("--embedder.backbone", "resnet18") == parsed("--preset", "gpu")[:1] + (15,)
+    shared = own_defaults(TrainConfig(epochs=4), "center", EmbedderConfig())
+    assert (shared.lr, shared.epochs) == (7e-4, 4)
