@@ -147,6 +147,8 @@ def check_run(run: Run, quiet: bool = False, resume: bool = False) -> tuple[dict
         )
     if run.embedder.start == "pca" and run.embedder.train != "head":
         raise UserError("`embedder.start` pca needs the features that `embedder.train` head keeps.")
+    if run.embedder.start == "pca" and run.init is not None:
+        raise UserError("`init` brings a projection: leave `embedder.start` pca out.")
     method, embedder = build_method(run, len(trained_classes))
     if not resume:  # which has its own weights
         start_weights(run, method, embedder, dataset, trained_classes)

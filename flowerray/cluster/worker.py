@@ -186,7 +186,7 @@ def head_data(
     views_NVF = kept_views(embedder, train_store, run.augment, run.data.views)
     device = embedder.projection.weight.device
     train_NF = torch.from_numpy(np.ascontiguousarray(views_NVF[:, 0])).to(device)
-    if fresh and run.init is None and run.embedder.start == "pca":
+    if fresh and run.embedder.start == "pca":
         start_from_pca(embedder.projection, train_NF)
     validate = None
     if val_store is not None:

@@ -14,7 +14,7 @@ import flowerray
 from flowerray import methods
 from flowerray.errors import UserError
 from flowerray.files import read_json
-from flowerray.methods._base import Method
+from flowerray.methods._base import Method, MethodConfig
 from flowerray.model.embedder import Embedder, EmbedderConfig
 from flowerray.training import checkpoint
 from flowerray.training.run import Run
@@ -29,6 +29,10 @@ def method() -> Method:
     file = methods.get("center")
     config = EmbedderConfig(backbone="test_efficientnet", weights="none", image_size=32, dim=8)
     return file.method(file.config(), Embedder(config), len(CLASSES))
+
+
+def build(config: MethodConfig, embedder: EmbedderConfig, seed: int = 0) -> Method:
+    return methods.get("center").method(config, Embedder(embedder, seed=seed), len(CLASSES))
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +93,33 @@ def test_which_file_a_folder_means(method: Method, run: Run, tmp_path: Path) -> 
     with pytest.raises(UserError, match="several exported models .* name the file itself"):
         checkpoint.export_file(tmp_path)
     assert checkpoint.export_file(best) == best
+
+
+def test_a_start_carries_the_loss_along_where_the_classes_are_equal(
+    method: Method, run: Run, tmp_path: Path
+) -> None:
+    """The classifier and the centers of a center run; of a head's run too."""
+    source = build(method.config, method.embedder.config, seed=1)
+    source.get_buffer("centers_CD").add_(1)
+    file = write(tmp_path / "best_model_center_loss.pth", source, run)
+    for classes in (CLASSES, CLASSES[::-1]):
+        own = build(method.config, method.embedder.config, seed=2)
+        before = {name: value.clone() for name, value in own.state_dict().items()}
+        checkpoint.initialise(own, own.embedder, file, classes)  # type: ignore[arg-type]
+        for name, value in own.state_dict().items():
+            carried = name.startswith("embedder.") or classes == CLASSES
+            assert torch.equal(value, (source.state_dict() if carried else before)[name]), name
+
+
+def test_a_start_that_does_not_fit_is_one_sentence(
+    method: Method, run: Run, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "best_model_center_loss.pth", method, run)
+    for change in ({"dim": 4}, {"backbone": "test_resnet"}):
+        own = build(method.config, method.embedder.config.model_copy(update=change))
+        (name,) = change
+        with pytest.raises(UserError, match=rf"has embedder.{name} .* give `embedder.{name}`"):
+            checkpoint.initialise(own, own.embedder, file, CLASSES)  # type: ignore[arg-type]
 
 
 def test_state_survives_exactly(tmp_path: Path) -> None:

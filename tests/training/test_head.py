@@ -10,8 +10,10 @@ import torch
 from flowerray import load, methods
 from flowerray.cluster import driver
 from flowerray.cluster.driver import train_run
+from flowerray.cluster.worker import train_worker
 from flowerray.errors import UserError
 from flowerray.model.embedder import Embedder, EmbedderConfig, Head, start_from_pca
+from flowerray.training.checkpoint import load_export
 from flowerray.training.run import Run
 from flowerray.training.rundir import FolderReporter, RunDir
 from tests.small import small, with_hardening
@@ -50,6 +52,17 @@ def test_a_run_of_a_head(method: str, small_set: Path, tmp_path: Path) -> None:
     assert summary["epochs"] == 3 and 0 < summary["val_map_at_r"] < 1
     state = torch.load(tmp_path / "run/checkpoints/last/state.pt", weights_only=True)
     assert not [name for name in state["method"] if "backbone" in name]
+
+    # All of it goes on from there: at a rate of nothing its first epoch ends where the head did.
+    rest = small(small_set, method, epochs=1, lr=1e-12).model_copy(
+        update={"init": tmp_path / "run"}
+    )
+    RunDir(tmp_path / "all").create(rest.to_dict())
+    begun = train_worker(rest, FolderReporter(tmp_path / "all"), torch.device("cpu"))
+    assert begun["val_map_at_r"] == pytest.approx(summary["val_map_at_r"], abs=1e-6)
+    head, all_of_it = (load_export(tmp_path / name)["method"] for name in ("run", "all"))
+    for name in head.keys() - {"centers_CD"}:  # which move without the optimizer
+        torch.testing.assert_close(all_of_it[name], head[name])
 
 
 def test_a_stopped_training_of_a_head_goes_on_to_the_same_bits(
@@ -127,6 +140,9 @@ def test_what_a_head_cannot_do_is_refused(small_set: Path, tmp_path: Path) -> No
     all_of_it = head_run(small_set, train="all", start="pca")
     with pytest.raises(UserError, match="pca needs"):
         train_run(all_of_it, tmp_path / "run", quiet=True)
+    twice = head_run(small_set, start="pca").model_copy(update={"init": tmp_path})
+    with pytest.raises(UserError, match="`init` brings a projection"):
+        train_run(twice, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 
