@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from flowerray.calibration import Calibration
 from flowerray.data.dataset import Dataset
 from flowerray.data.images import LONGEST, eval_image, eval_pixels, resize_side
 from flowerray.data.source import open_dataset
@@ -40,6 +41,8 @@ class Model:
     """Cosine from which two photographs count as the same class."""
     dataset: str | None = None
     """Fingerprint of what it was trained on; None: not known."""
+    calibration: Calibration | None = None
+    """Probabilities and false-match rates of its cosine; None: an older model, or no val."""
 
     def own_dataset(self, quiet: bool = False) -> Dataset:
         """The set that it was trained on.
@@ -74,6 +77,7 @@ def open_model(name: str, device: torch.device) -> Model:
         embedder=checkpoint.build_embedder(content).to(device),
         threshold=content["threshold"],
         dataset=content["dataset"],
+        calibration=content["calibration"],
     )
 
 

@@ -150,23 +150,30 @@ class _Mean:
         bounds are quantiles of beta distributions half-way between Clopper and Pearson's (1934),
         which are too wide, and Jeffreys', which are too narrow.
         """
-        from scipy.special import betainccinv, betaincinv, ndtri
-
         mean, variance = self.mean, sum(self.parts)
         least, most = float(self.scores_SQ.min()), float(self.scores_SQ.max())
         if least < 0 or most > 1:
             half = critical * math.sqrt(variance)
             return mean - half, mean + half
         queries = self.scores_SQ.shape[1]
-        n = float(queries)
-        if least < most:
-            rare = min(mean, 1 - mean)
-            n = (rare * mean * (1 - mean) / variance + 1) / (rare + 1 / queries)
-        n *= (ndtri(tail) / critical) ** 2
-        a, b = n * mean, n * (1 - mean)
-        low = betaincinv(a + 0.25, b + 0.75, tail) if a > 0 else 0.0
-        high = betainccinv(a + 0.75, b + 0.25, tail) if b > 0 else 1.0
-        return min(float(low), mean), max(float(high), mean)
+        return _share_bounds(mean, variance if least < most else 0.0, queries, tail, critical)
+
+
+def _share_bounds(
+    mean: float, variance: float, size: int, tail: float, critical: float
+) -> tuple[float, float]:
+    """See `_Mean.bounds`; a variance of 0 is none that was seen."""
+    from scipy.special import betainccinv, betaincinv, ndtri
+
+    n = float(size)
+    if variance > 0:
+        rare = min(mean, 1 - mean)
+        n = (rare * mean * (1 - mean) / variance + 1) / (rare + 1 / size)
+    n *= (ndtri(tail) / critical) ** 2
+    a, b = n * mean, n * (1 - mean)
+    low = betaincinv(a + 0.25, b + 0.75, tail) if a > 0 else 0.0
+    high = betainccinv(a + 0.75, b + 0.25, tail) if b > 0 else 1.0
+    return min(float(low), mean), max(float(high), mean)
 
 
 class _Difference:
@@ -205,6 +212,46 @@ class _Difference:
         if beyond(least) >= 0:
             return _SMALLEST_P
         return math.exp(brentq(beyond, least, most, xtol=1e-6))
+
+
+def pair_interval(hits_P: ArrayLike, *members: NDArray[np.int64], level: float = 0.95) -> Interval:
+    """Interval of a share of pairs that share images and classes, and so are not P separate draws.
+
+    Pairs with a member in common go along with each other (dyadic clusters: Aronow, Samii and
+    Assenova 2015, equation 4); of several groupings the one that makes the share least sure counts.
+    Bounds as of `mean_interval`.
+
+    Args:
+        hits_P: whether each pair counts.
+        members: (P, 2) each: the two images of a pair, its two classes.
+
+    Raises:
+        UserError: no pairs.
+    """
+    hits_P = _checked("pairs", hits_P, 1)
+    mean, size, tail = float(hits_P.mean()), len(hits_P), (1 - level) / 2
+    from scipy.special import stdtrit
+
+    variance, groups = mean * (1 - mean) / size, size
+    for ends_P2 in members:
+        found, number = _dyadic_variance(hits_P - mean, ends_P2)
+        if found > variance:
+            variance, groups = found, number
+    critical = -float(stdtrit(max(groups - 1, 1), tail))
+    return Interval(size, mean, *_share_bounds(mean, variance, size, tail, critical), level)
+
+
+def _dyadic_variance(rest_P: NDArray, ends_P2: NDArray[np.int64]) -> tuple[float, int]:
+    """Variance of a mean over pairs, and the number of members that pairs have in common."""
+    names, codes = np.unique(ends_P2, return_inverse=True)
+    first, second = np.sort(codes.reshape(ends_P2.shape), axis=1).T
+    apart = first != second
+    sums = np.bincount(first, rest_P, len(names))
+    sums += np.bincount(second, rest_P * apart, len(names))
+    _, twice = np.unique(first[apart] * len(names) + second[apart], return_inverse=True)
+    both = np.bincount(twice, rest_P[apart])  # of the pairs with two members in common
+    total = float((sums**2).sum() - (both**2).sum())
+    return total / len(rest_P) ** 2 * len(names) / max(len(names) - 1, 1), len(names)
 
 
 def t_interval(values_S: ArrayLike, *, level: float = 0.95) -> Interval:

@@ -18,7 +18,7 @@ ROOT = PACKAGE.parent
 # folder too. "folder: files" is a folder with its files in their order.
 FLOORS = [
     "errors text system memory description",
-    "config files pool statistics cache",
+    "config files pool statistics calibration cache",
     "model: modes fold embedder averages precision",
     "rendered: species sprites scenery painter synthetic",
     "attacks: pgd logits objectives library bank",

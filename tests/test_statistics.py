@@ -5,7 +5,14 @@ import pytest
 from scipy import stats
 
 from flowerray.errors import UserError
-from flowerray.statistics import front, holm, mean_interval, paired_difference, t_interval
+from flowerray.statistics import (
+    front,
+    holm,
+    mean_interval,
+    pair_interval,
+    paired_difference,
+    t_interval,
+)
 from tests.benchmarks import coverage
 
 
@@ -37,6 +44,23 @@ def test_rare_hits_have_bounds_between_jeffreys_and_clopper_and_pearsons(hits: i
     assert jeffreys[1] < found.high <= exact.high + 1e-4 or hits / 512 == found.high == 1
     back = mean_interval(np.arange(512) >= hits)
     assert (back.low, back.high) == pytest.approx((1 - found.high, 1 - found.low))
+
+
+def test_pairs_that_share_members_are_fewer_than_they_seem() -> None:
+    """The variance by a loop over pairs of pairs; pairs that share none have a share's interval."""
+    rng = np.random.default_rng(5)
+    ends, liked = rng.integers(30, size=(400, 2)), rng.normal(size=30)
+    hits = liked[ends].sum(1) + rng.normal(size=400) > 1
+    rest = hits - hits.mean()
+    together = [[bool({*one} & {*other}) for other in ends.tolist()] for one in ends.tolist()]
+    variance = rest @ np.array(together, float) @ rest / 400**2 * 30 / 29
+    shared, none = pair_interval(hits, ends), pair_interval(hits, np.arange(800).reshape(400, 2))
+    half = stats.t(29).ppf(0.975) * np.sqrt(variance)
+    assert shared.high - shared.low == pytest.approx(2 * half, rel=0.1)
+    assert none.high - none.low == pytest.approx(2 * 1.96 * hits.std() / 20, rel=0.02)
+    assert none.high - none.low < 0.7 * (shared.high - shared.low)
+    assert pair_interval(hits, np.arange(800).reshape(400, 2), ends) == shared
+    assert pair_interval(np.zeros(400), ends).high < 0.02
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])

@@ -25,7 +25,13 @@ from flowerray.model.embedder import Embedder, Head, start_from_pca
 from flowerray.model.modes import own_draws
 from flowerray.retrieval.embed import embed, embed_together, frozen_features
 from flowerray.retrieval.measure import frozen_pairs, split_names, validation_metrics
-from flowerray.retrieval.pairs import PAIR_SEED, fit_threshold, pair_cosines, save_pairs
+from flowerray.retrieval.pairs import (
+    PAIR_SEED,
+    calibrate,
+    fit_threshold,
+    pair_cosines,
+    save_pairs,
+)
 from flowerray.retrieval.views import Views, kept_views, one_view
 from flowerray.robustness.guard import guard
 from flowerray.training import checkpoint
@@ -214,8 +220,8 @@ def finish(
     val_store: Store | None,
     result: Result,
 ) -> dict[str, Any]:
-    """Fits the threshold on val, writes pairs.json and thresholds.json, exports the model; returns
-    a summary.
+    """Fits threshold and calibration on val, writes pairs.json and thresholds.json, exports the
+    model; returns a summary.
     """
     device = next(method.parameters()).device
     source = folder.newest(folder.best) if val_store is not None else folder.checkpoint()
@@ -225,7 +231,7 @@ def finish(
     trained = state["average"] or checkpoint.split_state(method)[0]
     embedder.load_state_dict({**embedder.state_dict(), **trained})
 
-    threshold = run.threshold
+    threshold, calibration = run.threshold, None
     if val_store is not None:
         untrained = Embedder(run.embedder, seed=run.train.seed).to(device)
         pairs = frozen_pairs(untrained, val_store, dataset.split_labels("val"), seed=PAIR_SEED)
@@ -233,6 +239,7 @@ def finish(
         emb_ND = embed(embedder, val_store, device=device)
         if threshold is None:
             threshold = fit_threshold(pair_cosines(emb_ND, pairs), pairs.same)
+        calibration = calibrate(emb_ND, dataset.split_labels("val")).model_dump(mode="json")
     assert threshold is not None, "the driver refuses a run with neither val nor threshold"
 
     file = methods.get(run.method_name)
@@ -241,6 +248,7 @@ def finish(
     classes = class_names(dataset, trained_classes)
     used = run.train.model_copy(update={"precision": result.precision})  # what auto came to
     facts = noted(run.model_copy(update={"train": used}), dataset)
+    facts["calibration"] = calibration
     checkpoint.export(model, method, embedder.state_dict(), facts, threshold, classes)
     best = result.best if val_store is not None else None
     summary = {
@@ -256,6 +264,7 @@ def finish(
         {
             "threshold": threshold,
             "fitted_on": "val" if run.threshold is None else "given",
+            "calibration": calibration,
             "best_epoch": summary["best_epoch"],
             "training": {name: summary[name] for name in TOLD},
         },

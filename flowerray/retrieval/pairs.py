@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from flowerray.calibration import Calibration, fit_calibration
 from flowerray.errors import UserError
 from flowerray.files import read_json, write_json
 
@@ -20,6 +21,8 @@ PAIR_SEED = 0
 """Of the verification pairs: the same for every run, so that runs can be compared."""
 PAIRS_PER_KIND = 5000
 """Enough for a standard error of about half a point."""
+RANDOM_PAIRS = 100_000
+"""Pairs of each sort that calibrate and judge decisions, 100 at a false-match rate of 0.001."""
 _ROWS = 256
 """Rows of the similarity matrix held at a time."""
 
@@ -273,6 +276,19 @@ def _eer(false_rate: NDArray, true_rate: NDArray) -> float:
     at = int(np.argmax(gap >= 0))
     share = -gap[at - 1] / (gap[at] - gap[at - 1])
     return float(false_rate[at - 1] + share * (false_rate[at] - false_rate[at - 1]))
+
+
+def random_pairs(labels_N: ArrayLike) -> Pairs:
+    """Same and different pairs at random. Those of `make_pairs` with features are not: the easy
+    ones lack the hard ones, which hold most of what a high threshold lets pass.
+    """
+    return make_pairs(labels_N, PAIR_SEED, RANDOM_PAIRS)
+
+
+def calibrate(emb_ND: ArrayLike, labels_N: ArrayLike) -> Calibration:
+    """`fit_calibration` on random pairs of the embeddings of val."""
+    pairs = random_pairs(labels_N)
+    return fit_calibration(pair_cosines(emb_ND, pairs), pairs.same, pairs.index, labels_N)
 
 
 def fit_threshold(cosine_P: ArrayLike, same_P: ArrayLike) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from flowerray import methods
+from flowerray.calibration import Calibration
 from flowerray.errors import UserError
 from flowerray.files import as_json, atomic_file, read_json, saving
 from flowerray.methods._base import Method
@@ -95,7 +96,8 @@ def export(
         path: `best_model_<name>.pth` or `robust_model_<name>.pth`.
         method: whose loss parameters are kept beside the embedder.
         embedder_state: the weights to export (the moving average's where there is one).
-        run: the Run as a plain dict, with "dataset", the fingerprint of what it was trained on.
+        run: the Run as a plain dict, with "dataset", the fingerprint of what it was trained on, and
+            "calibration", of its cosine.
         threshold: cosine from which two photographs count as the same class, fitted on val.
         classes: names of the training classes, in the order of the method's targets.
     """
@@ -136,7 +138,7 @@ def export_file(path: Path) -> Path:
 
 def load_export(run_or_file: str | Path) -> dict[str, Any]:
     """The content of an export: "embedder", "method", "run" (as a dict), "threshold", "classes",
-    and "dataset", the fingerprint of the training's data (None: not known).
+    "dataset", the fingerprint of the training's data, and its "calibration" (None: not known).
 
     Raises:
         UserError: nothing there, or not a flowerray export.
@@ -147,10 +149,13 @@ def load_export(run_or_file: str | Path) -> dict[str, Any]:
         raise UserError(f"{file} is not a flowerray model (expected keys {sorted(EXPORT_KEYS)}).")
     try:
         run = dict(json.loads(content["run"]))
-    except (ValueError, TypeError, RecursionError) as error:
+        known = run.pop("calibration", None)
+        calibration = None if known is None else Calibration(**known)
+    except (UserError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is not a flowerray model: its run cannot be read.") from error
     _refuse_infinite(file, content["embedder"], content["threshold"])
-    return {**content, "dataset": run.pop("dataset", None), "run": run}
+    dataset = run.pop("dataset", None)
+    return {**content, "dataset": dataset, "calibration": calibration, "run": run}
 
 
 def initialise(method: Method, embedder: Embedder, source: Path, classes: tuple[str, ...]) -> None:

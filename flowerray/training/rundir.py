@@ -48,6 +48,8 @@ class Outcome(TypedDict):
     threshold: float
     """Cosine from which two photographs count as the same class."""
     best_epoch: int
+    calibration: NotRequired[dict[str, Any] | None]
+    """A `Calibration`; None: there was no val. Older versions did not write it."""
     training: NotRequired[dict[str, Any]]
     """What it cost; older versions did not write it."""
 

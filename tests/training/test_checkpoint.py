@@ -12,6 +12,7 @@ import torch
 
 import flowerray
 from flowerray import methods
+from flowerray.calibration import Calibration
 from flowerray.errors import UserError
 from flowerray.files import read_json
 from flowerray.methods._base import Method, MethodConfig
@@ -64,6 +65,22 @@ def test_an_export_is_the_contracts(method: Method, run: Run, tmp_path: Path) ->
     assert content["threshold"] == 0.4 and content["classes"] == list(CLASSES)
     assert set(content["method"]) == set(checkpoint.split_state(method)[1])
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_calibration_is_kept_in_the_run_and_none_is_needed(
+    method: Method, run: Run, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "best_model_center_loss.pth", method, run)
+    assert checkpoint.load_export(path)["calibration"] is None
+    known = Calibration(a=2, b=1, c=0.5)
+    content = torch.load(path, weights_only=True)
+    facts = {**run.to_dict(), "calibration": known.model_dump(mode="json")}
+    torch.save({**content, "run": json.dumps(facts)}, path)
+    found = checkpoint.load_export(path)
+    assert found["calibration"] == known and Run.from_dict(found["run"]) == run
+    torch.save({**content, "run": json.dumps({**facts, "calibration": {"a": "x"}})}, path)
+    with pytest.raises(UserError, match="its run cannot be read"):
+        checkpoint.load_export(path)
 
 
 def test_a_loaded_embedder_embeds_alike(method: Method, run: Run, tmp_path: Path) -> None:
