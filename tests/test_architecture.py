@@ -30,6 +30,7 @@ FLOORS = [
     "tracking: address server registry state sync",
     "opening",
     "retrieval: search pairs embed views measure pictures table command",
+    "index: cells contents table command",
     "robustness: config journal victim verification gallery attack checks score audit guard"
     " record table pictures command",
     "explain: layers baselines decompose cam faithfulness localise sanity judge concepts tcav"
@@ -42,7 +43,7 @@ FLOORS = [
     "comparison: plan pictures command",
     "backbones: bench remote pictures command",
     "serve: pyfunc",
-    "cli: options attack backbones cache compare data explain explore report retrieval review"
+    "cli: options attack backbones cache compare data explain explore index report retrieval review"
     " training tune",
     "api",
 ]

@@ -65,6 +65,7 @@ COMMANDS: dict[str, Command] = {
     "search": Command(
         "retrieval", "search", "the images of a folder that are most like a photograph"
     ),
+    "index": Command("index", "index", "photographs embedded once, to be searched; it grows"),
     "explain": Command("explain", "explain", "why two photographs are alike, by maps and concepts"),
     "report": Command("report", "report", "one HTML page on a set of runs"),
     "cache": Command("cache", "cache", "what is kept to save time, and what of it may go"),

@@ -1,0 +1,1 @@
+"""Photographs that were embedded once, to be searched: a folder that grows and can be checked."""

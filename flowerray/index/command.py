@@ -1,0 +1,229 @@
+"""`flowerray index build`, `add`, `remove`, `search` and `check`; each returns plain data."""
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from flowerray.data.images import decode, decoding_map, eval_crop, read_image
+from flowerray.data.store import floats
+from flowerray.errors import UserError
+from flowerray.index import contents
+from flowerray.index.cells import recall
+from flowerray.index.contents import Index, Photograph, open_index
+from flowerray.model.embedder import Embedder
+from flowerray.model.modes import evaluating, full_precision
+from flowerray.opening import Model, open_model
+from flowerray.retrieval.command import gallery_of
+from flowerray.retrieval.embed import refuse_damaged
+from flowerray.statistics import mean_interval
+from flowerray.tracking.registry import resolve
+from flowerray.training.checkpoint import export_file
+
+BATCH = 64
+FEWEST = 2000
+"""Photographs after which what is embedded is written; of a large INDEX a quarter of its size."""
+COPIES = 8
+"""Of the photograph that is looked for, which may be left out."""
+
+
+def build(model: Model, gallery: Path, out: Path, quiet: bool = False) -> dict[str, Any]:
+    """Makes an INDEX of a folder's photographs; see `add`."""
+    if not gallery.is_dir():
+        raise UserError(f"{gallery} is not a folder of photographs.")
+    file = export_file(resolve(model.name))
+    contents.create(out, file, model.name, model.embedder.dim)
+    return add(out, [gallery], model.embedder, quiet)
+
+
+def add(
+    folder: Path,
+    places: Sequence[Path],
+    by: Embedder | torch.device,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Adds photographs, or every one of a folder; those whose path and content are known stay, and
+    a known path with another content is embedded again.
+
+    What is embedded is written now and then: after a kill the same call goes on.
+
+    Args:
+        by: the INDEX's own model, or the device on which it is opened.
+    """
+    index = open_index(folder)
+    labels: dict[Path, str] = {}
+    for place in places:
+        labels |= photographs(place)
+    known = {path: index.digest(row) for row, path in enumerate(index.paths())}
+    embedder = model_of(index, by).embedder if isinstance(by, torch.device) else by
+    pending: list[Photograph] = []
+    counts = {"added": 0, "replaced": 0, "known": 0}
+    unreadable: dict[str, str] = {}
+    with tqdm(total=len(labels), unit="img", desc="embed", disable=quiet or None) as bar:
+        for batch in batches(list(labels), embedder.image_size):
+            new: list[tuple[Path, bytes, NDArray[np.uint8]]] = []
+            for path, digest, crop in batch:
+                before = known.get(os.fsencode(path))
+                if isinstance(crop, str):
+                    unreadable[str(path)] = crop
+                elif before == digest:
+                    counts["known"] += 1
+                else:
+                    counts["added" if before is None else "replaced"] += 1
+                    new.append((path, digest, crop))
+            emb_BD = embed_crops(embedder, [crop for _, _, crop in new])
+            pending += [
+                Photograph(path, digest, labels[path], emb_D)
+                for (path, digest, _), emb_D in zip(new, emb_BD, strict=True)
+            ]
+            bar.update(len(batch))
+            if len(pending) >= max(FEWEST, len(index) // 4):
+                index, _ = contents.change(folder, pending)
+                pending = []
+    index, _ = contents.change(folder, pending)
+    return {"index": str(folder), **counts, "unreadable": unreadable, "photographs": len(index)}
+
+
+def photographs(place: Path) -> dict[Path, str]:
+    """Absolute path and class of one photograph, or of each in a folder; see `gallery_of`."""
+    if not place.is_dir():
+        path = Path(os.path.abspath(place))
+        if not path.is_file():
+            raise UserError(f"{place} is not there: give photographs, or folders of them.")
+        return {path: path.parent.name}
+    found = gallery_of(place)
+    return {
+        Path(os.path.abspath(path)): found.classes[label]
+        for path, label in zip(found.paths, found.labels_N, strict=True)
+    }
+
+
+def batches(
+    paths: Sequence[Path], size: int
+) -> Iterator[list[tuple[Path, bytes, NDArray[np.uint8] | str]]]:
+    """Photographs with the hashes of their files and their crops, HWC, or why there is none."""
+    with decoding_map(len(paths)) as run:
+        found = zip(paths, run(partial(_read, size=size), paths), strict=True)
+        while batch := [(path, *read) for path, read in islice(found, BATCH)]:
+            yield batch
+
+
+def _read(path: Path, size: int) -> tuple[bytes, NDArray[np.uint8] | str]:
+    digest, image = read_image(path)
+    return bytes.fromhex(digest), image if isinstance(image, str) else eval_crop(image, size)
+
+
+def embed_crops(embedder: Embedder, crops: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+    """Unit embeddings (B, D) of evaluation crops (HWC), as `evaluate` has them.
+
+    Raises:
+        UserError: the model gives numbers that are not finite.
+    """
+    if not crops:
+        return np.empty((0, embedder.dim), np.float32)
+    device = next(embedder.parameters()).device
+    images_BCHW = floats(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2), device)
+    with evaluating(embedder), torch.inference_mode(), full_precision():
+        emb_BD: NDArray[np.float32] = embedder(images_BCHW).float().cpu().numpy()
+    refuse_damaged(emb_BD)
+    return emb_BD
+
+
+def model_of(index: Index, device: torch.device) -> Model:
+    """The model that made an INDEX, out of its own file."""
+    file = contents.model_file(index.folder, index.manifest)
+    return open_model(str(file), device)
+
+
+def remove(folder: Path, places: Sequence[Path]) -> dict[str, Any]:
+    """Takes photographs, or all of a folder, out of an INDEX; the files stay.
+
+    Raises:
+        UserError: one of them is not in the INDEX.
+    """
+    names = [os.fsencode(os.path.abspath(place)) for place in places]
+    known = open_index(folder).paths()
+    for place, name in zip(places, names, strict=True):
+        if not any(path == name or path.startswith(name + b"/") for path in known):
+            raise UserError(f"{folder} holds no photograph {place}.")
+    exact, below = set(names), tuple(name + b"/" for name in names)
+    index, gone = contents.change(folder, gone=lambda path: path in exact or path.startswith(below))
+    return {"index": str(folder), "removed": gone, "photographs": len(index)}
+
+
+def search(index: Index, model: Model, photo: Path, k: int) -> dict[str, Any]:
+    """The `k` nearest of an INDEX to a photograph, and whether none is near enough to be of its
+    class; the photograph itself, told by its content, is left out.
+    """
+    digest, crop = _read(photo, model.embedder.image_size)
+    if isinstance(crop, str):
+        decode(photo)  # which says why
+        raise AssertionError(crop)
+    emb_D = embed_crops(model.embedder, [crop])[0]
+    return {"query": str(photo), **neighbours(index, model, emb_D, k, digest)}
+
+
+def neighbours(
+    index: Index, model: Model, emb_D: NDArray[np.float32], k: int, without: bytes = b""
+) -> dict[str, Any]:
+    """What `search` answers of an embedding.
+
+    Args:
+        without: hash of a file that is left out, however often it is there.
+    """
+    rows_K, cosine_K = index.nearest(emb_D, k + COPIES)
+    found = [
+        (row, cosine)
+        for row, cosine in zip(rows_K.tolist(), cosine_K.tolist(), strict=True)
+        if index.digest(row) != without
+    ][:k]
+    return {
+        "neighbours": [
+            {
+                "image": str(index.path(row)),
+                "label": index.label(row),
+                "similarity": cosine,
+                "probability": None,
+            }
+            for row, cosine in found
+        ],
+        "unknown": not found or found[0][1] < model.threshold,
+    }
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """Compares the files of an INDEX with their checksums, measures the recall of its search
+    against the exact one, and notes that in the INDEX.
+
+    Raises:
+        UserError: a file that is not as it was written.
+    """
+    index = open_index(folder)
+    manifest = index.manifest
+    contents.model_file(folder, manifest)
+    for name, known in manifest["checksums"].items():
+        if contents.checksum(folder / manifest["parts"] / name) != known:
+            raise UserError(
+                f"{folder / manifest['parts'] / name} is not as it was written (a failing disk?): "
+                f"{contents.AGAIN}."
+            )
+    found = (
+        mean_interval(recall(index.vectors_ND, index.cells)).to_dict() if len(index) > 1 else None
+    )
+    if found is not None:
+        contents.note(folder, recall=found)
+    return {
+        "index": str(folder),
+        "model": manifest["model"]["name"],
+        "photographs": len(index),
+        "classes": len(manifest["classes"]),
+        "exact": index.cells is None,
+        "recall_at_10": found,
+    }

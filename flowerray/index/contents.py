@@ -1,0 +1,361 @@
+"""An INDEX folder: photographs' embeddings, what they are of, and the model that made them.
+
+    index.json                 the manifest, which is replaced last: it names the folder that counts
+    model.pth                  the exported model
+    parts-<8 hex>/vectors.npy  float32 (N, D), unit vectors; above `EXACT` rows sorted by cell
+                  entries.npy  where each path ends in names.npy, content hash, label (-1: none)
+                  names.npy    uint8, the paths one after the other
+                  cells.npy    float32 (C, D), centroids of the cells; none for exact search
+                  ends.npy     int64 (C,), the row after the last of each cell
+
+A kill at any moment leaves the old content or the new. Nothing is unpickled, and no file of an
+INDEX makes us read one outside of it.
+
+Letters: N photographs, D dimensions, C cells, A added ones.
+"""
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple, NotRequired
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import TypedDict
+
+from flowerray.errors import UserError
+from flowerray.files import atomic_folder, locked, read_json, to_disk, write_json, writing
+from flowerray.index.cells import EXACT, Cells, cell_of, enough, nearest_rows, partition
+
+MANIFEST = "index.json"
+MODEL = "model.pth"
+AGAIN = "build it again"
+_ENTRY = np.dtype([("end", "<i8"), ("digest", "u1", (16,)), ("label", "<i4")])
+_PARTS = re.compile("parts-[0-9a-f]{8}")
+_BLOCK = 8192
+
+
+class IndexModel(TypedDict):
+    """Which model made the vectors."""
+
+    name: str
+    """What the user called it."""
+    fingerprint: str
+    """Hash of model.pth, which holds its threshold and calibration."""
+    dim: int
+
+
+class Manifest(TypedDict):
+    """index.json."""
+
+    model: IndexModel
+    classes: list[str]
+    parts: str
+    checksums: dict[str, str]
+    probes: int
+    """Cells that a query looks into; 0: search is exact."""
+    partitioned: int
+    """Rows when the cells were made."""
+    recall: NotRequired[dict[str, Any]]
+    """Of the approximate search against the exact one, as `flowerray index check` measured it."""
+
+
+class Photograph(NamedTuple):
+    """One that is added."""
+
+    path: Path
+    digest: bytes
+    label: str
+    emb_D: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Index:
+    """An INDEX as it was when it was opened; its files are mapped, and stay readable."""
+
+    folder: Path
+    manifest: Manifest
+    vectors_ND: NDArray[np.float32]
+    entries_N: NDArray[Any]
+    names: NDArray[np.uint8]
+    cells: Cells | None
+
+    def __len__(self) -> int:
+        return len(self.entries_N)
+
+    def path(self, row: int) -> Path:
+        """Of a photograph."""
+        start = int(self.entries_N["end"][row - 1]) if row else 0
+        return Path(os.fsdecode(self.names[start : self.entries_N["end"][row]].tobytes()))
+
+    def paths(self) -> list[bytes]:
+        """Of all, as the system writes them."""
+        text, ends = self.names.tobytes(), self.entries_N["end"].tolist()
+        return [text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+    def label(self, row: int) -> str | None:
+        """Class of a photograph."""
+        label = int(self.entries_N["label"][row])
+        return None if label < 0 else self.manifest["classes"][label]
+
+    def digest(self, row: int) -> bytes:
+        """Hash of a photograph's file."""
+        found: bytes = self.entries_N["digest"][row].tobytes()
+        return found
+
+    def nearest(
+        self, query_D: NDArray[np.floating], k: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """See `nearest_rows`."""
+        return nearest_rows(self.vectors_ND, query_D, k, self.cells)
+
+
+def open_index(folder: Path) -> Index:
+    """An INDEX, without its model.
+
+    Raises:
+        UserError: none, damaged, cut, or with another model's file.
+    """
+    manifest = read_manifest(folder)
+    while True:
+        try:
+            return _open(folder, manifest)
+        except (OSError, ValueError, EOFError, SyntaxError) as error:
+            newer = read_manifest(folder)  # another process has replaced it in this moment
+            if newer["parts"] == manifest["parts"]:
+                raise UserError(f"{folder} is damaged ({error}): {AGAIN}.") from error
+            manifest = newer
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """index.json of an INDEX."""
+    missing = f"{folder} is no INDEX: `flowerray index build RUN DIR --out {folder}` makes one."
+    file = folder / MANIFEST
+    _refuse_links(file)
+    found: Manifest = read_json(file, Manifest, advice=AGAIN, missing=missing)
+    return found
+
+
+def model_file(folder: Path, manifest: Manifest) -> Path:
+    """The model of an INDEX.
+
+    Raises:
+        UserError: it is another one than made the vectors.
+    """
+    file = folder / MODEL
+    _refuse_links(file)
+    if not file.is_file() or checksum(file) != manifest["model"]["fingerprint"]:
+        raise UserError(
+            f"{file} is not {manifest['model']['name']}, the model that {folder} was built with: "
+            f"put that back, or {AGAIN} with the other one."
+        )
+    return file
+
+
+def _open(folder: Path, manifest: Manifest) -> Index:
+    if not _PARTS.fullmatch(manifest["parts"]):
+        raise ValueError(f"{manifest['parts']!r} is no name of its parts")
+    parts, dim = folder / manifest["parts"], manifest["model"]["dim"]
+    _refuse_links(parts, *parts.iterdir())
+    entries_N = _mapped(parts / "entries.npy", _ENTRY, (None,))
+    names = _mapped(parts / "names.npy", np.dtype("u1"), (None,))
+    vectors_ND = _mapped(parts / "vectors.npy", np.dtype("<f4"), (len(entries_N), dim))
+    rising_N = np.diff(entries_N["end"], prepend=0, append=len(names))
+    label_N = entries_N["label"]
+    if (rising_N < 0).any() or (len(label_N) and label_N.max() >= len(manifest["classes"])):
+        raise ValueError("entries.npy does not fit the other files")
+    cells = None
+    if manifest["probes"] > 0:
+        centroids_CD = _mapped(parts / "cells.npy", np.dtype("<f4"), (None, dim))
+        ends_C = _mapped(parts / "ends.npy", np.dtype("<i8"), (len(centroids_CD),))
+        if (np.diff(ends_C, prepend=0) < 0).any() or ends_C[-1] != len(entries_N):
+            raise ValueError("ends.npy does not fit the other files")
+        cells = Cells(centroids_CD, ends_C, manifest["probes"])
+    return Index(folder, manifest, vectors_ND, entries_N, names, cells)
+
+
+def _mapped(file: Path, kind: np.dtype, shape: tuple[int | None, ...]) -> NDArray[Any]:
+    empty = file.stat().st_size < 256 and np.load(file, allow_pickle=False)
+    found = empty if empty is not False else np.load(file, mmap_mode="r", allow_pickle=False)
+    fits = (
+        len(found.shape) == len(shape)
+        and found.flags.c_contiguous
+        and all(
+            wanted in (None, length) for length, wanted in zip(found.shape, shape, strict=False)
+        )
+    )
+    if found.dtype != kind or not fits:
+        raise ValueError(f"{file.name} holds {found.dtype} {found.shape}")
+    return np.asarray(found)
+
+
+def _refuse_links(*files: Path) -> None:
+    for file in files:
+        if file.is_symlink():
+            raise UserError(f"{file} is a link, which an INDEX has none of: {AGAIN}.")
+
+
+def checksum(file: Path) -> str:
+    """Hash of a file's content."""
+    digest = blake2b(digest_size=16)
+    with file.open("rb") as opened:
+        while part := opened.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+# ---- writing
+
+
+def create(folder: Path, model: Path, name: str, dim: int) -> None:
+    """Makes an INDEX without photographs.
+
+    Args:
+        model: an exported file, which is copied.
+
+    Raises:
+        UserError: something is there already, or the place cannot be written.
+    """
+    if (folder / MANIFEST).exists():
+        made = read_manifest(folder)["model"]
+        if made["fingerprint"] != checksum(model):
+            raise UserError(
+                f"{folder} was built with {made['name']}, another model than {name}: choose "
+                "another `out`."
+            )
+        raise UserError(f"{folder} exists: `flowerray index add {folder} DIR` adds to it.")
+    if folder.exists():
+        raise UserError(f"{folder} exists already: choose another `out`.")
+    with writing(folder), atomic_folder(folder) as temporary:
+        shutil.copyfile(model, temporary / MODEL)
+        made = IndexModel(name=name, fingerprint=checksum(temporary / MODEL), dim=dim)
+        nothing = np.empty((0, dim), np.float32), np.empty(0, _ENTRY), np.empty(0, np.uint8)
+        manifest = Manifest(model=made, classes=[], parts="", checksums={}, probes=0, partitioned=0)
+        _write(Index(temporary, manifest, *nothing, None), np.empty(0, bool), ())
+
+
+def change(
+    folder: Path,
+    added: Sequence[Photograph] = (),
+    gone: Callable[[bytes], bool] = lambda path: False,
+) -> tuple[Index, int]:
+    """Adds photographs to an INDEX, instead of those of their paths, and takes others out, at once.
+
+    Args:
+        gone: whether a path of the INDEX goes.
+
+    Returns:
+        The new INDEX, and how many are out.
+    """
+    with writing(folder, advice="make room there"), locked(folder / MANIFEST):
+        index = open_index(folder)
+        new = {os.fsencode(photo.path) for photo in added}
+        left_N = np.array([not (path in new or gone(path)) for path in index.paths()], bool)
+        if added or not left_N.all():
+            _write(index, left_N, added)
+        _sweep(folder)
+        return open_index(folder), len(index) - int(left_N.sum())
+
+
+def note(folder: Path, **facts: Any) -> None:
+    """Writes what was found out about the parts of an INDEX into its manifest."""
+    with writing(folder, advice="make room there"), locked(folder / MANIFEST):
+        write_json(folder / MANIFEST, {**read_manifest(folder), **facts})
+
+
+def _write(index: Index, left_N: NDArray[np.bool_], added: Sequence[Photograph]) -> None:
+    """New parts beside the old ones, then the manifest that names them."""
+    manifest, dim = index.manifest, index.manifest["model"]["dim"]
+    old = np.flatnonzero(left_N)
+    classes = list(dict.fromkeys([*manifest["classes"], *(photo.label for photo in added)]))
+    number = {label: n for n, label in enumerate(classes)}
+    known = index.paths()
+    names = [known[row] for row in old] + [os.fsencode(photo.path) for photo in added]
+    entries = np.empty(len(names), _ENTRY)
+    for field, of_added in (
+        ("digest", [np.frombuffer(photo.digest, np.uint8) for photo in added]),
+        ("label", [number[photo.label] for photo in added]),
+    ):
+        entries[field][: len(old)] = index.entries_N[field][old]
+        if added:
+            entries[field][len(old) :] = of_added
+    rows = _Rows(index.vectors_ND, old, np.array([photo.emb_D for photo in added], np.float32))
+    centroids_CD, cell_N, partitioned = _cells(index, rows)
+    order_N = np.argsort(cell_N, kind="stable")
+    entries = entries[order_N]
+    names = [names[n] for n in order_N]
+    entries["end"] = np.cumsum([len(name) for name in names])
+    parts = index.folder / f"parts-{uuid.uuid4().hex[:8]}"
+    with atomic_folder(parts) as temporary:
+        np.save(temporary / "entries.npy", entries)
+        np.save(temporary / "names.npy", np.frombuffer(b"".join(names), np.uint8))
+        header = {"descr": "<f4", "fortran_order": False, "shape": (len(names), dim)}
+        with (temporary / "vectors.npy").open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in range(0, len(names), _BLOCK):
+                file.write(rows[order_N[start : start + _BLOCK]].tobytes())
+        probes = 0
+        if centroids_CD is not None:
+            ends_C = np.cumsum(np.bincount(cell_N, minlength=len(centroids_CD)))
+            np.save(temporary / "cells.npy", centroids_CD)
+            np.save(temporary / "ends.npy", ends_C)
+            vectors_ND = np.load(temporary / "vectors.npy", mmap_mode="r")
+            probes = enough(vectors_ND, Cells(centroids_CD, ends_C, 1)).probes
+        checksums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
+    new = Manifest(
+        model=manifest["model"], classes=classes, parts=parts.name, checksums=checksums,
+        probes=probes, partitioned=partitioned,
+    )  # fmt: skip
+    write_json(index.folder / MANIFEST, new)
+    to_disk(index.folder)
+
+
+class _Rows:
+    """Vectors that stay, and added ones, as one array that is never in memory as a whole."""
+
+    def __init__(
+        self, kept_ND: NDArray[np.float32], old: NDArray[np.int64], added_AD: NDArray[np.float32]
+    ) -> None:
+        self.kept_ND, self.old, self.added_AD = kept_ND, old, added_AD
+
+    def __len__(self) -> int:
+        return len(self.old) + len(self.added_AD)
+
+    def __getitem__(self, which: Any) -> NDArray[np.float32]:
+        rows = np.arange(len(self))[which]
+        found = np.empty((len(rows), self.kept_ND.shape[1]), np.float32)
+        kept = rows < len(self.old)
+        found[kept] = self.kept_ND[self.old[rows[kept]]]
+        if not kept.all():
+            found[~kept] = self.added_AD[rows[~kept] - len(self.old)]
+        return found
+
+
+def _cells(index: Index, rows: _Rows) -> tuple[NDArray[np.float32] | None, NDArray[np.int64], int]:
+    """Centroids, the cell of each row, and of how many rows the centroids were made; new ones where
+    the INDEX has grown to twice or shrunk to half of that.
+    """
+    count, cells, partitioned = len(rows), index.cells, index.manifest["partitioned"]
+    if count <= EXACT:
+        return None, np.zeros(count, np.int64), 0
+    if cells is None or not partitioned / 2 <= count <= partitioned * 2:
+        centroids_CD = partition(rows)
+        return centroids_CD, cell_of(rows, centroids_CD), count
+    of_kept_N = np.repeat(np.arange(len(cells.ends_C)), np.diff(cells.ends_C, prepend=0))
+    of_added_A = cell_of(rows.added_AD, cells.centroids_CD)
+    return cells.centroids_CD, np.concatenate([of_kept_N[rows.old], of_added_A]), partitioned
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what the manifest does not name: old parts, and what a kill left behind."""
+    named = read_manifest(folder)["parts"]
+    for entry in folder.iterdir():
+        if entry.name != named and re.match(r"\.?parts-[0-9a-f]{8}", entry.name):
+            shutil.rmtree(entry, ignore_errors=True)
+        elif re.fullmatch(r"\.index\.json\.[0-9a-f]{8}", entry.name):
+            entry.unlink(missing_ok=True)

@@ -1,0 +1,70 @@
+"""The nearest of many vectors: exact ones as retrieval ranks them, approximate ones by cells."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from flowerray.index.cells import Cells, cell_of, enough, nearest_rows, partition, recall
+from flowerray.retrieval.search import nearest
+
+
+def unit(rows: int, dim: int = 12, seed: int = 0, classes: int = 40) -> NDArray[np.float32]:
+    """Unit vectors of overlapping classes."""
+    rng = np.random.default_rng(seed)
+    means_CD = np.random.default_rng(99).normal(size=(classes, dim))
+    emb_ND = means_CD[rng.integers(classes, size=rows)] + 0.7 * rng.normal(size=(rows, dim))
+    return (emb_ND / np.linalg.norm(emb_ND, axis=1, keepdims=True)).astype(np.float32)
+
+
+def arranged(emb_ND: NDArray[np.float32]) -> tuple[NDArray[np.float32], Cells]:
+    """Rows by cell, with as many probes as reach the wanted recall."""
+    centroids_CD = partition(emb_ND)
+    cell_N = cell_of(emb_ND, centroids_CD)
+    rows_ND = emb_ND[np.argsort(cell_N, kind="stable")]
+    ends_C = np.cumsum(np.bincount(cell_N, minlength=len(centroids_CD)))
+    return rows_ND, enough(rows_ND, Cells(centroids_CD, ends_C, 1))
+
+
+def test_exact_search_ranks_as_retrieval_does_ties_included() -> None:
+    gallery_GD, query_QD = unit(300), unit(20, seed=1)
+    gallery_GD = np.concatenate([gallery_GD, gallery_GD[::3], gallery_GD[::7]])
+    query_QD = np.concatenate([query_QD, gallery_GD[:5]])
+    expected = nearest(query_QD.astype(np.float64), gallery_GD.astype(np.float64), k=15)
+    for query_D, expected_K in zip(query_QD, expected, strict=True):
+        rows_K, cosine_K = nearest_rows(gallery_GD, query_D, 15)
+        assert rows_K.tolist() == expected_K.tolist()
+        exact_K = gallery_GD[rows_K].astype(np.float64) @ query_D.astype(np.float64)
+        np.testing.assert_allclose(cosine_K, exact_K, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "without", "found"), [(0, 3, -1, 0), (2, 3, -1, 2), (2, 3, 1, 1)]
+)
+def test_fewer_rows_than_asked_for(rows: int, k: int, without: int, found: int) -> None:
+    rows_K, cosine_K = nearest_rows(unit(2)[:rows], unit(1, seed=1)[0], k, without=without)
+    assert len(rows_K) == len(cosine_K) == found and without not in rows_K
+
+
+def test_cells_find_what_the_exact_search_finds() -> None:
+    rows_ND, cells = arranged(unit(6000))
+    assert len(cells.centroids_CD) == 12 and 1 < cells.probes < 12
+    assert recall(rows_ND, cells).mean() >= 0.98
+    assert recall(rows_ND, replace(cells, probes=1)).mean() < 0.95  # the measure can fail
+    hits = [
+        len(np.intersect1d(nearest_rows(rows_ND, q, 10)[0], nearest_rows(rows_ND, q, 10, cells)[0]))
+        for q in unit(200, seed=1)
+    ]
+    assert np.mean(hits) / 10 >= 0.98
+
+
+def test_every_cell_is_an_exact_search() -> None:
+    rows_ND, cells = arranged(unit(3000))
+    whole = replace(cells, probes=len(cells.ends_C))
+    for query_D in unit(20, seed=1):
+        exact, probed = (
+            nearest_rows(rows_ND, query_D, 10),
+            nearest_rows(rows_ND, query_D, 10, whole),
+        )
+        assert exact[0].tolist() == probed[0].tolist()

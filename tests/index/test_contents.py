@@ -1,0 +1,243 @@
+"""An INDEX is whole after any kill, refuses what is not its own, and stays inside its folder."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+
+from flowerray.errors import UserError
+from flowerray.index import cells, contents
+from flowerray.index.contents import Photograph, change, checksum, create, model_file, open_index
+from tests.index.test_cells import unit
+
+DIM = 12
+
+
+def photographs(count: int, seed: int = 0, place: str = "/photos") -> list[Photograph]:
+    return [
+        Photograph(Path(f"{place}/{n:04}-\udce4.jpg"), bytes([seed % 256]) * 16, f"c{n % 3}", emb_D)
+        for n, emb_D in enumerate(unit(count, DIM, seed))
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An INDEX of 20 photographs."""
+    model = tmp_path / "model.pth"
+    model.write_bytes(b"weights")
+    create(tmp_path / "index", model, "runs/mine", DIM)
+    change(tmp_path / "index", photographs(20))
+    return tmp_path / "index"
+
+
+def content(folder: Path) -> dict[Path, Any]:
+    """Everything that an INDEX says of each photograph."""
+    index = open_index(folder)
+    return {
+        index.path(row): (index.digest(row), index.label(row), index.vectors_ND[row].tolist())
+        for row in range(len(index))
+    }
+
+
+def expected(photos: list[Photograph]) -> dict[Path, Any]:
+    return {photo.path: (photo.digest, photo.label, photo.emb_D.tolist()) for photo in photos}
+
+
+@pytest.mark.parametrize("exact", [cells.EXACT, 600])
+def test_what_goes_in_comes_out(folder: Path, exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contents, "EXACT", exact)
+    first, more = photographs(20), photographs(1500, seed=1, place="/more")
+    assert content(folder) == expected(first)
+    index, gone = change(folder, more, lambda path: path.startswith(b"/photos/0001"))
+    assert gone == 1 and (index.cells is None) == (exact > 1500)
+    del first[1]
+    assert content(folder) == expected(first + more)
+    again = photographs(40, seed=2, place="/more")  # other photographs at known paths
+    assert change(folder, again)[1] == 40
+    assert content(folder) == expected(first + again + more[40:])
+    parts = index.manifest["parts"]
+    index, _ = change(folder, gone=lambda path: path.startswith(b"/more/"))
+    assert index.cells is None and content(folder) == expected(first)
+    assert not (folder / parts).exists()
+    assert {entry.name for entry in folder.iterdir()} == {
+        ".index.json.lock", "index.json", "model.pth", index.manifest["parts"],
+    }  # fmt: skip
+    index, _ = change(folder, gone=lambda path: True)
+    assert len(index) == 0 and index.nearest(unit(1, DIM)[0], 3)[0].tolist() == []
+
+
+def test_cells_are_kept_until_the_index_has_doubled(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contents, "EXACT", 600)
+    index, _ = change(folder, photographs(1000, seed=1, place="/a"))
+    before = index.cells
+    index, _ = change(folder, photographs(900, seed=2, place="/b"))
+    assert before is not None and index.cells is not None
+    assert np.array_equal(before.centroids_CD, index.cells.centroids_CD)
+    assert index.manifest["partitioned"] == 1020
+    assert cells.recall(index.vectors_ND, index.cells).mean() >= 0.98
+    index, _ = change(folder, photographs(300, seed=3, place="/c"))
+    assert index.manifest["partitioned"] == 2220
+
+
+def killed_at(event: int, folder: Path, work: Callable[[], object]) -> bool:
+    """Runs `work` in a process that ends, as by a kill, before its n-th change of a file or folder
+    below `folder`, or before the n-th wait for the disk; False where it came to its end.
+    """
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    left = [event]
+
+    def one(name: str, arguments: tuple[Any, ...]) -> None:
+        changing = name in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "fsync")
+        writing = name == "open" and arguments[1] not in ("r", "rb", None)
+        if (changing or writing) and (name == "fsync" or str(folder) in str(arguments[0])):
+            left[0] -= 1
+            if left[0] == 0:
+                os._exit(9)
+
+    def synced(fd: Any, wait: Callable[[Any], None] = os.fsync) -> None:
+        one("fsync", ())
+        wait(fd)
+
+    setattr(os, "fsync", synced)  # noqa: B010
+    sys.addaudithook(one)
+    try:
+        work()
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("exact", [cells.EXACT, 600])
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new(
+    folder: Path, exact: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contents, "EXACT", exact)
+    more = photographs(650, seed=1, place="/more")
+    old, new = expected(photographs(20)), expected(photographs(20)[1:] + more)
+    seen = []
+    for event in range(1, 200):
+        copy = shutil.copytree(folder, folder.with_name(f"copy-{event}"))
+
+        def work(copy: Path = copy) -> None:
+            change(copy, more, lambda path: path.startswith(b"/photos/0000"))
+
+        killed = killed_at(event, copy, work)
+        found = content(copy)
+        assert found in (old, new), event
+        seen.append(found == new)
+        for name, known in open_index(copy).manifest["checksums"].items():
+            assert checksum(copy / open_index(copy).manifest["parts"] / name) == known
+        work()  # goes on, and clears away what the kill left
+        assert content(copy) == new and len(open_index(copy)) == len(new)
+        assert len(list(copy.iterdir())) == 4
+        shutil.rmtree(copy)
+        if not killed:
+            break
+    assert not killed and seen == sorted(seen) and 12 < len(seen) and sum(seen) > 2
+
+
+def test_a_kill_while_it_is_made_leaves_none(tmp_path: Path) -> None:
+    model = tmp_path / "model.pth"
+    model.write_bytes(b"weights")
+    for event in range(1, 100):
+        out = tmp_path / f"index-{event}"
+        if not killed_at(event, tmp_path, lambda: create(out, model, "m", DIM)):  # noqa: B023
+            break
+        if out.exists():
+            assert content(out) == {}
+        else:
+            create(out, model, "m", DIM)
+    assert event > 8 and content(out) == {}
+
+
+def test_another_model_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.pth"
+    other.write_bytes(b"other weights")
+    with pytest.raises(UserError, match="was built with runs/mine, another model than runs/other"):
+        create(folder, other, "runs/other", DIM)
+    with pytest.raises(UserError, match="exists: `flowerray index add"):
+        create(folder, tmp_path / "model.pth", "runs/mine", DIM)
+    manifest = open_index(folder).manifest
+    assert model_file(folder, manifest).read_bytes() == b"weights"
+    shutil.copy(other, folder / "model.pth")
+    with pytest.raises(UserError, match=r"model.pth is not runs/mine, the model that .* with"):
+        model_file(folder, manifest)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def zeros(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def pickled(file: Path) -> None:
+    np.save(file, np.array([{}], object), allow_pickle=True)
+
+
+def narrow(file: Path) -> None:
+    np.save(file, np.load(file)[:-1])
+
+
+@pytest.mark.parametrize("harm", [cut, zeros, pickled, narrow, Path.unlink])
+@pytest.mark.parametrize("name", ["vectors", "entries", "names"])
+def test_a_damaged_file_is_one_sentence(
+    folder: Path, name: str, harm: Callable[[Path], NoReturn]
+) -> None:
+    harm(folder / open_index(folder).manifest["parts"] / f"{name}.npy")
+    with pytest.raises(UserError, match="is damaged .*: build it again.$"):
+        open_index(folder)
+
+
+def test_labels_and_ends_beyond_their_files_are_refused(folder: Path) -> None:
+    file = folder / open_index(folder).manifest["parts"] / "entries.npy"
+    good = np.load(file)
+    for field, value in (("label", 3), ("end", 10**9), ("end", -5)):
+        bad = good.copy()
+        bad[field][3] = value
+        np.save(file, bad)
+        with pytest.raises(UserError, match="entries.npy does not fit"):
+            open_index(folder)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc", ".", "", "parts-0000000g"])
+def test_the_manifest_names_nothing_outside(folder: Path, name: str) -> None:
+    file = folder / "index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "parts": name}))
+    with pytest.raises(UserError, match="is damaged"):
+        open_index(folder)
+
+
+@pytest.mark.parametrize("name", ["index.json", "model.pth", "PARTS", "PARTS/vectors.npy"])
+def test_links_are_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    manifest = open_index(folder).manifest
+    file = folder / name.replace("PARTS", manifest["parts"])
+    file.rename(tmp_path / "moved")
+    file.symlink_to(tmp_path / "moved")
+    with pytest.raises(UserError, match="is a link, which an INDEX has none of"):
+        model_file(folder, open_index(folder).manifest)
+
+
+def test_no_index_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no INDEX: `flowerray index build RUN DIR"):
+        open_index(tmp_path)
+
+
+def test_a_reader_meets_a_writer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest is read, then its parts are replaced: the newer ones are opened."""
+    old = open_index(folder).manifest
+    change(folder, photographs(5, seed=1, place="/more"))
+    answers = [old, contents.read_manifest(folder)]
+    monkeypatch.setattr(contents, "read_manifest", lambda _: answers.pop(0))
+    assert len(open_index(folder)) == 25
