@@ -52,7 +52,7 @@ def evaluate(words: list[str]) -> int:
         refuse(words, ["embedder"], "a RUN has its own embedder; with --frozen they count.")
 
     from flowerray.files import as_json
-    from flowerray.retrieval import command, table
+    from flowerray.retrieval import command, floor, table
 
     other = model is not None and command.is_another_set(model, data.root)
     whole = other and not given(words, SPLITS)
@@ -64,12 +64,14 @@ def evaluate(words: list[str]) -> int:
         assert model is not None
         measurement = command.evaluate_model(model, data, whole, config, options.as_json)
     title = f"{options.embedder.backbone}, frozen" if options.frozen else str(options.run)
+    hardened = model is not None and model.run.harden.on
     if options.as_json:
         shown = {name: found.to_dict() for name, found in table.intervals(measurement).items()}
         run = None if options.frozen else options.run
-        print(as_json({**measurement.metrics, "run": run, "intervals": shown}))
+        facts = floor.as_facts(title, measurement, hardened)
+        print(as_json({**measurement.metrics, "run": run, "intervals": shown, "frozen": facts}))
     else:
-        print(table.measurement(title, measurement))
+        print(table.measurement(title, measurement, hardened))
     if model is not None and model.folder is not None and not options.frozen:
         end_of_logging(model.folder.path)
     return 0

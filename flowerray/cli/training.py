@@ -31,18 +31,17 @@ def demo(words: list[str]) -> int:
     options, run = parse_run("demo", "triplet", words, default_preset="demo", about=about)
     from flowerray.cluster.driver import train_run
     from flowerray.opening import open_model
-    from flowerray.retrieval.command import evaluate_frozen, evaluate_model
+    from flowerray.retrieval.command import evaluate_model
     from flowerray.retrieval.measure import EvaluateConfig
-    from flowerray.retrieval.table import compare
+    from flowerray.retrieval.table import measurement
     from flowerray.training.table import training
 
     out = options.resume or options.out or default_out("demo")
     with resumable("demo", out, "run.json"):
         summary = train_run(run, out, resume=options.resume is not None)
     device = pick_device("auto")
-    frozen = evaluate_frozen(run.embedder, run.data, EvaluateConfig(), device)
-    trained = evaluate_model(open_model(str(out), device), run.data, False, EvaluateConfig())
+    found = evaluate_model(open_model(str(out), device), run.data, False, EvaluateConfig())
     print(training(out, summary))
-    print(compare({"frozen": frozen, run.method_name: trained}))
+    print(measurement(str(out), found))
     end_of_logging(out)
     return 0

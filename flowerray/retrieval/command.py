@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from flowerray.files import locked, write_json
 from flowerray.model.embedder import Embedder, EmbedderConfig
 from flowerray.opening import Model, embed, store_builder
 from flowerray.retrieval.embed import kept_embeddings
+from flowerray.retrieval.floor import as_floor, as_numbers
 from flowerray.retrieval.measure import (
     EvaluateConfig,
+    Floor,
     Measurement,
     default_gallery,
     frozen_pairs,
@@ -34,6 +37,7 @@ from flowerray.retrieval.pictures import Neighbour, SheetRow, measurement_rows, 
 from flowerray.retrieval.search import nearest
 from flowerray.tracking import sync
 from flowerray.tracking.state import State
+from flowerray.training.run import Run
 
 MOST_DRAWN = 50
 """Neighbours in a picture."""
@@ -42,7 +46,7 @@ MOST_DRAWN = 50
 def evaluate_model(
     model: Model, data: DataConfig, whole: bool, config: EvaluateConfig, quiet: bool = False
 ) -> Measurement:
-    """Measures a trained model.
+    """Measures a trained model, and its frozen floor on the same queries.
 
     Args:
         data: the run's own data, or another set.
@@ -69,6 +73,7 @@ def evaluate_model(
     measurement = run_measure(
         model.embedder, dataset, config, pairs=pairs, threshold=model.threshold, quiet=quiet
     )
+    measurement = replace(measurement, frozen=floor_of(model, dataset, config, quiet))
     if own and config.gallery in (None, default_gallery(dataset, config.split)):
         try:
             keep(model, measurement, dataset.root, time.perf_counter() - started)
@@ -109,6 +114,29 @@ def refuse_trained(
             f"{known} of the {len(queries)} {split} queries are images that {model.name} was "
             f"trained or chosen on: {advice}."
         )
+
+
+def floor_of(model: Model, dataset: Dataset, config: EvaluateConfig, quiet: bool) -> Floor | None:
+    """What the model's backbone did before it was trained; None, with a line on standard error,
+    where its first weights cannot be had or were random. The features are kept for the next model.
+    """
+    try:
+        embedder = untrained(model.run).to(next(model.embedder.parameters()).device)
+    except UserError as error:
+        print(f"no frozen floor to compare with: {error}", file=sys.stderr)
+        return None
+    return as_floor(run_measure(embedder, dataset, config, quiet, frozen=True))
+
+
+def untrained(run: Run) -> Embedder:
+    """The run's backbone as it came, whatever the run started from.
+
+    Raises:
+        UserError: its weights cannot be had, or were random.
+    """
+    if run.embedder.weights == "none":
+        raise UserError("its backbone began with random weights.")
+    return Embedder(run.embedder, seed=run.train.seed)
 
 
 def evaluate_frozen(
@@ -217,6 +245,7 @@ def keep(model: Model, measurement: Measurement, root: Path, seconds: float) -> 
     numbers = {
         f"{split}/{k}": float(v) for k, v in measurement.metrics.items() if not isinstance(v, str)
     }
+    numbers |= {f"{split}/{name}": value for name, value in as_numbers(measurement).items()}
     record = as_record(measurement, root, seconds)
     write_json(folder.path / "evaluation" / f"{split}.json", record, indent=None)
     folder.note(numbers)
@@ -256,6 +285,7 @@ def as_record(measurement: Measurement, root: Path, seconds: float) -> dict[str,
             "similarity": (emb[0] * emb[1]).sum(1).tolist(),
         },
         "queries": [name(path) for path in m.query_paths],
+        "frozen": m.frozen,
         "seconds": seconds,
     }
 

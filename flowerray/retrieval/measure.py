@@ -6,7 +6,7 @@ Letters: Q queries, G gallery images, D embedding dimensions, N images of a spli
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,6 +27,14 @@ BuildStore = Callable[[Sequence[Path]], Store]
 """Gives the decoded store of a list of files, for the embedder's image size."""
 
 
+class Floor(TypedDict):
+    """How the backbone's features as they came do on the queries of a trained model."""
+
+    metrics: dict[str, float]
+    per_query: dict[str, list[float]]
+    """In the order of the model's."""
+
+
 class Evaluation(TypedDict):
     """What every reader of RUN/evaluation/<split>.json relies on."""
 
@@ -36,6 +44,8 @@ class Evaluation(TypedDict):
     per_query: dict[str, list[Any]]
     queries: list[str]
     """Image files."""
+    frozen: NotRequired[Floor | None]
+    """Of 0.1.0 missing; None where it could not be had."""
 
 
 class EvaluateConfig(Config):
@@ -72,6 +82,8 @@ class Measurement:
     """(G, D)"""
     classes: tuple[str, ...]
     """Name of each label, the gallery's own classes at the end."""
+    frozen: Floor | None = None
+    """Of a trained model, where it can be had."""
 
 
 def measure(

@@ -6,11 +6,13 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from flowerray.retrieval.floor import gains, warning
 from flowerray.retrieval.measure import Measurement
 from flowerray.retrieval.pictures import Neighbour
 from flowerray.show.columns import columns
 from flowerray.show.interval import words
 from flowerray.statistics import Interval, mean_interval
+from flowerray.text import labelled
 
 LABELS = {
     "recall_at_1": "R@1",
@@ -27,9 +29,13 @@ LABELS = {
 PER_QUERY = {"recall_at_1": "hit", "r_precision": "r_precision", "map_at_r": "average_precision"}
 
 
-def measurement(title: str, result: Measurement) -> str:
+def measurement(title: str, result: Measurement, hardened: bool = False) -> str:
     """The metrics of one evaluation, with 95 % intervals over queries where they are means of
-    queries.
+    queries, and the frozen floor.
+
+    Args:
+        title: what was measured.
+        hardened: it was trained against attacks.
     """
     m, known = result.metrics, intervals(result)
     rows = [[label, words(known.get(key, m[key]))] for key, label in LABELS.items() if key in m]
@@ -44,7 +50,7 @@ def measurement(title: str, result: Measurement) -> str:
         lines.append(
             f"  left out: {m['num_queries_without_match']} queries with none of their class to find"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *over_floor(title, result, hardened)])
 
 
 class Scored(Protocol):
@@ -72,18 +78,20 @@ def intervals(result: Scored) -> dict[str, Interval]:
     }
 
 
-def compare(results: dict[str, Measurement]) -> str:
-    """Several evaluations of the same queries side by side."""
-    keys = [
-        k
-        for k in ("recall_at_1", "recall_at_5", "map_at_r")
-        if all(k in r.metrics for r in results.values())
-    ]
-    rows = [["", *(LABELS[k] for k in keys)]]
-    for name, result in results.items():
-        known = intervals(result)
-        rows.append([name, *(words(known.get(k, result.metrics[k])) for k in keys)])
-    return "\n".join(columns(rows, "<" * len(rows[0]), indent=2))
+def over_floor(name: str, result: Measurement, hardened: bool) -> list[str]:
+    """The frozen features' R@1 and MAP@R, what the model has gained over them, and a warning where
+    that may be nothing.
+    """
+    if result.frozen is None:
+        return []
+    found = gains(result.per_query, result.frozen)
+    said = warning(name, found.get("recall_at_1"), hardened)
+    frozen = result.frozen["metrics"]
+    rows = [["same queries", *(LABELS[key] for key in frozen)]]
+    rows.append(["frozen backbone", *(words(value) for value in frozen.values())])
+    rows.append(["gain over it", *(words(found.get(key), "+.3f") for key in frozen)])
+    lines = ["", *columns(rows, "<<<", indent=2)]
+    return [*lines, "", labelled("warning", said)] if said else lines
 
 
 def similar(result: dict[str, Any]) -> str:

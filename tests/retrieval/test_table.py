@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 
 from flowerray.retrieval import table
-from flowerray.retrieval.measure import Measurement
+from flowerray.retrieval.measure import Floor, Measurement
 from flowerray.retrieval.pictures import Neighbour
 
 HITS = np.array([1.0, 0.0, 1.0, 1.0, 0.0])
 
 
-def make_measurement(**metrics: object) -> Measurement:
+def make_measurement(frozen: Floor | None = None, **metrics: object) -> Measurement:
     """Five queries, of which the last has nothing to find."""
     numbers = {
         "recall_at_1": 0.75, "map_at_r": 0.5, "num_queries": 4, "num_queries_without_match": 1,
@@ -26,6 +26,7 @@ def make_measurement(**metrics: object) -> Measurement:
         },
         query_paths=(), query_labels=np.zeros(0, np.int64), query_emb=none,
         gallery_paths=(), gallery_labels=np.zeros(0, np.int64), gallery_emb=none, classes=(),
+        frozen=frozen,
     )  # fmt: skip
 
 
@@ -43,16 +44,16 @@ def test_a_measurement_shows_its_metrics_and_their_intervals() -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_two_measurements_side_by_side() -> None:
-    other = make_measurement(recall_at_1=0.25, recall_at_5=1.0)
-    text = table.compare({"frozen": make_measurement(), "triplet": other})
-    head, first, second = text.splitlines()
-    assert head.split() == ["R@1", "MAP@R"]  # R@5 is not in both
-    assert first.split()[:2] == ["frozen", "0.750"] and second.split()[:2] == ["triplet", "0.250"]
+def test_the_floor_is_shown_with_the_gain_over_it() -> None:
+    """Of the four queries that count frozen features miss one that the model hits, then all."""
+    one = {"hit": [1.0, 0.0, 1.0, 0.0, 1.0], "average_precision": [0.5, 0.0, 0.5, 0.0, 0.5]}
+    metrics = {"recall_at_1": 0.5, "map_at_r": 0.25}
+    result = make_measurement(frozen={"metrics": metrics, "per_query": one})
+    text = table.measurement("runs/a", result)
+    assert "frozen backbone  0.500" in text and "+0.250 [" in text and "+0.125 [" in text
+    said = " ".join(text.split())
+    assert "runs/a is not shown to be better than its frozen backbone: R@1 +0.250 [" in said
     assert max(map(len, text.splitlines())) <= 80
-    whole = table.compare({"frozen": other, "triplet": other})
-    assert whole.split()[:3] == ["R@1", "R@5", "MAP@R"]
-    assert max(map(len, whole.splitlines())) <= 80
 
 
 def test_similarity_and_neighbours() -> None:
