@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from flowerray.cli import dispatch
+from flowerray.training.rundir import RunDir
+from tests.ruined import ruin
 
 Say = Callable[..., tuple[str, str]]
 
@@ -129,3 +131,25 @@ def test_similar_and_search(say: Say, run: Path, small_set: Path, tmp_path: Path
     found = json.loads(say("search", run, a, *options, "--json")[0])
     assert len(found["neighbours"]) == 10
     assert found["neighbours"][0]["image"] == str(gallery / "image_00001.jpg")
+
+
+def test_a_training_that_ruined_a_good_start_is_called_so(
+    say: Say, run: Path, tmp_path: Path
+) -> None:
+    said = " ".join(say("evaluate", ruin(run, tmp_path))[0].split())
+    assert f"{run} is worse than its frozen backbone: R@1 -0." in said
+    found = json.loads(say("evaluate", run, "--json")[0])
+    frozen, gain = found["frozen"], found["frozen"]["gain"]["recall_at_1"]
+    assert gain["high"] < 0 and "is worse than its frozen backbone" in frozen["warning"]
+    assert gain["mean"] == pytest.approx(found["recall_at_1"] - frozen["recall_at_1"])
+    last = RunDir(run).records()[-1]["metrics"]
+    assert last["test/gain_recall_at_1_high"] == gain["high"]
+    assert last["test/frozen_map_at_r"] == frozen["map_at_r"]
+    alone = json.loads(say("evaluate", run, "--frozen", "--json")[0])
+    assert alone["frozen"] is None and alone["recall_at_1"] == frozen["recall_at_1"]
+
+
+def test_a_start_from_random_weights_has_no_floor(say: Say, run: Path) -> None:
+    stdout, stderr = say("evaluate", run, "--json")
+    assert json.loads(stdout)["frozen"] is None
+    assert "no frozen floor to compare with: its backbone began with random" in stderr
