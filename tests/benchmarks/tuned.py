@@ -19,7 +19,7 @@ import numpy as np
 from flowerray.statistics import mean_interval, paired_difference
 from flowerray.tuning.study import Study
 from tests.benchmarks.command import about, flowerray
-from tests.benchmarks.quality import measured
+from tests.benchmarks.flowers import measured
 from tests.benchmarks.search import SETTING
 
 METHODS = ("triplet", "siamese", "center")

