@@ -144,6 +144,8 @@ def test_nothing_but_ssh_is_reachable_from_outside() -> None:
     assert "0.0.0.0" not in TEXT and "security_group" not in CLUSTER["provider"]
     assert "--dashboard-host=127.0.0.1" in whole
     assert "mlflow server --host 127.0.0.1" in whole and "--allowed-hosts" in whole
+    # On one's own machines the node type that says so does not exist.
+    assert "ray start --head --num-cpus=0 --num-gpus=0 " in whole
     published = [word for c in COMMANDS for word in c.split() if word.endswith(":5432")]
     assert published == ["127.0.0.1:5432:5432"]
 
@@ -170,10 +172,36 @@ def test_mlflow_gets_its_database_and_the_shared_artifacts(tmp_path: Path) -> No
             ["bash", "-c", command], env=environment, capture_output=True, text=True, check=True
         )
     words = done.stdout.split()
-    assert words[:2] == ["postgresql://mlflow:secret@127.0.0.1:5432/mlflow", "server"]
+    assert words[:2] == ["postgresql+psycopg2://mlflow:secret@127.0.0.1:5432/mlflow", "server"]
     assert words[words.index("--artifacts-destination") + 1].startswith("/shared/")
     assert (tmp_path / ".mlflow_database").stat().st_mode & 0o077 == 0
     assert CLUSTER["head_start_ray_commands"][-1].count("FLOWERRAY_HOME=/shared/") == 1
+
+
+def test_the_start_waits_for_mlflow_and_fails_loudly(tmp_path: Path) -> None:
+    (wait,) = (c for c in CLUSTER["head_start_ray_commands"] if "/health" in c)
+    for name, code in {
+        "curl": 'test -e up || { touch up; exit 7; }', "sleep": "true", "sudo": "echo log of $*",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(f"#!/bin/bash\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def waited() -> tuple[int, str]:
+        done = subprocess.run(
+            ["bash", "-c", wait], env=environment, capture_output=True, text=True, cwd=tmp_path
+        )
+        return done.returncode, done.stdout
+
+    assert waited() == (0, "")  # the second try finds it
+    (tmp_path / "curl").write_text("#!/bin/bash\nexit 7\n")
+    status, said = waited()
+    assert status == 1 and "MLflow did not start" in said and "log of journalctl" in said
+
+
+def test_a_worker_mounts_the_shared_folder_before_it_starts() -> None:
+    starts = CLUSTER["worker_start_ray_commands"]
+    assert "mount -t nfs4" in starts[0] and "ray start " in starts[-1]
 
 
 def test_nodes_are_set_up_with_uv_and_wait_for_the_shared_folder() -> None:
@@ -182,7 +210,7 @@ def test_nodes_are_set_up_with_uv_and_wait_for_the_shared_folder() -> None:
     assert CLUSTER["file_mounts"]["~/flowerray"] == "."
     assert any("mount -t nfs4" in command for command in CLUSTER["initialization_commands"])
     assert (
-        sum("<- NFS" in line for line in TEXT.splitlines()[3:]) == TEXT.count("NFS_SERVER is") + 1
+        sum("<- NFS" in line for line in TEXT.splitlines()[4:]) == TEXT.count("NFS_SERVER is") + 2
     )
 
 
@@ -197,9 +225,21 @@ SPEC = {
 
 
 def test_the_kuberay_manifest() -> None:
-    claim, cluster = yaml.safe_load_all((ROOT / "docs" / "kuberay.yaml").read_text())
+    claim, database, service, server, cluster = yaml.safe_load_all(
+        (ROOT / "docs" / "kuberay.yaml").read_text()
+    )
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
+    pod = server["spec"]["template"]
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    volumes = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in pod["spec"]["volumes"]}
+    assert set(volumes.values()) == {c["metadata"]["name"] for c in (claim, database)}
+    command = pod["spec"]["containers"][0]["command"]
+    assert {m["name"] for m in pod["spec"]["containers"][0]["volumeMounts"]} == set(volumes)
+    assert command[command.index("--artifacts-destination") + 1].startswith("/shared/")
+    address = f"http://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
+    head_env = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+    assert {"name": "MLFLOW_TRACKING_URI", "value": address} in head_env
     spec = cluster["spec"]
     assert set(spec) == SPEC and spec["authOptions"] == {"mode": "token"}
     assert spec["enableInTreeAutoscaling"] is True

@@ -114,6 +114,7 @@ def train_worker(run: Run, reporter: FolderReporter, device: torch.device) -> di
         UserError: see `train.train`; bad data.
     """
     keep_freed_memory()
+    saved, head = reporter.restore(), run.embedder.train == "head"
     dataset = open_dataset(run.data, progress=False)
     trained_classes, targets_N = np.unique(dataset.split_labels("train"), return_inverse=True)
     train_store = split_store(dataset, "train", run.embedder.image_size)
@@ -121,7 +122,6 @@ def train_worker(run: Run, reporter: FolderReporter, device: torch.device) -> di
     if "val" in dataset.splits:
         val_store = split_store(dataset, "val", run.embedder.image_size)
     method, embedder = build_method(run, len(trained_classes))
-    saved, head = reporter.restore(), run.embedder.train == "head"
     if saved is None or head:  # a head's checkpoint has no backbone
         start_weights(run, method, embedder, dataset, trained_classes)
     if saved is not None:

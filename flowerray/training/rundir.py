@@ -8,8 +8,11 @@ import json
 import math
 import os
 import shutil
+import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -26,6 +29,8 @@ from flowerray.files import (
     writing,
 )
 
+ATTEMPT = ".attempt"
+"""In a RUN: a word of the worker that writes it."""
 Save = Callable[[Path], None]
 """Writes a checkpoint into the folder that it is given."""
 
@@ -223,20 +228,45 @@ class FolderReporter:
         self.dir = RunDir(path)
         self.rank = rank
         self.world = world
+        self.attempt = ""
+        """A word of this worker's own, which RUN/.attempt holds until another takes over."""
 
     def restore(self) -> Path | None:
-        """The checkpoint to continue from, or None for a fresh start."""
+        """The checkpoint to continue from, or None for a fresh start. From now on earlier attempts
+        at this RUN write nothing more.
+
+        Raises:
+            UserError: the RUN is not to be seen from here.
+        """
         if not self.dir.run_json.exists():
             raise UserError(
-                f"worker {self.rank} does not see {self.dir.path}: `out` has to be on a file "
-                "system that all nodes share."
+                f"worker {self.rank} does not see {self.dir.path} on {socket.gethostname()}: mount "
+                "there the file system that all nodes share, or give an `out` that is on one."
             )
+        if self.rank == 0 and not self.attempt:
+            self.attempt = uuid.uuid4().hex
+            with atomic_file(self.dir.path / ATTEMPT) as file:
+                file.write_text(self.attempt)
         return self.dir.checkpoint()
+
+    def refuse_outdated(self) -> None:
+        """Ends an attempt that was taken for dead (a paused machine, a cut cable) and replaced.
+
+        Raises:
+            UserError: another attempt has begun since.
+        """
+        with suppress(FileNotFoundError):
+            if self.attempt and (self.dir.path / ATTEMPT).read_text() != self.attempt:
+                raise UserError(
+                    f"{self.dir.path} goes on in another worker, which took over from this one on "
+                    f"{socket.gethostname()}: this one stops, and has written nothing since."
+                )
 
     def rewind(self, step: int) -> None:
         """Drops metrics that were written after the checkpoint at `step`: they will come again."""
         if self.rank != 0:
             return
+        self.refuse_outdated()
         for folder in (self.dir.last, self.dir.best):  # what a kill left of a save
             for left in folder.parent.glob(f".{folder.name}.*"):
                 if left != previous(folder):
@@ -260,6 +290,7 @@ class FolderReporter:
         equal."""
         if self.rank != 0:
             return
+        self.refuse_outdated()
         if metrics:
             self.dir.append(step, epoch, metrics)
         if save is None:
@@ -268,8 +299,10 @@ class FolderReporter:
             if best:
                 with atomic_folder(self.dir.best) as folder:
                     save(folder)
+                    self.refuse_outdated()  # it took its time
             with atomic_folder(self.dir.last) as folder:
                 if best:
                     shutil.copytree(self.dir.best, folder, dirs_exist_ok=True)
                 else:
                     save(folder)
+                self.refuse_outdated()

@@ -195,6 +195,50 @@ def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:
         FolderReporter(tmp_path / "elsewhere", rank=3, world=4).restore()
 
 
+def test_an_attempt_that_was_replaced_writes_nothing_more(run: RunDir) -> None:
+    """A paused machine goes on after its work was given to another."""
+    first = FolderReporter(run.path)
+    assert first.restore() is None
+    first.report(1, 1, {"a": 1.0}, put("x"), best=True)
+    second = FolderReporter(run.path)
+    assert second.restore() == run.last
+    second.report(2, 1, {"a": 2.0}, put("y"), best=True)
+
+    def everything() -> dict[str, bytes]:
+        return {str(f): f.read_bytes() for f in run.path.rglob("*") if f.is_file()}
+
+    before = everything()
+    for write in (
+        lambda: first.report(3, 1, {"a": 3.0}),
+        lambda: first.report(3, 1, {}, put("z")),
+        lambda: first.rewind(1),
+    ):
+        with pytest.raises(UserError, match="goes on in another worker"):
+            write()
+    assert everything() == before
+    second.report(3, 1, {"a": 3.0}, put("z"))
+    assert [r["step"] for r in run.records()] == [1, 2, 3]
+
+
+def test_an_attempt_that_is_replaced_while_it_saves_leaves_the_other_s_checkpoint(
+    run: RunDir,
+) -> None:
+    first, second = FolderReporter(run.path), FolderReporter(run.path)
+    first.restore()
+
+    def slowly(folder: Path) -> None:
+        second.restore()
+        second.report(5, 1, {}, put("new"), best=True)
+        put("old")(folder)
+
+    for best in (False, True):
+        with pytest.raises(UserError, match="goes on in another worker"):
+            first.report(4, 1, {}, slowly, best=best)
+        for kept in (run.last, run.best):
+            assert (kept / "state.pt").read_text() == "new"
+        first, second = second, FolderReporter(run.path)
+
+
 def test_new_records_are_read_once_and_whole(run: RunDir) -> None:
     reporter, new = FolderReporter(run.path), NewRecords(run)
 
