@@ -39,7 +39,7 @@ FLOORS = [
     " chapters command",
     "report: gather numbers sections attacked evidence command",
     "cluster: session worker trainer watch driver tasks",
-    "tuning: space pictures trial config database study searcher confirm command",
+    "tuning: space pictures trial config database study searcher heads confirm command",
     "comparison: plan pictures command",
     "backbones: bench remote pictures command",
     "serve: pyfunc",

@@ -37,7 +37,7 @@ def tune(words: list[str]) -> int:
     from flowerray.tuning.command import tune as search
     from flowerray.tuning.config import StudyConfig
     from flowerray.tuning.pictures import study_table
-    from flowerray.tuning.space import COMMON, DIM
+    from flowerray.tuning.space import COMMON, DIM, HEAD
     from flowerray.tuning.study import Study
 
     chosen = peek(words, **starting(), resume={"type": Path})
@@ -94,7 +94,7 @@ def tune(words: list[str]) -> int:
         run = run.model_copy(update={"harden": harden.HardenConfig(**content)})
     if old is None:
         space = harden.space if options.hardened else {}
-        fixed = frozenset(given(words, [*file.space, *COMMON, *DIM, *space]))
+        fixed = frozenset(given(words, [*file.space, *COMMON, *HEAD, *DIM, *space]))
         out = (options.out or default_out(f"tune-{method}")).expanduser().absolute()
         choices = SpaceOptions(fixed, options.search_dim, space)
         study = new_study(run, out, config, resources, choices)

@@ -17,17 +17,17 @@ from flowerray.cluster.trainer import innermost, train_on_workers
 from flowerray.cluster.watch import Watcher
 from flowerray.cluster.worker import (
     build_method,
+    class_names,
     keep_features,
     pick_device,
     refuse_changed,
     split_store,
-    start_weights,
     train_worker,
 )
 from flowerray.data.source import open_dataset
 from flowerray.errors import UserError
 from flowerray.files import only_driver, refuse_unwritable
-from flowerray.training.checkpoint import trained_on
+from flowerray.training import checkpoint
 from flowerray.training.curves import plot_training
 from flowerray.training.loop import make_sampler, total_steps
 from flowerray.training.run import Run
@@ -60,7 +60,7 @@ def train_run(
     if resume:
         folder.read()
         if (saved := folder.checkpoint()) is not None:
-            refuse_changed(trained_on(saved), tags, run.data.root)
+            refuse_changed(checkpoint.trained_on(saved), tags, run.data.root)
     else:
         folder.create(run.to_dict())
     with only_driver(folder.path), Watcher(quiet) as watcher:
@@ -150,14 +150,14 @@ def check_run(run: Run, quiet: bool = False, resume: bool = False) -> tuple[dict
     if run.embedder.start == "pca" and run.init is not None:
         raise UserError("`init` brings a projection: leave `embedder.start` pca out.")
     method, embedder = build_method(run, len(trained_classes))
-    if not resume:  # which has its own weights
-        start_weights(run, method, embedder, dataset, trained_classes)
+    if run.init is not None and not resume:  # which has its own weights
+        checkpoint.initialise(method, embedder, run.init, class_names(dataset, trained_classes))
     for split in ("train", "val"):
         if split in dataset.splits:
             split_store(dataset, split, run.embedder.image_size, progress=not quiet)
     alone = run.resources.workers <= 1 and "RAY_ADDRESS" not in os.environ
     if run.embedder.train == "head" and alone:
-        keep_features(run, embedder.to(pick_device(run.resources.device)), dataset, quiet)
+        keep_features(run, embedder.to(pick_device(run.resources.device)), dataset, not quiet)
     return dataset.tags, total_steps(config, run.harden, sampler)
 
 

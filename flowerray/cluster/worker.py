@@ -4,7 +4,7 @@ result.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from flowerray.errors import UserError
 from flowerray.files import write_json
 from flowerray.memory import keep_freed_memory
 from flowerray.methods._base import Method
-from flowerray.model.embedder import Embedder, Head, start_from_pca
+from flowerray.model.embedder import Embedder, Head, projected, start_from_pca
 from flowerray.model.modes import own_draws
 from flowerray.retrieval.embed import embed, embed_together, frozen_features
 from flowerray.retrieval.measure import frozen_pairs, split_names, validation_metrics
@@ -49,28 +49,18 @@ def split_store(dataset: Dataset, split: str, image_size: int, progress: bool = 
     return build_store(paths, resize_side(image_size), progress=progress)
 
 
-def build_method(run: Run, num_classes: int) -> tuple[Method, Embedder]:
+def build_method(
+    run: Run, num_classes: int, embedder: Embedder | None = None
+) -> tuple[Method, Embedder]:
     """The module that trains, from the run's seed, and its embedder, of which it may hold the head
-    alone.
+    alone; with an `embedder` that was built of the same run, that one.
     """
     file = methods.get(run.method_name)
     with own_draws():
         torch.default_generator.manual_seed(run.train.seed)  # the loss's own parameters
-        embedder = Embedder(run.embedder, seed=run.train.seed)
+        embedder = embedder or Embedder(run.embedder, seed=run.train.seed)
         own = Head(embedder) if run.embedder.train == "head" else embedder
         return file.method(run.method, own, num_classes), embedder
-
-
-def start_weights(
-    run: Run,
-    method: Method,
-    embedder: Embedder,
-    dataset: Dataset,
-    trained_classes: NDArray[np.int64],
-) -> None:
-    """Gives the method the weights of `run.init`, where there is one: `checkpoint.initialise`."""
-    if run.init is not None:
-        checkpoint.initialise(method, embedder, run.init, class_names(dataset, trained_classes))
 
 
 def noted(run: Run, dataset: Dataset) -> dict[str, Any]:
@@ -122,13 +112,18 @@ def train_worker(run: Run, reporter: FolderReporter, device: torch.device) -> di
     if "val" in dataset.splits:
         val_store = split_store(dataset, "val", run.embedder.image_size)
     method, embedder = build_method(run, len(trained_classes))
-    if saved is None or head:  # a head's checkpoint has no backbone
-        start_weights(run, method, embedder, dataset, trained_classes)
+    if run.init is not None and (saved is None or head):  # a head's checkpoint has no backbone
+        names = class_names(dataset, trained_classes)
+        checkpoint.initialise(method, embedder, run.init, names)
     if saved is not None:
         refuse_changed(checkpoint.trained_on(saved), dataset.tags, dataset.root)
     method, embedder = method.to(device), embedder.to(device)
+    kept = None
     if head:
-        data = head_data(run, embedder, dataset, train_store, targets_N, val_store, saved is None)
+        kept = keep_features(run, embedder, dataset)
+        if run.embedder.start == "pca" and saved is None:
+            start_from_pca(embedder.projection, torch.from_numpy(kept.views_NVF[:, 0]))
+        data = head_data(kept, embedder)
     else:
         data = Data(train_store, targets_N, validation(run, dataset, train_store, val_store))
         if not run.embedder.freeze_bn and reporter.world > 1:
@@ -137,7 +132,10 @@ def train_worker(run: Run, reporter: FolderReporter, device: torch.device) -> di
     result = train(run.train, run.augment, run.harden, method, data, reporter, facts)
     if reporter.rank != 0:
         return {}
-    return finish(run, reporter.dir, method, embedder, dataset, trained_classes, val_store, result)
+    known_QF = kept and kept.val_QF
+    return finish(
+        run, reporter.dir, method, embedder, dataset, trained_classes, val_store, known_QF, result
+    )
 
 
 def validation(
@@ -161,53 +159,78 @@ def validation(
     return validate
 
 
-def keep_features(run: Run, embedder: Embedder, dataset: Dataset, quiet: bool) -> None:
-    """Computes what a head is trained on, where it is not kept yet, and shows how far it is."""
+class Kept(NamedTuple):
+    """What a head is trained on and validated by: features of the embedder's backbone."""
+
+    fingerprint: str
+    """Of the data set."""
+    classes: tuple[str, ...]
+    """Names of those that are trained, in the targets' order."""
+    views_NVF: NDArray[np.float32]
+    """Of the training images; the first view is the centre crop."""
+    labels_N: NDArray[np.int64]
+    targets_N: NDArray[np.int64]
+    """The same, 0..num_classes-1."""
+    val_QF: NDArray[np.float32] | None
+    """None where there is no val."""
+    labels_Q: NDArray[np.int64] | None
+    self_gallery: bool
+    """Val searches itself (`disjoint`)."""
+
+
+def keep_features(run: Run, embedder: Embedder, dataset: Dataset, progress: bool = False) -> Kept:
+    """What a head is trained on, computed where it is not kept yet.
+
+    Args:
+        embedder: on its device.
+        progress: show how far it is.
+    """
     stores = {
         split: split_store(dataset, split, run.embedder.image_size)
         for split in ("train", "val")
         if split in dataset.splits
     }
     total = len(stores["train"]) * (1 + run.data.views) + len(stores.get("val", ()))
-    with tqdm(total=total, unit="img", desc="features", disable=quiet or None) as bar:
-        kept_views(embedder, stores["train"], run.augment, run.data.views, progress=bar.update)
+    bar = tqdm(total=total, unit="img", desc="features", disable=None if progress else True)
+    views = run.data.views
+    with bar:
+        views_NVF = kept_views(embedder, stores["train"], run.augment, views, progress=bar.update)
+        val_QF = None
         if "val" in stores:
-            frozen_features(embedder, stores["val"], progress=bar.update)
+            val_QF = frozen_features(embedder, stores["val"], progress=bar.update)
+    trained_classes, targets_N = np.unique(dataset.split_labels("train"), return_inverse=True)
+    return Kept(
+        dataset.tags["dataset/fingerprint"],
+        class_names(dataset, trained_classes),
+        views_NVF,
+        dataset.split_labels("train"),
+        targets_N,
+        val_QF,
+        dataset.split_labels("val") if "val" in stores else None,
+        dataset.protocol == "disjoint",
+    )
 
 
-def head_data(
-    run: Run,
-    embedder: Embedder,
-    dataset: Dataset,
-    train_store: Store,
-    targets_N: NDArray[np.int64],
-    val_store: Store | None,
-    fresh: bool,
-) -> Data:
-    """What a head is trained on and validated by: features of the embedder's backbone, kept.
-
-    Args:
-        fresh: no checkpoint is resumed, so that `embedder.start` sets the projection.
-    """
-    views_NVF = kept_views(embedder, train_store, run.augment, run.data.views)
+def head_data(kept: Kept, embedder: Embedder) -> Data:
+    """What the loop trains and validates a head with, on the projection's device."""
     device = embedder.projection.weight.device
-    train_NF = torch.from_numpy(np.ascontiguousarray(views_NVF[:, 0])).to(device)
-    if fresh and run.embedder.start == "pca":
-        start_from_pca(embedder.projection, train_NF)
     validate = None
-    if val_store is not None:
-        val_QF = torch.from_numpy(frozen_features(embedder, val_store)).to(device)
-        labels_Q = dataset.split_labels("val")
+    if kept.val_QF is not None and (labels_Q := kept.labels_Q) is not None:
+        train_NF, val_QF = (
+            torch.tensor(features, device=device)
+            for features in (kept.views_NVF[:, 0], kept.val_QF)
+        )
 
         @torch.no_grad()
         def validate(head: Head) -> dict[str, float]:
             gallery = None
-            if dataset.protocol != "disjoint":
-                gallery = head(train_NF).float().cpu().numpy(), dataset.split_labels("train")
-            return validation_metrics(head(val_QF).float().cpu().numpy(), labels_Q, gallery)
+            if not kept.self_gallery:
+                gallery = head(train_NF).float().cpu().numpy(), kept.labels_N
+            emb_QD = head(val_QF).float().cpu().numpy()
+            return validation_metrics(emb_QD, labels_Q, gallery)
 
     view = lambda batch: one_view(batch.images, batch.uniforms)  # noqa: E731
-    return Data(Views(views_NVF), targets_N, validate, view)
+    return Data(Views(kept.views_NVF), kept.targets_N, validate, view)
 
 
 def finish(
@@ -218,10 +241,14 @@ def finish(
     dataset: Dataset,
     trained_classes: NDArray[np.int64],
     val_store: Store | None,
+    known_QF: NDArray[np.float32] | None,
     result: Result,
 ) -> dict[str, Any]:
     """Fits threshold and calibration on val, writes pairs.json and thresholds.json, exports the
     model; returns a summary.
+
+    Args:
+        known_QF: features of val, where they are kept.
     """
     device = next(method.parameters()).device
     source = folder.newest(folder.best) if val_store is not None else folder.checkpoint()
@@ -236,7 +263,11 @@ def finish(
         untrained = Embedder(run.embedder, seed=run.train.seed).to(device)
         pairs = frozen_pairs(untrained, val_store, dataset.split_labels("val"), seed=PAIR_SEED)
         save_pairs(folder.pairs, {"val": (pairs, split_names(dataset, "val"))}, seed=PAIR_SEED)
-        emb_ND = embed(embedder, val_store, device=device)
+        if known_QF is None:
+            emb_ND = embed(embedder, val_store, device=device)
+        else:
+            features_QF = torch.from_numpy(known_QF).to(device)
+            emb_ND = projected(embedder.projection, features_QF).detach().cpu().numpy()
         if threshold is None:
             threshold = fit_threshold(pair_cosines(emb_ND, pairs), pairs.same)
         calibration = calibrate(emb_ND, dataset.split_labels("val")).model_dump(mode="json")

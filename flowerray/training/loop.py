@@ -175,7 +175,10 @@ def train(
         for batch in batches.epoch(epoch, start_step=progress.step_in_epoch):
             method.seed = (config.seed, epoch, batch.step)
             # Dropout's; reseeded each step, so that a resumed run draws what it would have drawn.
-            torch.manual_seed(hash((*method.seed, reporter.rank)) % 2**63)
+            seed = hash((*method.seed, reporter.rank)) % 2**63
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` takes a millisecond
+            if device.type == "cuda":
+                torch.cuda.manual_seed(seed)
             schedule.apply(optimizer, progress.step)
 
             images = view(batch).to(method_dtype(method))

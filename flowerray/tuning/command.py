@@ -27,7 +27,8 @@ from flowerray.training.run import ResourcesConfig, Run
 from flowerray.training.rundir import Record, RunDir
 from flowerray.tuning.config import StudyConfig, label
 from flowerray.tuning.confirm import confirm
-from flowerray.tuning.pictures import plot_study
+from flowerray.tuning.heads import search_heads
+from flowerray.tuning.pictures import plot_study, write_rows
 from flowerray.tuning.searcher import make_scheduler, make_searcher
 from flowerray.tuning.space import search_space
 from flowerray.tuning.study import Study, refuse_existing
@@ -106,8 +107,9 @@ def new_study(
     """
     refuse_existing(out)
     refuse_unwritable(out)
-    resources.check()
-    require_gpus(resources.gpus_per_trial, "`gpus_per_trial`")
+    check_resources(run, resources)
+    if config.then_all and run.embedder.train != "head":
+        raise UserError("`then_all` follows a search of heads: add `embedder.train` head.")
     if config.objective == "pareto" and not run.harden.on:
         raise UserError(
             "`objective` pareto needs trainings that are attacked on val: add `harden`, or "
@@ -144,14 +146,24 @@ def resume_study(study: Study, resources: TrialResources, quiet: bool = False) -
     Raises:
         UserError: other resources than it can use; its photographs have changed.
     """
-    resources.check()
-    require_gpus(resources.gpus_per_trial, "`gpus_per_trial`")
+    check_resources(study.base, resources)
     refuse_unequal_shares(study, resources.workers_per_trial)
     study.base = study.base.model_copy(update={"resources": resources.of_a_run})
     tags, _ = check_run(study.base, quiet)
     known = State.read(study.folder).tags.get("dataset/fingerprint")
     refuse_changed(known, tags, study.base.data.root)
     study.see(tags, open_dataset(study.base.data, progress=False).split_labels("train"))
+
+
+def check_resources(run: Run, resources: TrialResources) -> None:
+    """Raises UserError where a trial of this run cannot get or use its resources."""
+    resources.check()
+    require_gpus(resources.gpus_per_trial, "`gpus_per_trial`")
+    if resources.workers_per_trial > 1 and run.embedder.train == "head":
+        raise UserError(
+            f"`workers_per_trial` {resources.workers_per_trial}: a trial of a head takes a second "
+            "of one worker; leave it out."
+        )
 
 
 def tune(study: Study, resources: TrialResources, quiet: bool = False) -> dict[str, Any]:
@@ -178,7 +190,9 @@ def tune(study: Study, resources: TrialResources, quiet: bool = False) -> dict[s
             end_left(study, watcher)
             refuse_faults(study)
             labels = [label(name) for name in study.config.objectives]
-            plot_study(study.rows(), study.distributions, labels, study.folder / "plots")
+            rows = study.rows()
+            plot_study(rows, study.distributions, labels, study.folder / "plots")
+            write_rows(rows, labels, study.folder / "trials.csv")
             # One worker trains as several do, with what one of them gets.
             gpus = min(1.0, resources.gpus_per_trial)
             cpus = resources.cpus_per_trial / resources.workers_per_trial
@@ -204,6 +218,12 @@ def search(study: Study, resources: TrialResources, watcher: Watcher) -> None:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         concurrent = resources.max_concurrent or room(nodes, resources)
         share = {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
+        if study.of_heads:
+            search_heads(study, share, concurrent, resources.time_limit, missing, watcher)
+            if resources.time_limit:
+                study.searched = True
+                study.write()
+            return
         if workers > 1:  # the trial's own process only waits for its workers, and stays on the head
             share = {"cpu": 0, "node:__internal_head__": 0.001}
 
@@ -253,7 +273,7 @@ def end_left(study: Study, watcher: Watcher) -> None:
     """Ends the MLflow runs of trials that ended just before their driver was killed, and of those
     that the search, with fewer trials now, leaves out.
     """
-    endings = [study.ending(trial) for trial in study.ended()]
+    endings = [study.ending(t) for t in study.ended() if study.trial_dir(t).path.exists()]
     known = {ending.folder for ending in endings}
     left_out = sorted(set((study.folder / "trials").glob("*")) - known)
     endings += [Ending(path, "KILLED", "left out") for path in left_out]

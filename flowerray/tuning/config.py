@@ -28,6 +28,11 @@ class StudyConfig(Config):
     """Seeds that the search never used, with which the best configuration and the default are
     trained again; 0 = the best trial is taken as it is."""
 
+    then_all: int = Field(0, ge=0, le=100)
+    """Of a search with --embedder.train head: so many of its best heads are then trained in full,
+    each from its own, and the best of these is confirmed; 0 = the best head is. May differ when a
+    study is resumed."""
+
     @property
     def objectives(self) -> list[str]:
         """Names of the metrics that are maximised."""

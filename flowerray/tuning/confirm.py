@@ -4,6 +4,7 @@ The best of many trials is also the luckiest; trained again with seeds that the 
 it has to be better than the default to win.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -16,15 +17,18 @@ from flowerray.files import write_json
 from flowerray.statistics import Interval, front, t_interval
 from flowerray.tracking import sync
 from flowerray.tracking.state import State
-from flowerray.training.run import Run
+from flowerray.training.config import TrainConfig
+from flowerray.training.run import Run, own_defaults
 from flowerray.training.rundir import RunDir
 from flowerray.tuning.database import outcome
 from flowerray.tuning.space import value_of, with_params
 from flowerray.tuning.study import Study
-from flowerray.tuning.trial import WORST
+from flowerray.tuning.trial import MAP_AT_R, WORST
 
 NEAR_FRONT = 0.9
 """A pareto study's champion keeps this share of the front's best adversarial R@1."""
+HEADS = 3
+"""So many of the best heads become RUNs, at least."""
 FIRST_SEED = 1000
 """The confirmation's seeds begin so far after the search's one."""
 
@@ -44,6 +48,14 @@ def confirm(study: Study, watcher: Watcher, cpus: float, gpus: float) -> dict[st
     """
     ended = study.ended()
     best = champion(ended)
+    winner, then_all = study.trial_dir(best), study.config.then_all
+    share: dict[str, Any] = {"cpus": cpus, "gpus": gpus, "quiet": watcher.quiet}
+    if study.of_heads:
+        heads = best_heads(study, ended)
+        jobs = [(with_params(study.base, t.params), study.trial_dir(t).path) for t in heads]
+        train(study, jobs, **share)
+        if then_all:
+            best, winner = train_all(study, heads[:then_all], **share)
     tag_best(study, watcher, best)
     objectives = study.config.objectives
     result: dict[str, Any] = {
@@ -58,13 +70,14 @@ def confirm(study: Study, watcher: Watcher, cpus: float, gpus: float) -> dict[st
         "default": {name: value_of(study.base, name) for name in study.knobs},
         "searched": dict(zip(objectives, best.values, strict=True)),
     }
-    is_default = result["best"] == result["default"]
-    winner = study.trial_dir(best)
+    if then_all:
+        result["then_all"] = then_all
+    is_default = result["best"] == result["default"] and not then_all
     result["winner"] = "default" if is_default else "tuned"
     if study.config.confirm_seeds:
         tuned = with_params(study.base, best.params)
         sides = {"default": study.base} if is_default else {"tuned": tuned, "default": study.base}
-        folders, diverged = retrain(study, sides, winner.path.name, cpus, gpus, watcher.quiet)
+        folders, diverged = retrain(study, sides, winner.path.name, **share)
         found = measured(study, folders)
         result["confirmed"] = {"seeds": seeds(study), "diverged": diverged, **found}
         if not is_default:
@@ -129,27 +142,82 @@ def seeds(study: Study) -> list[int]:
 
 
 def retrain(
-    study: Study, sides: dict[str, Run], best_name: str, cpus: float, gpus: float, quiet: bool
+    study: Study, sides: dict[str, Run], best_name: str, **share: Any
 ) -> tuple[dict[str, list[RunDir]], dict[str, str]]:
-    """Trains each side with each seed, below DIR/confirm; what is there already stays.
+    """Trains each side with each seed, below DIR/confirm; what is there already stays. Where heads
+    are followed by full trainings, the tuned side is both, and the default a full training alone.
 
     Returns:
         Each side's folders, a seed each; and of those that diverged, name and reason.
     """
+    heads: list[tuple[Run, Path]] = []
     jobs: list[tuple[Run, Path]] = []
     folders: dict[str, list[RunDir]] = {}
     for side, run in sides.items():
         label = f"trial-{best_name}" if side == "tuned" else side
         for seed in seeds(study):
             path = study.folder / "confirm" / f"{label}-seed-{seed}"
-            train = run.train.model_copy(update={"seed": seed})
-            jobs.append((run.model_copy(update={"train": train}), path))
+            train_config = run.train.model_copy(update={"seed": seed})
+            job = run.model_copy(update={"train": train_config})
+            if study.config.then_all:
+                head = path.with_name(f"{label}-head-seed-{seed}") if side == "tuned" else None
+                heads += [(job, head)] if head else []
+                job = whole(job, head)
+            jobs.append((job, path))
             folders.setdefault(side, []).append(RunDir(path))
     try:
-        train_many(jobs, cpus=cpus, gpus=gpus, quiet=quiet, parent=study.folder)
+        train(study, heads, **share)
+        train(study, jobs, **share)
     except DivergedTrainingsError as error:  # it would again: a fault of the configuration
         return folders, {path.name: why for path, why in error.reasons.items()}
     return folders, {}
+
+
+def train(study: Study, jobs: list[tuple[Run, Path]], **share: Any) -> None:
+    """`train_many`; heads on this machine without a Ray, whose start would take longer."""
+    heads = all(run.embedder.train == "head" for run, _ in jobs)
+    in_process = heads and "RAY_ADDRESS" not in os.environ
+    train_many(jobs, **share, parent=study.folder, in_process=in_process)
+
+
+def best_heads(study: Study, ended: Sequence[Any]) -> list[Any]:
+    """The best of Optuna's complete trials, the earlier one first where two are equal."""
+    complete = [trial for trial in ended if outcome(trial) == "complete"]
+    complete.sort(key=lambda trial: -trial.value)
+    return complete[: max(HEADS, study.config.then_all)]
+
+
+def whole(run: Run, head: Path | None) -> Run:
+    """The full training that follows a head: of its loss, batches and images, and with the default
+    learning rates and decay of full trainings.
+    """
+    embedder = run.embedder.model_copy(update={"train": "all", "start": "orthogonal"})
+    plain = own_defaults(TrainConfig(), run.method_name, embedder)
+    rates = {name: getattr(plain, name) for name in ("lr", "head_lr_factor", "weight_decay")}
+    train_config = run.train.model_copy(update=rates)
+    changes = {"embedder": embedder, "train": train_config, "init": head or run.init}
+    return run.model_copy(update=changes)
+
+
+def train_all(study: Study, heads: Sequence[Any], **share: Any) -> tuple[Any, RunDir]:
+    """Trains in full from each of these heads, below DIR/all; gives the best one's trial and RUN.
+
+    Raises:
+        UserError: a training failed; each diverged.
+    """
+    jobs, folders = [], []
+    for trial in heads:
+        head = study.trial_dir(trial).path
+        folders.append(RunDir(study.folder / "all" / head.name))
+        jobs.append((whole(with_params(study.base, trial.params), head), folders[-1].path))
+    try:
+        train(study, jobs, **share)
+    except DivergedTrainingsError:
+        if not any(folder.finished for folder in folders):
+            raise
+    values = measured(study, {"all": folders})["all"][MAP_AT_R]
+    best = values.index(max(values))
+    return heads[best], folders[best]
 
 
 def measured(study: Study, folders: dict[str, list[RunDir]]) -> dict[str, dict[str, list[float]]]:
@@ -173,6 +241,8 @@ def tag_best(study: Study, watcher: Watcher, best: Any) -> None:
     """Tags the best trial's MLflow run, and takes the tag from one that was best before."""
     for trial in study.ended():
         path = study.trial_dir(trial).path
+        if not path.exists():  # a head's that is not among the best
+            continue
         state = State.read(path)
         is_best = "true" if trial.number == best.number else "false"
         if state.tags.get("flowerray.best", "false") != is_best:

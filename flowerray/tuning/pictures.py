@@ -1,5 +1,6 @@
 """A study as pictures and as a table: how the search went, what mattered, what won."""
 
+import csv
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -65,6 +66,19 @@ def plot_study(
     if len(labels) > 1:
         figures["front"] = front_figure(alive, labels)
     return [save(figure, folder / f"{name}.png") for name, figure in figures.items()]
+
+
+def write_rows(rows: Sequence[Row], labels: Sequence[str], path: Path) -> None:
+    """The trials as a table, a line each: number, outcome, what it reached, epochs, knobs."""
+    knobs = sorted({name for row in rows for name in row.params})
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["trial", "outcome", *labels, "epochs", *knobs])
+        for row in rows:
+            values = row.values or ("",) * len(labels)
+            epochs = row.curve[-1][0] if row.curve else 0
+            params = (row.params.get(name, "") for name in knobs)
+            table.writerow([row.number, row.outcome, *values, epochs, *params])
 
 
 def history_figure(rows: Sequence[Row], failed: int, label: str) -> Any:
@@ -289,6 +303,13 @@ def study_table(result: Mapping[str, Any]) -> str:
         "",
         *columns(rows, "<<<", indent=2),
     ]
+    if then_all := result.get("then_all"):
+        lines += [
+            "",
+            f"  the best {then_all} heads were trained in full; trial "
+            f"{result['best_trial']} went on best,",
+            "  and is confirmed beside the default trained in full",
+        ]
     if not confirmed:
         lines += ["", "  not confirmed on fresh seeds (--confirm-seeds 0)"]
     elif "gain" not in confirmed:

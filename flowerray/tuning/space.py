@@ -25,6 +25,16 @@ COMMON: Knobs = {
 """Searched with every method. With other P and K an epoch draws other numbers of images; trials end
 after equally many (`train.images`)."""
 
+HEAD: Knobs = {
+    "train.lr": {"low": 3e-5, "high": 3e-2, "log": True},
+    "train.weight_decay": COMMON["train.weight_decay"],
+    "train.classes_per_batch": COMMON["train.classes_per_batch"],
+    "train.images_per_class": COMMON["train.images_per_class"],
+    "embedder.start": {"choices": ["orthogonal", "pca"]},
+}
+"""In the place of `COMMON` where a head is trained: its one learning rate is `lr` times a fixed
+`head_lr_factor`, and its views are augmented once for all trials."""
+
 DIM: Knobs = {"embedder.dim": {"choices": [64, 128, 256, 512]}}
 """Searched only if asked for, since methods are compared at one embedding size."""
 
@@ -54,10 +64,11 @@ def search_space(
     Raises:
         UserError: nothing is left to search.
     """
-    declared: Knobs = {**methods.get(base.method_name).space, **COMMON, **(more or {})}
+    common = HEAD if base.embedder.train == "head" else COMMON
+    declared: Knobs = {**methods.get(base.method_name).space, **common, **(more or {})}
     if dim:
         declared |= DIM
-    left_out = set(fixed)
+    left_out = {*fixed, *(["embedder.start"] if base.init else [])}  # which has a projection
     knobs = {
         name: dict(knob)
         for name, knob in declared.items()

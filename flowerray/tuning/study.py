@@ -134,13 +134,14 @@ class Study:
         write_json(self.folder / "study.json", content)
 
     def resume_with(self, base: Run, config: StudyConfig) -> None:
-        """Takes the options of a resuming command; only the number of trials may have changed.
+        """Takes the options of a resuming command; only `trials` and `then_all` may have changed.
 
         Raises:
             UserError: other options differ from study.json; another process is at work here.
         """
         old, new = self.config.model_dump(), config.model_dump()
-        changed = [name for name in old if name != "trials" and old[name] != new[name]]
+        free = ("trials", "then_all")
+        changed = [name for name in old if name not in free and old[name] != new[name]]
         changed += differences(self.base, base)
         if changed:
             raise UserError(
@@ -160,6 +161,11 @@ class Study:
         steps = sampler.steps * (1 + math.ceil(train.warmup_epochs))
         steps = min(total_steps(train, harden, sampler), steps)
         self.grace = steps * images_a_step(train, harden)
+
+    @property
+    def of_heads(self) -> bool:
+        """Trials train the projection alone: see tuning/heads.py."""
+        return self.base.embedder.train == "head"
 
     def epochs(self, run: Run) -> int:
         """Of a whole trial with this configuration; the last one may be a part of one."""
@@ -191,14 +197,14 @@ class Study:
                 "folders hold is read back.",
                 file=sys.stderr,
             )
-        study = self._book(self._open)
+        study = self.book(self._open)
         study.sampler = make_sampler(self.config, len(study.get_trials(deepcopy=False)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names([label(name) for name in self.config.objectives])
         if lost:
             read_back(self, study)
-        if not study.get_trials(deepcopy=False):
+        if not (study.get_trials(deepcopy=False) or self.of_heads):
             study.enqueue_trial(defaults(self.base, self.knobs))
         return study
 
@@ -215,7 +221,7 @@ class Study:
             load_if_exists=True,
         )
 
-    def _book(self, call: Callable[[], Any]) -> Any:
+    def book(self, call: Callable[[], Any]) -> Any:
         """What a call of Optuna's gives; where optuna.db is locked, it is tried again.
 
         Raises:
@@ -255,7 +261,7 @@ class Study:
                 self.optuna.enqueue_trial(trial.params, user_attrs={"folder": folder_name(trial)})
             return max(0, self.config.trials - len(self.ended()))
 
-        missing: int = self._book(again)
+        missing: int = self.book(again)
         return missing
 
     def cut_off(self) -> list[Any]:
@@ -288,7 +294,7 @@ class Study:
         """Asks for a trial and makes its RUN folder, unless it is there already.
 
         Raises:
-            UserError: see `_book`.
+            UserError: see `book`.
         """
 
         def ask() -> Any:
@@ -296,7 +302,7 @@ class Study:
             trial.set_user_attr("folder", folder_name(trial))
             return trial
 
-        trial = self._book(ask)
+        trial = self.book(ask)
         folder, run = self.trial_dir(trial), with_params(self.base, trial.params)
         if not folder.run_json.exists():
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -315,9 +321,13 @@ class Study:
         """The trials that ended, as the pictures take them."""
         rows = []
         for trial in self.ended():
-            known = self.story(self.trial_dir(trial)).standings
-            values = [known[-1][name] for name in self.config.objectives] if known else []
-            curve = tuple((k["epoch"], k[MAP_AT_R]) for k in known)
+            if len(self.config.objectives) == 1:
+                curve = tuple(sorted(trial.intermediate_values.items()))
+                values = [value for _, value in curve[-1:]]
+            else:  # Optuna knows no curves of several
+                known = self.story(self.trial_dir(trial)).standings
+                values = [known[-1][name] for name in self.config.objectives] if known else []
+                curve = tuple((k["epoch"], k[MAP_AT_R]) for k in known)
             number = int(folder_name(trial))  # a trial that was asked for again keeps its first one
             rows.append(Row(number, outcome(trial), dict(trial.params), tuple(values), curve))
         return rows
@@ -332,10 +342,10 @@ class Study:
             What MLflow is told.
 
         Raises:
-            UserError: see `_book`.
+            UserError: see `book`.
         """
         folder = self.trial_dir(trial)
-        told = self._book(lambda: self._tell(trial, folder, result))
+        told = self.book(lambda: self._tell(trial, folder, result))
         if told is None:
             assert result is not None
             return Ending(folder.path, "FAILED", result[FAILED])

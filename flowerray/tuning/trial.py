@@ -201,7 +201,8 @@ def outcome_of(
     try:
         if not folder.finished:
             training()
-        refuse_collapse(folder)
+        for _, spread in folder.series("epoch/spread")[-1:]:
+            refuse_collapse(spread)
         return history(folder, objectives)[-1]
     except Exception as error:
         records = folder.records()
@@ -217,12 +218,11 @@ def outcome_of(
         return result
 
 
-def refuse_collapse(folder: RunDir) -> None:
-    """Raises DivergedError where a finished training ended with all embeddings in one place."""
-    spread = folder.series("epoch/spread")
-    if spread and spread[-1][1] < COLLAPSED:
+def refuse_collapse(spread: float) -> None:
+    """Raises DivergedError where a training ended with all embeddings in one place."""
+    if spread < COLLAPSED:
         raise DivergedError(
-            f"the embeddings collapsed: their spread ended at {spread[-1][1]:.3f} (0 = one point)"
+            f"the embeddings collapsed: their spread ended at {spread:.3f} (0 = one point)"
         )
 
 
