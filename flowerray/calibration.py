@@ -1,7 +1,7 @@
 """From a cosine to a decision: the probability of one class, and thresholds by false-match rate.
 
-Fitted on validation pairs, all or drawn at random, and kept in thresholds.json and in the exported
-model. Letters: P pairs, N images.
+Fitted on validation pairs of classes that were drawn evenly, and kept in thresholds.json and in the
+exported model. Letters: P pairs, N images.
 """
 
 import math
@@ -13,7 +13,7 @@ from pydantic import Field
 
 from flowerray.config import Config
 from flowerray.errors import UserError
-from flowerray.statistics import Interval, pair_interval
+from flowerray.statistics import Interval, distinct, pair_interval
 
 PRIOR = 0.5
 """Chance of one class before the images are seen, where no other is given."""
@@ -87,6 +87,18 @@ class Calibration(Config):
             cosine=between("cosine"), far=far, low=between("low"), high=between("high")
         )
 
+    def rate(self, cosine: float) -> FalseMatch:
+        """The false-match rate of a cosine, at the ends that of the last cosine that is kept."""
+        at = [m.cosine for m in self.false_match]
+
+        def between(field: str) -> float:
+            logs = [math.log(max(getattr(m, field), 1e-9)) for m in self.false_match]
+            return float(np.exp(np.interp(cosine, at, logs)))
+
+        return FalseMatch(
+            cosine=cosine, far=between("far"), low=between("low"), high=between("high")
+        )
+
 
 def fit_calibration(
     cosine_P: ArrayLike, same_P: ArrayLike, images_P2: NDArray[np.int64], labels_N: ArrayLike
@@ -111,9 +123,9 @@ def fit_calibration(
     cosine, same = np.asarray(cosine_P, np.float64), np.asarray(same_P, bool)
     if same.all() or not same.any() or not np.isfinite(cosine).all():
         raise UserError("A calibration needs finite cosines of both same and different pairs.")
-    positives, negatives = int(same.sum()), int((~same).sum())
+    positives, negatives = distinct(images_P2[same]), distinct(images_P2[~same])
     target = np.where(same, (positives + 1) / (positives + 2), 1 / (negatives + 2))
-    weight = np.where(same, PRIOR / positives, (1 - PRIOR) / negatives)
+    weight = np.where(same, PRIOR / same.sum(), (1 - PRIOR) / (~same).sum())
     share = _share(cosine)
     columns_P2 = np.stack([np.log(share), -np.log1p(-share)], axis=1)
     centre_2, scale_2 = columns_P2.mean(0), columns_P2.std(0) + 1e-12
@@ -145,11 +157,11 @@ def false_matches(
     """The lowest cosines that at most these shares of different pairs reach; rates with fewer than
     `LEAST` pairs behind them are left out.
     """
-    falling = np.sort(cosine_P)[::-1]
+    falling, number = np.sort(cosine_P)[::-1], distinct(images_P2)
     found = []
     for rate in rates:
         passing = int(rate * len(falling) + 1e-9)
-        if LEAST <= passing < len(falling):
+        if rate * number >= LEAST and passing < len(falling):
             cosine = float(falling[passing - 1] + falling[passing]) / 2
             told = share_above(cosine_P, cosine, images_P2, labels_N)
             found.append(FalseMatch(cosine=cosine, far=rate, low=told.low, high=told.high))

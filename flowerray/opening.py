@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from flowerray.calibration import Calibration
+from flowerray.calibration import PRIOR, Calibration
 from flowerray.data.dataset import Dataset
 from flowerray.data.images import LONGEST, eval_image, eval_pixels, resize_side
 from flowerray.data.source import open_dataset
@@ -43,6 +43,29 @@ class Model:
     """Fingerprint of what it was trained on; None: not known."""
     calibration: Calibration | None = None
     """Probabilities and false-match rates of its cosine; None: an older model, or no val."""
+
+    def calibrated(self) -> Calibration:
+        """Its calibration.
+
+        Raises:
+            UserError: it has none.
+        """
+        if self.calibration is None:
+            raise UserError(
+                f"{self.name} has no calibration, which `far` and `prior` need: it is an older "
+                "model, or was trained without val; train again."
+            )
+        return self.calibration
+
+    def probability(self, cosine: float, prior: float | None = None) -> float | None:
+        """That two images are of one class, at a prior (None: `PRIOR`); None: no calibration.
+
+        Raises:
+            UserError: a `prior` for a model without calibration, or outside 0..1.
+        """
+        if prior is None and self.calibration is None:
+            return None
+        return float(self.calibrated().probability(cosine, PRIOR if prior is None else prior))
 
     def own_dataset(self, quiet: bool = False) -> Dataset:
         """The set that it was trained on.

@@ -223,13 +223,15 @@ def pair_interval(hits_P: ArrayLike, *members: NDArray[np.int64], level: float =
 
     Args:
         hits_P: whether each pair counts.
-        members: (P, 2) each: the two images of a pair, its two classes.
+        members: (P, 2) each: the two images of a pair, its two classes. A pair that is there
+            several times has more weight, and is one draw.
 
     Raises:
         UserError: no pairs.
     """
     hits_P = _checked("pairs", hits_P, 1)
-    mean, size, tail = float(hits_P.mean()), len(hits_P), (1 - level) / 2
+    mean, tail = float(hits_P.mean()), (1 - level) / 2
+    size = distinct(members[0]) if members else len(hits_P)
     from scipy.special import stdtrit
 
     variance, groups = mean * (1 - mean) / size, size
@@ -239,6 +241,11 @@ def pair_interval(hits_P: ArrayLike, *members: NDArray[np.int64], level: float =
             variance, groups = found, number
     critical = -float(stdtrit(max(groups - 1, 1), tail))
     return Interval(size, mean, *_share_bounds(mean, variance, size, tail, critical), level)
+
+
+def distinct(pairs_P2: NDArray[np.int64]) -> int:
+    """Number of different pairs, each with its smaller number first."""
+    return len(np.unique(pairs_P2[:, 0] * (pairs_P2.max(initial=0) + 1) + pairs_P2[:, 1]))
 
 
 def _dyadic_variance(rest_P: NDArray, ends_P2: NDArray[np.int64]) -> tuple[float, int]:

@@ -29,7 +29,7 @@ FLOORS = [
     "training: config rundir harden progress checkpoint loop run curves table",
     "tracking: address server registry state sync",
     "opening",
-    "retrieval: search pairs embed views measure floor pictures table command",
+    "retrieval: search pairs decisions embed views measure floor pictures table command",
     "index: cells contents table command",
     "robustness: config journal victim verification gallery attack checks score audit guard"
     " record table pictures command",

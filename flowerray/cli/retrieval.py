@@ -42,9 +42,7 @@ def evaluate(words: list[str]) -> int:
         start = Options(data=model.run.data, embedder=model.run.embedder)
         options = parse(Options, words, "evaluate", about, default=start)
     data = absolute_data(options.data)
-    config = EvaluateConfig(
-        split=options.split, gallery=options.gallery, batch_size=options.batch_size
-    )
+    config = EvaluateConfig.part_of(options)
     if model is None and not options.frozen:
         raise UserError("name a RUN, or measure a backbone as it comes with --frozen.")
 
@@ -66,10 +64,15 @@ def evaluate(words: list[str]) -> int:
     title = f"{options.embedder.backbone}, frozen" if options.frozen else str(options.run)
     hardened = model is not None and model.run.harden.on
     if options.as_json:
-        shown = {name: found.to_dict() for name, found in table.intervals(measurement).items()}
-        run = None if options.frozen else options.run
-        facts = floor.as_facts(title, measurement, hardened)
-        print(as_json({**measurement.metrics, "run": run, "intervals": shown, "frozen": facts}))
+        decided = measurement.decisions
+        known = table.intervals(measurement) | decided.intervals
+        more = {
+            "run": None if options.frozen else options.run,
+            "intervals": {name: found.to_dict() for name, found in known.items()},
+            "frozen": floor.as_facts(title, measurement, hardened),
+            **({"reliability": decided.to_dict()} if decided.reliability else {}),
+        }
+        print(as_json({**measurement.metrics, **more}))
     else:
         print(table.measurement(title, measurement, hardened))
     if model is not None and model.folder is not None and not options.frozen:
@@ -93,12 +96,18 @@ def similar(words: list[str]) -> int:
         """A photograph."""
         second: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="B.jpg")]
         """Another photograph."""
+        prior: float | None = None
+        """Chance of one class before the photographs are seen, which the probability depends on;
+        0.5 if not given."""
+        far: float | None = None
+        """False-match rate of the threshold, on validation pairs of classes drawn evenly; by
+        default the threshold has the best balanced accuracy on them."""
         as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
         """Print one JSON object and nothing else."""
 
     options = parse(Options, words, "similar", "Do two photographs show the same class?")
     model = opening.open_model(options.run, pick_device("auto"))
-    result = command.similar(model, options.first, options.second)
+    result = command.similar(model, options.first, options.second, options.prior, options.far)
     print(as_json(result) if options.as_json else table.similar(result))
     return 0
 
@@ -122,6 +131,9 @@ def search(words: list[str]) -> int:
         """A folder of images, of class folders, or in the Oxford layout."""
         top: int = Field(10, ge=1)
         """Neighbours to show."""
+        prior: float | None = None
+        """Chance, before it is seen, that a gallery image is of the query's class; 0.5 if not
+        given. One class of a hundred evenly filled ones has 0.01."""
         sheet: Path | None = None
         """Where the picture of the query and its neighbours goes, 50 of them at most; by default
         search.png here, and none with --json."""
@@ -133,15 +145,22 @@ def search(words: list[str]) -> int:
     )
     model = opening.open_model(options.run, pick_device("auto"))
     found = command.search(
-        model, options.query, options.gallery, options.top, quiet=options.as_json
+        model, options.query, options.gallery, options.top, options.as_json, options.prior
     )
     if options.as_json:
         rows = [
-            {"image": str(n.path), "class": n.class_name, "similarity": n.similarity} for n in found
+            {
+                "image": str(n.path),
+                "class": n.class_name,
+                "similarity": n.similarity,
+                "probability": n.probability,
+            }
+            for n in found
         ]
-        print(as_json({"query": str(options.query), "neighbours": rows}))
+        unknown = not found or found[0].similarity < model.threshold
+        print(as_json({"query": str(options.query), "neighbours": rows, "unknown": unknown}))
     else:
-        print(table.neighbours(found))
+        print(table.neighbours(found, options.prior))
     sheet = options.sheet or (None if options.as_json else Path("search.png"))
     if sheet is None:
         return 0

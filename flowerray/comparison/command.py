@@ -32,8 +32,8 @@ from flowerray.description import VERSION, flatten
 from flowerray.errors import UserError
 from flowerray.files import only_driver, read_json, read_kept, write_json, writing
 from flowerray.opening import open_model
-from flowerray.retrieval.command import as_record, evaluate_frozen, keep, run_measure
-from flowerray.retrieval.measure import EvaluateConfig, Evaluation
+from flowerray.retrieval.command import evaluate_frozen, keep, run_measure
+from flowerray.retrieval.measure import EvaluateConfig, Evaluation, as_record
 from flowerray.tracking import sync
 from flowerray.training.run import Run
 from flowerray.training.rundir import RunDir

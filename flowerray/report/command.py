@@ -16,8 +16,8 @@ from flowerray.errors import UserError
 from flowerray.model.precision import device_name
 from flowerray.report import attacked, evidence, sections
 from flowerray.report.gather import Setting, StoredRun, find_runs, group, read_run
-from flowerray.retrieval.command import as_record, evaluate_frozen
-from flowerray.retrieval.measure import EvaluateConfig, Evaluation
+from flowerray.retrieval.command import evaluate_frozen
+from flowerray.retrieval.measure import EvaluateConfig, Evaluation, as_record
 from flowerray.show.page import Note, Page
 from flowerray.text import counted
 from flowerray.tracking import registry, sync

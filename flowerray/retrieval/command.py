@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from flowerray.calibration import PRIOR
 from flowerray.data.dataset import Dataset
 from flowerray.data.folder import images
 from flowerray.data.images import resize_side
@@ -21,19 +22,27 @@ from flowerray.errors import UserError
 from flowerray.files import locked, write_json
 from flowerray.model.embedder import Embedder, EmbedderConfig
 from flowerray.opening import Model, embed, store_builder
+from flowerray.retrieval.decisions import Decisions, judge, misfit, open_set
 from flowerray.retrieval.embed import kept_embeddings
 from flowerray.retrieval.floor import as_floor, as_numbers
 from flowerray.retrieval.measure import (
     EvaluateConfig,
     Floor,
     Measurement,
+    as_record,
     default_gallery,
     frozen_pairs,
     measure,
     split_names,
 )
 from flowerray.retrieval.pairs import PAIR_SEED, Pairs, load_pairs, save_pairs
-from flowerray.retrieval.pictures import Neighbour, SheetRow, measurement_rows, retrieval_sheet
+from flowerray.retrieval.pictures import (
+    Neighbour,
+    SheetRow,
+    draw_reliability,
+    measurement_rows,
+    retrieval_sheet,
+)
 from flowerray.retrieval.search import nearest
 from flowerray.tracking import sync
 from flowerray.tracking.state import State
@@ -69,17 +78,40 @@ def evaluate_model(
         if own
         else new_pairs(model, dataset, config.split)
     )
+    threshold = model.threshold
+    if config.far is not None:
+        threshold = model.calibrated().threshold(config.far).cosine
     started = time.perf_counter()
     measurement = run_measure(
-        model.embedder, dataset, config, pairs=pairs, threshold=model.threshold, quiet=quiet
+        model.embedder, dataset, config, pairs=pairs, threshold=threshold, quiet=quiet
     )
     measurement = replace(measurement, frozen=floor_of(model, dataset, config, quiet))
-    if own and config.gallery in (None, default_gallery(dataset, config.split)):
+    measurement = with_decisions(measurement, model, pairs, threshold)
+    usual = config.gallery in (None, default_gallery(dataset, config.split))
+    if own and usual and config.far is None:
         try:
             keep(model, measurement, dataset.root, time.perf_counter() - started)
         except (OSError, UserError) as error:  # a full disk, somebody else's RUN
             not_kept(model.name, error)
     return measurement
+
+
+def with_decisions(
+    measurement: Measurement, model: Model, pairs: Pairs | None, threshold: float
+) -> Measurement:
+    """A measurement with its decisions, and a warning where threshold or calibration do not fit."""
+    emb, labels = measurement.query_emb, measurement.query_labels
+    found = Decisions()
+    with suppress(UserError):  # classes of one image have no pairs
+        found = judge(emb, labels, pairs, threshold, model.calibration)
+    if measurement.metrics["protocol"] == "disjoint":  # else no class is unknown to the model
+        itself = measurement.gallery_paths is measurement.query_paths
+        gallery = None if itself else (measurement.gallery_emb, measurement.gallery_labels)
+        found = found.joined(open_set(emb, labels, gallery, threshold))
+    if warning := misfit(found, threshold, model.calibration):
+        print(warning, file=sys.stderr)
+    metrics = measurement.metrics | found.metrics | ({"warning": warning} if warning else {})
+    return replace(measurement, metrics=metrics, decisions=found)
 
 
 def not_kept(name: str, error: Exception) -> None:
@@ -250,51 +282,41 @@ def keep(model: Model, measurement: Measurement, root: Path, seconds: float) -> 
     write_json(folder.path / "evaluation" / f"{split}.json", record, indent=None)
     folder.note(numbers)
     retrieval_sheet(measurement_rows(measurement), folder.plots / f"retrieval_{split}.png")
+    if bins := measurement.decisions.reliability:
+        draw_reliability(bins, folder.plots / f"reliability_{split}.png")
     sync.send(folder.path)
 
 
-def as_record(measurement: Measurement, root: Path, seconds: float) -> dict[str, Any]:
-    """RUN/evaluation/<split>.json: the metrics, and what they were for each query, in one order, so
-    that runs can be compared query by query.
+def similar(
+    model: Model,
+    first: Path,
+    second: Path,
+    prior: float | None = None,
+    far: float | None = None,
+) -> dict[str, Any]:
+    """Cosine of two photographs, whether it reaches the threshold, and the probability that they
+    show one class.
 
     Args:
-        root: image files below it are named relative to it.
-        seconds: what the evaluation took.
+        prior: chance of one class beforehand; None: `PRIOR`.
+        far: false-match rate of the threshold; None: the fitted threshold.
+
+    Raises:
+        UserError: `prior` or `far` for a model without calibration, or beyond what it tells.
     """
-    per_query, m = measurement.per_query, measurement
-    nearest = per_query["nearest"][:, 0]
-    emb = [
-        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-        for x in (m.query_emb.astype(np.float64), m.gallery_emb[nearest].astype(np.float64))
-    ]
-
-    def name(path: Path) -> str:
-        return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
-
-    return {
-        "metrics": m.metrics,
-        **{key: m.metrics[key] for key in ("protocol", "split", "gallery")},
-        "root": str(root),
-        "per_query": {
-            "hit": per_query["hit"].astype(int).tolist(),
-            "average_precision": per_query["average_precision"].tolist(),
-            "num_relevant": per_query["num_relevant"].tolist(),
-            "class": [m.classes[label] for label in m.query_labels],
-            "nearest": [name(m.gallery_paths[g]) for g in nearest],
-            "nearest_class": [m.classes[m.gallery_labels[g]] for g in nearest],
-            "similarity": (emb[0] * emb[1]).sum(1).tolist(),
-        },
-        "queries": [name(path) for path in m.query_paths],
-        "frozen": m.frozen,
-        "seconds": seconds,
-    }
-
-
-def similar(model: Model, first: Path, second: Path) -> dict[str, Any]:
-    """Cosine of two photographs, and whether that is above the frozen threshold."""
+    at = None if far is None else model.calibrated().threshold(far)
+    threshold = model.threshold if at is None else at.cosine
+    model.probability(0.0, prior)  # refused before anything is embedded
     a_D, b_D = embed(model.embedder, [first, second]).double().numpy()
     cosine = float(a_D @ b_D)
-    return {"similarity": cosine, "threshold": model.threshold, "same": cosine >= model.threshold}
+    return {
+        "similarity": cosine,
+        "threshold": threshold,
+        "same": cosine >= threshold,
+        "probability": model.probability(cosine, prior),
+        "prior": PRIOR if prior is None else prior,
+        "far": None if at is None else at.model_dump(),
+    }
 
 
 def is_another_set(model: Model, root: Path | None) -> bool:
@@ -320,9 +342,17 @@ def is_another_set(model: Model, root: Path | None) -> bool:
 
 
 def search(
-    model: Model, query: Path, gallery: Path, top: int, quiet: bool = False
+    model: Model,
+    query: Path,
+    gallery: Path,
+    top: int,
+    quiet: bool = False,
+    prior: float | None = None,
 ) -> list[Neighbour]:
-    """The `top` images of a folder (or of one folder a class) that are most like the query."""
+    """The `top` images of a folder (or of one folder a class) that are most like the query; `prior`
+    as for `similar`.
+    """
+    model.probability(0.0, prior)  # refused before a gallery is embedded
     dataset = gallery_of(gallery)
     query_D = embed(model.embedder, [query])[0].double().numpy()  # first: a gallery takes its time
     store = build_store(dataset.paths, resize_side(model.embedder.image_size), progress=not quiet)
@@ -332,11 +362,15 @@ def search(
     if not len(others):
         return []
     found = others[nearest(query_D[None], gallery_GD[others], k=top)[0]]
+    cosines = [float(gallery_GD[g] @ query_D) for g in found]
     return [
         Neighbour(
-            dataset.paths[g], dataset.classes[dataset.labels_N[g]], float(gallery_GD[g] @ query_D)
+            dataset.paths[g],
+            dataset.classes[dataset.labels_N[g]],
+            cosine,
+            model.probability(cosine, prior),
         )
-        for g in found
+        for g, cosine in zip(found, cosines, strict=True)
     ]
 
 

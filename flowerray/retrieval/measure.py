@@ -4,7 +4,7 @@ Letters: Q queries, G gallery images, D embedding dimensions, N images of a spli
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NotRequired
 
@@ -19,6 +19,7 @@ from flowerray.data.source import open_all
 from flowerray.data.store import Store
 from flowerray.errors import UserError
 from flowerray.model.embedder import Embedder
+from flowerray.retrieval.decisions import Decisions
 from flowerray.retrieval.embed import embed, embed_together, frozen_features
 from flowerray.retrieval.pairs import PAIRS_PER_KIND, Pairs, make_pairs, pair_metrics
 from flowerray.retrieval.search import retrieval_metrics, retrieval_per_query, summarise
@@ -58,6 +59,9 @@ class EvaluateConfig(Config):
     or a folder of images; by default `train`, for protocol `disjoint` and a whole folder `self`."""
     batch_size: int = Field(64, ge=1)
     """Images embedded at a time; changes speed and memory only."""
+    far: float | None = Field(None, gt=0, lt=1)
+    """Judge the threshold with this false-match rate on the validation pairs of the training, in
+    place of the fitted one."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class Measurement:
     """Name of each label, the gallery's own classes at the end."""
     frozen: Floor | None = None
     """Of a trained model, where it can be had."""
+    decisions: Decisions = field(default_factory=Decisions)
+    """Its metrics stand in `metrics` too."""
 
 
 def measure(
@@ -152,6 +158,43 @@ def measure(
         gallery_emb,
         classes,
     )
+
+
+def as_record(measurement: Measurement, root: Path, seconds: float) -> dict[str, Any]:
+    """RUN/evaluation/<split>.json: the metrics, and what they were for each query, in one order, so
+    that runs can be compared query by query.
+
+    Args:
+        root: image files below it are named relative to it.
+        seconds: what the evaluation took.
+    """
+    per_query, m = measurement.per_query, measurement
+    nearest = per_query["nearest"][:, 0]
+    emb = [
+        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+        for x in (m.query_emb.astype(np.float64), m.gallery_emb[nearest].astype(np.float64))
+    ]
+
+    def name(path: Path) -> str:
+        return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+    return {
+        "metrics": m.metrics,
+        **{key: m.metrics[key] for key in ("protocol", "split", "gallery")},
+        "root": str(root),
+        "per_query": {
+            "hit": per_query["hit"].astype(int).tolist(),
+            "average_precision": per_query["average_precision"].tolist(),
+            "num_relevant": per_query["num_relevant"].tolist(),
+            "class": [m.classes[label] for label in m.query_labels],
+            "nearest": [name(m.gallery_paths[g]) for g in nearest],
+            "nearest_class": [m.classes[m.gallery_labels[g]] for g in nearest],
+            "similarity": (emb[0] * emb[1]).sum(1).tolist(),
+        },
+        "queries": [name(path) for path in m.query_paths],
+        "frozen": m.frozen,
+        "seconds": seconds,
+    }
 
 
 def validation(

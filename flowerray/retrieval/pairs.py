@@ -67,11 +67,7 @@ def make_pairs(
     """
     labels = np.asarray(labels_N)
     _, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    if len(counts) < 2 or counts.max(initial=0) < 2:
-        raise UserError(
-            f"No verification pairs can be made of {len(labels)} images in {len(counts)} classes: "
-            "at least two classes, one of them with two images, are needed."
-        )
+    _refuse_no_pairs(counts)
     rng = np.random.default_rng(seed)
     hard = np.empty(0, np.int64)
     if hard_features_ND is not None:
@@ -81,6 +77,14 @@ def make_pairs(
     flat_P = np.concatenate([positive, easy, hard])
     kind_P = np.repeat(np.arange(3), [len(positive), len(easy), len(hard)])
     return Pairs(np.stack([flat_P // len(codes), flat_P % len(codes)], axis=1), kind_P)
+
+
+def _refuse_no_pairs(counts: NDArray) -> None:
+    if len(counts) < 2 or counts.max(initial=0) < 2:
+        raise UserError(
+            f"No verification pairs can be made of {counts.sum()} images in {len(counts)} classes: "
+            "at least two classes, one of them with two images, are needed."
+        )
 
 
 def _flatten(first: NDArray, second: NDArray, size: int) -> NDArray[np.int64]:
@@ -279,10 +283,35 @@ def _eer(false_rate: NDArray, true_rate: NDArray) -> float:
 
 
 def random_pairs(labels_N: ArrayLike) -> Pairs:
-    """Same and different pairs at random. Those of `make_pairs` with features are not: the easy
-    ones lack the hard ones, which hold most of what a high threshold lets pass.
+    """Same and different pairs of classes drawn evenly, whatever number of images they have; small
+    sets give some pairs several times.
+
+    The pairs of `make_pairs` with features are no such draw: the easy ones lack the hard ones,
+    which hold most of what a high threshold lets pass.
+
+    Raises:
+        UserError: as `make_pairs`.
     """
-    return make_pairs(labels_N, PAIR_SEED, RANDOM_PAIRS)
+    _, codes, counts = np.unique(np.asarray(labels_N), return_inverse=True, return_counts=True)
+    _refuse_no_pairs(counts)
+    rng, size = np.random.default_rng(PAIR_SEED), len(codes)
+    order, starts = np.argsort(codes, kind="stable"), np.cumsum(counts) - counts
+    positives = int((counts * (counts - 1) // 2).sum())
+    drawn = []
+    for same, total in ((True, positives), (False, size * (size - 1) // 2 - positives)):
+        number = min(RANDOM_PAIRS, 10 * total)
+        if same:
+            first = second = rng.choice(np.flatnonzero(counts > 1), number)
+            one, two = rng.integers(counts[first]), rng.integers(counts[first] - 1)
+            two += two >= one
+        else:
+            first = rng.integers(len(counts), size=number)
+            second = rng.integers(len(counts) - 1, size=number)
+            second += second >= first
+            one, two = rng.integers(counts[first]), rng.integers(counts[second])
+        drawn.append(np.stack([order[starts[first] + one], order[starts[second] + two]], axis=1))
+    kind_P = np.repeat([0, 1], [len(part) for part in drawn])
+    return Pairs(np.sort(np.concatenate(drawn), axis=1), kind_P)
 
 
 def calibrate(emb_ND: ArrayLike, labels_N: ArrayLike) -> Calibration:

@@ -1,14 +1,17 @@
 """Contact sheets of retrieval: each query with its neighbours, right and wrong ones told apart."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from flowerray.calibration import Reliability, calibration_error
 from flowerray.errors import UserError
 from flowerray.retrieval.measure import Measurement
+from flowerray.show.charts import group_look
 from flowerray.show.contact import Group, Tile, contact_sheet
+from flowerray.show.style import GREY, legend_below, panels, plain_axes, save
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,8 @@ class Neighbour:
     class_name: str
     similarity: float
     """Cosine, -1..1."""
+    probability: float | None = None
+    """Of the query's class; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -83,3 +88,18 @@ def _row(row: SheetRow, first: bool) -> tuple[Group, Group]:
     query = Tile(row.path, (row.class_name or "class unknown", row.path.name))
     headings = ("query", "nearest first") if first else ("", "")
     return Group(headings[0], (query,)), Group(headings[1], neighbours)
+
+
+def draw_reliability(bins: Mapping[str, Sequence[Reliability]], out_png: Path) -> None:
+    """The share of same pairs over the probability that was told, for random and for hard pairs."""
+    figure, ((axes,),) = panels(4.6, 4.4)
+    plain_axes(axes, "", "probability of one class that was told", "share that was of one class")
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.9)
+    for number, (name, parts) in enumerate(bins.items()):
+        points = [(part.probability, part.same) for part in parts]
+        label = f"{name} pairs, error {calibration_error(parts):.3f}"
+        axes.plot(*zip(*points, strict=True), label=label, **group_look(number))
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    legend_below(figure, 1)
+    save(figure, out_png)

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from flowerray.calibration import PRIOR
+from flowerray.retrieval.decisions import RATES, UNKNOWN, Decisions
 from flowerray.retrieval.floor import gains, warning
 from flowerray.retrieval.measure import Measurement
 from flowerray.retrieval.pictures import Neighbour
@@ -50,7 +52,35 @@ def measurement(title: str, result: Measurement, hardened: bool = False) -> str:
         lines.append(
             f"  left out: {m['num_queries_without_match']} queries with none of their class to find"
         )
-    return "\n".join([*lines, *over_floor(title, result, hardened)])
+    return "\n".join([*lines, *over_floor(title, result, hardened), *decisions(result.decisions)])
+
+
+def decisions(found: Decisions) -> list[str]:
+    """Same or different by the cosine, on random and on hard pairs, and known or unknown."""
+    m, known = found.metrics, found.intervals
+    rows = [["", "random pairs", "from", "hard pairs", "from"]]
+    for name, label in (
+        *((f"at_far_{rate:g}", f"TAR at FAR {rate:g}") for rate in RATES),
+        ("far_at_threshold", "FAR at threshold"),
+        ("calibration_error", "calibration error"),
+    ):
+        row = [label]
+        for suffix in ("", "_hard"):
+            told: Interval | float | None = known.get(f"tar_{name}{suffix}")
+            told = told or known.get(f"{name}{suffix}") or m.get(f"{name}{suffix}")
+            cosine = m.get(f"cosine_{name}{suffix}")
+            row += ["" if told is None else words(told), "" if cosine is None else f"{cosine:.3f}"]
+        rows += [row] if any(row[1:]) else []
+    lines = ["", *columns(rows, "<<<<<", indent=2)] if len(rows) > 1 else []
+    if "unknown_auroc" in m:
+        title = f"unknown classes by the best cosine: AUROC {m['unknown_auroc']:.3f}"
+        rows = [["", "known found", "unknown accepted"]]
+        strict = f"from {m['open_set_cosine']:.3f}, for {UNKNOWN:.0%} of unknown"
+        for end, name in (("", "at the threshold"), ("_strict", strict)):
+            shares = (known[f"{share}{end}"] for share in ("known_found", "unknown_accepted"))
+            rows.append([name, *map(words, shares)])
+        lines += ["", f"  {title}", *columns(rows, "<<<", indent=2)]
+    return lines
 
 
 class Scored(Protocol):
@@ -95,15 +125,26 @@ def over_floor(name: str, result: Measurement, hardened: bool) -> list[str]:
 
 
 def similar(result: dict[str, Any]) -> str:
-    """Similarity of two photographs in one line."""
+    """Similarity of two photographs, and the probability where it is known."""
     verdict = "same class" if result["same"] else "different classes"
-    return f"similarity {result['similarity']:.3f}, threshold {result['threshold']:.3f}: {verdict}"
+    line = f"similarity {result['similarity']:.3f}, threshold {result['threshold']:.3f}: {verdict}"
+    if (at := result.get("far")) is not None:
+        line += f"\nfalse-match rate of that threshold {at['far']:g}, "
+        line += f"95 % interval {at['low']:.2g} to {at['high']:.2g}"
+    if (told := result.get("probability")) is not None:
+        line += f"\nprobability of one class {told:.3f}, at {result['prior']:g} beforehand"
+    return line
 
 
-def neighbours(found: Sequence[Neighbour]) -> str:
-    """Ranks, similarities, classes and files."""
-    rows = [["rank", "cosine", "class", "image"]]
+def neighbours(found: Sequence[Neighbour], prior: float | None = None) -> str:
+    """Ranks, similarities, probabilities where they are known, classes and files."""
+    told = any(n.probability is not None for n in found)
+    rows = [["rank", "cosine", *(["probability"] if told else []), "class", "image"]]
     for rank, n in enumerate(found, start=1):
         path = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(n.path))
-        rows.append([str(rank), f"{n.similarity:.3f}", n.class_name, path])
-    return "\n".join(columns(rows, ">><<"))
+        chance = [] if n.probability is None else [f"{n.probability:.3f}"]
+        rows.append([str(rank), f"{n.similarity:.3f}", *chance, n.class_name, path])
+    lines = columns(rows, ">>><<" if told else ">><<")
+    if told:
+        lines.append(f"probability of the query's class, at {prior or PRIOR:g} beforehand")
+    return "\n".join(lines)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flowerray.cli import dispatch
 from flowerray.training.rundir import RunDir
@@ -31,10 +32,44 @@ def test_evaluate_json_is_one_object(say: Say, run: Path) -> None:
     }  # fmt: skip
     assert keys <= found.keys()
     assert (found["run"], found["split"], found["protocol"]) == (str(run), "test", "official")
-    assert found["intervals"].keys() == {"recall_at_1", "r_precision", "map_at_r"}
+    assert {"recall_at_1", "r_precision", "map_at_r", "tar_at_far_0.1"} <= found["intervals"].keys()
+    assert found["reliability"].keys() == {"random", "hard"}
     for name, interval in found["intervals"].items():
-        assert interval["mean"] == found[name] and interval["n"] == found["num_queries"]
+        assert interval["mean"] == found[name]
         assert interval["low"] <= found[name] <= interval["high"]
+
+
+def test_a_threshold_is_chosen_by_its_false_match_rate(
+    say: Say, run: Path, small_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model of before has none to choose by, and no probabilities."""
+    a, b = (small_set / "jpg" / f"image_{n:05d}.jpg" for n in (1, 80))
+    kept = json.loads((run / "thresholds.json").read_text())["calibration"]["false_match"]
+    loose, strict = (
+        json.loads(say("similar", run, a, b, "--far", far, "--json")[0]) for far in (0.5, 0.02)
+    )
+    assert loose["threshold"] == kept[0]["cosine"] < strict["threshold"]
+    assert strict["far"]["low"] <= 0.02 <= strict["far"]["high"]
+    rare = json.loads(say("similar", run, a, b, "--prior", 0.01, "--json")[0])
+    assert rare["probability"] < loose["probability"] and rare["prior"] == 0.01
+    assert "false-match rate of that threshold 0.5" in say("similar", run, a, b, "--far", 0.5)[0]
+    own = json.loads(say("evaluate", run, "--json")[0])
+    before = (run / "evaluation" / "test.json").read_text()
+    lax = json.loads(say("evaluate", run, "--far", 0.5, "--json")[0])
+    assert lax["far_at_threshold"] == pytest.approx(0.5, abs=0.1) != own["far_at_threshold"]
+    assert (run / "evaluation" / "test.json").read_text() == before
+
+    file = next(run.glob("*.pth"))
+    content = torch.load(file, weights_only=True)
+    facts = json.loads(content["run"])
+    del facts["calibration"]
+    torch.save({**content, "run": json.dumps(facts)}, file)
+    found = json.loads(say("similar", run, a, b, "--json")[0])
+    assert found["probability"] is None and found["similarity"] == loose["similarity"]
+    assert "calibration_error" not in json.loads(say("evaluate", run, "--json")[0])
+    for option in (["--far", "0.1"], ["--prior", "0.1"]):
+        assert dispatch(["similar", str(run), str(a), str(b), *option]) == 2
+        assert "has no calibration" in capsys.readouterr().err
 
 
 def test_evaluate_another_folder(say: Say, run: Path, small_set: Path, tmp_path: Path) -> None:
@@ -118,7 +153,10 @@ def test_similar_and_search(say: Say, run: Path, small_set: Path, tmp_path: Path
     a, b = (small_set / "jpg" / f"image_{n:05d}.jpg" for n in (1, 80))
     assert "same class" in say("similar", run, a, a)[0]
     found = json.loads(say("similar", run, a, b, "--json")[0])
-    assert found.keys() == {"schema_version", "similarity", "threshold", "same"}
+    assert found.keys() == {
+        "schema_version", "similarity", "threshold", "same", "probability", "prior", "far",
+    }  # fmt: skip
+    assert 0 <= found["probability"] <= 1 and found["prior"] == 0.5 and found["far"] is None
 
     gallery = tmp_path / "flat"
     gallery.mkdir()
@@ -126,7 +164,7 @@ def test_similar_and_search(say: Say, run: Path, small_set: Path, tmp_path: Path
         shutil.copy(small_set / "jpg" / f"image_{n:05d}.jpg", gallery)
     options = ["--gallery", gallery, "--sheet", tmp_path / "sheet.png"]
     stdout, _ = say("search", run, a, *options, "--top", 3)
-    assert len(stdout.splitlines()) == 5 and "picture" in stdout.splitlines()[-1]
+    assert len(stdout.splitlines()) == 6 and "picture" in stdout.splitlines()[-1]
     assert (tmp_path / "sheet.png").exists()
     found = json.loads(say("search", run, a, *options, "--json")[0])
     assert len(found["neighbours"]) == 10
