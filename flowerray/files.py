@@ -1,5 +1,6 @@
 """Where flowerray keeps its own files, and writes that a kill cannot leave half done."""
 
+import glob
 import json
 import math
 import os
@@ -19,6 +20,8 @@ from flowerray.errors import UserError
 
 SCHEMA = 1
 """`schema_version` of every JSON object that is written; files of 0.1.0 have none."""
+STALE_S = 3600
+"""Age of a temporary file that nobody writes any more."""
 DEPTH = 100
 """Levels of a JSON file of ours at most; deeper ones would end in a RecursionError somewhere."""
 
@@ -36,10 +39,16 @@ def home() -> Path:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it when the block ends without an error."""
+    """A temporary path beside `path` that replaces it when the block ends without an error. What
+    kills left of it hours ago is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     temporary.touch(exist_ok=False)
+    for left in path.parent.glob(f"{glob.escape(temporary.name[:-8])}????????"):
+        with suppress(OSError):
+            if temporary.stat().st_mtime - left.stat().st_mtime > STALE_S:
+                left.unlink()
     try:
         yield temporary
         to_disk(temporary)

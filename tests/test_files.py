@@ -4,6 +4,7 @@ import json
 import math
 import os
 import stat
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,18 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         raise RuntimeError
     assert path.read_text() == "first"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_a_kill_left_long_ago_is_removed(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / f".{name}" for name in ("a[1].png.0123abcd", "a[1].png.89abcdef",
+                                                          "b.png.0123abcd"))  # fmt: skip
+    for left in (old, new, other):
+        left.touch()
+    for left in (old, other):
+        os.utime(left, (time.time() - 7200,) * 2)
+    with atomic_file(tmp_path / "a[1].png") as file:
+        file.write_text("whole")
+    assert {f.name for f in tmp_path.iterdir()} == {"a[1].png", new.name, other.name}
 
 
 def test_a_file_has_the_usual_rights(tmp_path: Path) -> None:

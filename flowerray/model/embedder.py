@@ -6,6 +6,7 @@ D embedding dimensions.
 
 import difflib
 import importlib
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -366,7 +367,9 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
             state: Any = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a raw pickle torch asks to report it
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken or unsafe file fails in many ways, all its own fault
         raise UserError(
             f"{path} cannot be read as a file of tensors ({type(error).__name__}): save a "

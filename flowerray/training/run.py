@@ -84,9 +84,12 @@ class Run(Config):
             return cls(**parts)
         except (KeyError, UserError) as error:
             reason = str(error) if isinstance(error, UserError) else f"{error} is missing."
-            raise UserError(
-                f"a run written by flowerray {version} does not fit {VERSION}: {reason}"
-            ) from error
+            whose = (
+                f"the run is not as flowerray {VERSION} wrote it"
+                if version == VERSION
+                else f"a run written by flowerray {version} does not fit {VERSION}"
+            )
+            raise UserError(f"{whose}: {reason}") from error
 
 
 def differences(old: Run, new: Run) -> list[str]:

@@ -248,6 +248,14 @@ def test_weights_of_the_extra_that_are_missing_name_it(monkeypatch: pytest.Monke
         make("tf_efficientnet_lite1", weights="bundled")
 
 
+def test_a_raw_pickle_is_one_sentence(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    file = tmp_path / "weights.pth"
+    file.write_bytes(pickle.dumps({"a": 1}, protocol=4))
+    with pytest.raises(UserError, match="weights.pth .*: save a state_dict|holds no|lacks"):
+        make("resnet18", weights=str(file))
+    assert not recwarn.list
+
+
 def test_bundled_for_another_backbone_names_both_choices() -> None:
     with pytest.raises(UserError, match="`embedder.weights` hub.*`embedder.backbone` tf_eff"):
         make("resnet18", weights="bundled")

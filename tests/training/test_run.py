@@ -57,6 +57,13 @@ def test_what_another_version_wrote_is_refused(change: dict, said: str) -> None:
         Run.from_dict(content | {"flowerray": "9.9"})
 
 
+def test_an_edited_run_is_told_by_its_field() -> None:
+    content = Run(method=methods.get("triplet").config()).to_dict()
+    content["train"]["epochs"] = "many"
+    with pytest.raises(UserError, match="the run is not as flowerray .* wrote it: .*train.epochs"):
+        Run.from_dict(content)
+
+
 def test_the_demo_keeps_its_promises() -> None:
     """At least 40 classes at 96 px."""
     run = PRESETS["demo"](methods.get("triplet").config())
