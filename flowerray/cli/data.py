@@ -61,8 +61,8 @@ def check(words: list[str]) -> int:
     import tyro
 
     from flowerray.config import Config
-    from flowerray.data.source import check_dataset
-    from flowerray.text import visible
+    from flowerray.data.source import check_dataset, remarks
+    from flowerray.text import labelled, visible
 
     class Options(Config):
         root: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -74,6 +74,8 @@ def check(words: list[str]) -> int:
     problems = check_dataset(options.root)
     for problem in problems:
         print(visible(problem))
+    for remark in remarks(options.root):
+        print(labelled("known", visible(remark)))
     print(
         f"{options.root}: {len(problems)} problems"
         if problems

@@ -59,6 +59,8 @@ MD5 = {
     "102segmentations.tgz": "51375996b6c4f367a4b9f4492d7ecef5",
 }
 """Published files and their sums."""
+TWINS = ((7307, 7309), (8067, 8077))
+"""Images of the published set that are one file and lie in two official splits."""
 URL = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102"
 """Where Oxford publishes them."""
 _ARCHIVES = {"102flowers.tgz": "jpg", "102segmentations.tgz": "segmim"}
@@ -276,16 +278,28 @@ def faults(root: Path, tables: Tables) -> list[str]:
 
 def oddities(root: Path, tables: Tables) -> list[str]:
     """What a check reports and the reader bears: tables that are not Oxford's own, lost masks."""
-    names = ("imagelabels.mat", "setid.mat") if tables.synthetic is None else ()
     found = [
         f"{root / name} is not the file that Oxford publishes (md5 {md5_of(root / name)}); {_FETCH}"
-        for name in names
-        if md5_of(root / name) != MD5[name]
+        for name in _changed(root, tables)
     ]
     masks = root / "segmim"
     if masks.exists() and (lacking := _lacking(masks, len(tables.labels_N))):
         found.append(f"{masks} lacks {len(lacking):,} masks, the first {lacking[0]}; {_FETCH}")
     return found
+
+
+def _changed(root: Path, tables: Tables) -> list[str]:
+    """Tables that are not Oxford's own."""
+    names = ("imagelabels.mat", "setid.mat") if tables.synthetic is None else ()
+    return [name for name in names if md5_of(root / name) != MD5[name]]
+
+
+def twins(root: Path, tables: Tables) -> list[tuple[Path, Path]]:
+    """Equal files in two splits that every copy of the published set has; none of other sets."""
+    if tables.synthetic is not None or _changed(root, tables):
+        return []
+    first, second = ([root / "jpg" / image_name(pair[side]) for pair in TWINS] for side in (0, 1))
+    return list(zip(first, second, strict=True))
 
 
 def listed_files(root: Path, tables: Tables) -> list[tuple[Path, str, str]]:

@@ -1,7 +1,7 @@
 """From one configuration to a data set, whatever its kind; and the check of a set on disk."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,8 +92,10 @@ def check_dataset(
         UserError: there is nothing that could be checked.
     """
     root = Path(root)
+    known = set()
     if oxford.is_oxford(root):
         tables = oxford.read_tables(root)
+        known = set(oxford.twins(root, tables))
         problems = oxford.faults(root, tables) + oxford.oddities(root, tables)
         listed = oxford.listed_files(root, tables)
     else:
@@ -104,7 +106,24 @@ def check_dataset(
             listed += [(path, name, part) for name, paths in found.items() for path in paths]
     count = Counter(name for _, name, _ in listed)
     problems += [f"{name} has a single image" for name in sorted(count) if count[name] == 1]
-    return problems + _file_problems(root, listed, progress, examined or {})
+    return problems + _file_problems(root, listed, progress, examined or {}, known)
+
+
+def remarks(root: Path) -> list[str]:
+    """What is odd in a set and nobody's fault."""
+    if not oxford.is_oxford(root):
+        return []
+    tables = oxford.read_tables(root)
+    split = {path: name for path, _, name in oxford.listed_files(root, tables)}
+    pairs = [
+        f"{a.stem} ({split[a]}) = {b.stem} ({split[b]})" for a, b in oxford.twins(root, tables)
+    ]
+    if not pairs:
+        return []
+    return [
+        f"as every copy of Oxford's set, this one has {len(pairs)} pairs of equal files in two "
+        f"splits, {', '.join(pairs)}: too few to be felt, and nothing is to be done."
+    ]
 
 
 def _file_problems(
@@ -112,8 +131,11 @@ def _file_problems(
     listed: list[tuple[Path, str, str]],
     progress: bool,
     examined: Mapping[Path, tuple[str, str | None]],
+    known: Container[tuple[Path, Path]],
 ) -> list[str]:
-    """Damaged files, and equal files where they do harm; `listed` holds path, class and split."""
+    """Damaged files, and equal files where they do harm; `listed` holds path, class and split,
+    `known` pairs that may be equal.
+    """
     problems = []
     first: dict[str, tuple[Path, str, str]] = {}
     new = [path for path, _, _ in listed if path not in examined]
@@ -132,6 +154,8 @@ def _file_problems(
                 problems.append(f"{short} cannot be read as an image ({fault})")
                 continue
             other, other_name, other_split = first.setdefault(digest, (path, name, split))
+            if (other, path) in known:
+                continue
             same = f"{short} is the same file as {other.relative_to(root).as_posix()}"
             if name != other_name:
                 problems.append(f"{same} and labelled {name} against {other_name}")

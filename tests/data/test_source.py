@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from flowerray.data import source
+from flowerray.data.download import md5_of
 from flowerray.data.source import DataConfig, check_dataset, open_all, open_dataset
 from flowerray.errors import UserError
 from flowerray.files import home
@@ -97,6 +98,30 @@ def test_problems_of_class_folders_are_named(tmp_path: Path) -> None:
     assert any(
         "at least two" in problem for problem in check(class_folders(tmp_path / "p", {"a": 2}))
     )
+
+
+def test_equal_files_of_the_published_set_are_no_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = synthesize(tmp_path / "set", TINY, progress=False, processes=1)
+    dataset = open_dataset(DataConfig(root=root))
+    train, test = sorted(dataset.splits[name][0] for name in ("train", "test"))
+    dataset.paths[test].write_bytes(dataset.paths[train].read_bytes())
+    (root / "synthetic.json").unlink()
+
+    def same() -> list[str]:
+        return [problem for problem in check(root) if "the same file" in problem]
+
+    numbers = tuple(int(dataset.paths[i].stem[-5:]) for i in (train, test))
+    monkeypatch.setattr("flowerray.data.oxford.TWINS", (numbers,))
+    assert len(same()) == 1 and source.remarks(root) == []  # whoever's set this is, not Oxford's
+    files = ("imagelabels.mat", "setid.mat")
+    monkeypatch.setattr("flowerray.data.oxford.MD5", {n: md5_of(root / n) for n in files})
+    assert same() == []
+    (remark,) = source.remarks(root)
+    assert f"{dataset.paths[train].stem} (" in remark and "nothing is to be done" in remark
+    dataset.paths[test].write_bytes(dataset.paths[dataset.splits["val"][0]].read_bytes())
+    assert len(same()) == 1
 
 
 def test_problems_of_the_oxford_layout_are_named(tmp_path: Path) -> None:
