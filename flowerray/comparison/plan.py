@@ -151,6 +151,12 @@ def base_runs(config: CompareConfig, notes: list[str]) -> tuple[dict[str, Run], 
                     f"one budget for all: the study of `{name}` hardens or goes on from another "
                     "run (`init`), which cross-entropy and the others do not; give plain studies."
                 )
+            if (searched := best.embedder.train) != config.embedder.train:
+                raise UserError(
+                    f"the study of `{name}` trained {searched} and this comparison trains "
+                    f"{config.embedder.train}: the learning rates of one are not the other's; give "
+                    f"`embedder.train` {searched}, or other studies."
+                )
             seen = [p for p in config.protocols if p != best.data.protocol]
             if "disjoint" in seen:
                 notes.append(

@@ -129,6 +129,9 @@ def refused(small_set: Path, folder: Path) -> dict[str, Callable[[], CompareConf
     even = {**good, "triplet": study(folder / "even", runs["triplet"])}
     return {
         "of `center` hardens": make(**{**even, "center": folder / "hard"}, **plain),
+        "trained all and this": make(
+            **even, embedder=TINY.model_copy(update={"train": "head"}), **plain
+        ),
         "goes on from another": make(**{**even, "center": folder / "later"}, **plain),
         "`images`": make(train=epochs),
         "`protocols`: name|leave `data.protocol`": make(
@@ -321,7 +324,9 @@ def test_the_table_fits_and_shows_every_number(
 # --- the command ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("trained", ["all", "head"])
 def test_an_interrupted_comparison_is_resumed(
+    trained: str,
     small_set: Path,
     small_run: Path,
     tmp_path: Path,
@@ -332,7 +337,8 @@ def test_an_interrupted_comparison_is_resumed(
     words = f"""--data.root {small_set} --embedder.backbone test_efficientnet
         --embedder.weights none --embedder.image-size 32 --embedder.dim 16
         --train.classes-per-batch 2 --train.images-per-class 4 --train.precision fp32
-        --images 40 --seeds 1 --protocols official --cpus {os.cpu_count()}""".split()
+        --images 40 --seeds 1 --protocols official --cpus {os.cpu_count()}
+        --embedder.train {trained} --data.views 2""".split()
 
     # A fresh database and four logged models would take most of the test's time.
     database = small_run.parent / "mlflow.db"
