@@ -22,7 +22,7 @@ FLOORS = [
     "model: modes fold embedder averages precision",
     "rendered: species sprites scenery painter synthetic",
     "attacks: pgd logits objectives library bank",
-    "data: dataset splits download images store folder oxford source batches augment",
+    "data: dataset splits download images store folder listing oxford source batches augment",
     "methods: _base center siamese triplet",
     "losses",
     "show: style interval columns charts contact page",

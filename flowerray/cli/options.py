@@ -97,7 +97,7 @@ def parse_run(
         old = Run.from_dict(RunDir(resume).read())
         if old.method_name != method:
             raise UserError(f"{resume} is a run of {old.method_name}, not of {method}.")
-        if old.data.root is not None and not old.data.root.is_dir():
+        if old.data.root is not None and not old.data.root.exists():
             raise UserError(
                 f"the data set of {resume} is no longer at {old.data.root}: put it back there, or "
                 "a link to it."

@@ -12,7 +12,7 @@ from PIL import Image
 
 from flowerray.data.dataset import Dataset
 from flowerray.data.images import HEIC, unlike_file
-from flowerray.data.splits import Protocol, arrange, tags
+from flowerray.data.splits import SPLITS, Protocol, arrange, stratified, tags
 from flowerray.errors import UserError
 from flowerray.text import counted
 
@@ -23,8 +23,6 @@ _OTHERS = {
     *".heic .heif .avif .jxl .arw .cr2 .cr3 .dng .nef .orf .pef .raf .rw2 .srw".split(),
 }
 """Photographs that are not read; a check names them."""
-_PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-"""Folder of class folders -> split."""
 _NAMED = 5  # small classes that an error lists
 
 
@@ -84,14 +82,7 @@ def read_folder(
             "fill them."
         )
     paths, labels_N = _flatten(found)
-    drawn_parts: dict[str, list[NDArray[np.int64]]] = {"train": [], "val": [], "test": []}
-    ends = (train_per_class, train_per_class + val_per_class)
-    first = np.cumsum([len(files) for files in found.values()])[:-1]
-    for c, of_class in enumerate(np.split(np.arange(len(paths)), first)):
-        drawn = np.random.default_rng((seed, c)).permutation(of_class)
-        for part, indices in zip(drawn_parts.values(), np.split(drawn, ends), strict=True):
-            part.append(indices)
-    whole = {name: np.concatenate(part) for name, part in drawn_parts.items()}
+    whole = stratified(labels_N, train_per_class, val_per_class, seed)
     splits = arrange(protocol, whole, labels_N, seed)
     return _dataset(root, protocol, paths, labels_N, tuple(found), splits)
 
@@ -139,8 +130,8 @@ def given_parts(root: Path) -> dict[str, Path] | None:
     if not root.is_dir():
         return None
     folders = [entry for entry in root.iterdir() if entry.is_dir() and _is_shown(entry)]
-    parts = {_PARTS.get(folder.name.lower(), folder.name): folder for folder in folders}
-    whole = parts.keys() == set(_PARTS.values()) and len(folders) == len(parts)
+    parts = {SPLITS.get(folder.name.lower(), folder.name): folder for folder in folders}
+    whole = parts.keys() == set(SPLITS.values()) and len(folders) == len(parts)
     return parts if whole and all(_deeper(folder) for folder in folders) else None
 
 

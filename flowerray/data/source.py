@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from flowerray import files
 from flowerray.config import Config
-from flowerray.data import folder, oxford
+from flowerray.data import folder, listing, oxford
 from flowerray.data.dataset import Dataset
 from flowerray.data.images import decoding_map, examine
 from flowerray.data.splits import Protocol
@@ -25,15 +25,15 @@ class DataConfig(Config):
     """Which photographs, and how they are split."""
 
     root: Path | None = None
-    """Folder in the Oxford layout, or with one folder of images per class; None = the synthetic
-    set, rendered once."""
+    """Folder in the Oxford layout, or with one folder of images per class, or a .csv or .parquet
+    file that lists images; None = the synthetic set, rendered once."""
     protocol: Protocol = "official"
     """official = a small train, a val, a large test; trainval = train and val train, no val;
     disjoint = other classes test; notebooks = train and test exchanged (Oxford layout only)."""
     train_per_class: int = Field(10, ge=1)
-    """Images of each class that train (class folders only)."""
+    """Images of each class that train (class folders, and tables without splits)."""
     val_per_class: int = Field(10, ge=1)
-    """Images of each class that validate (class folders only); the rest tests."""
+    """Images of each class that validate, likewise; the rest tests."""
     seed: int = Field(0, ge=0)
     """Of the split of class folders, and of the classes that `disjoint` validates on."""
     views: int = Field(8, ge=0, le=10_000)
@@ -47,27 +47,34 @@ def open_dataset(config: DataConfig, progress: bool = True) -> Dataset:
     """Opens the configured set; renders the synthetic one first where it is needed and absent.
 
     Raises:
-        UserError: see `read_oxford`, `read_folder` and `synthesize`.
+        UserError: see `read_oxford`, `read_folder`, `read_listing` and `synthesize`.
     """
     root = config.root
     if root is None:
         root = _synthetic_root(config.synthetic, progress)
     if oxford.is_oxford(root):
         return oxford.read_oxford(root, config.protocol, config.seed)
+    if listing.is_listing(root):
+        return listing.read_listing(
+            root, config.train_per_class, config.val_per_class, config.seed, config.protocol
+        )
     return folder.read_folder(
         root, config.train_per_class, config.val_per_class, config.seed, config.protocol
     )
 
 
 def open_all(root: Path, beside: bool = False) -> Dataset:
-    """A set of either layout with every image in one split, "test".
+    """A set of any layout with every image in one split, "test"; of a table with queries and a
+    gallery those.
 
     Args:
         beside: see `read_all`.
 
     Raises:
-        UserError: see `read_oxford` and `read_all`.
+        UserError: see `read_oxford`, `read_all` and `read_listing`.
     """
+    if listing.is_listing(root):
+        return listing.read_all_listed(root)
     if not oxford.is_oxford(root):
         return folder.read_all(root, beside)
     dataset = oxford.read_oxford(root)
@@ -84,7 +91,7 @@ def check_dataset(
     chance, any file that is there twice, and images that are overlooked.
 
     Args:
-        root: a set in the Oxford layout, or class folders.
+        root: a set in the Oxford layout, class folders, or a table.
         progress: show a progress bar.
         examined: what `examine` found in files that were read before.
 
@@ -98,6 +105,10 @@ def check_dataset(
         known = set(oxford.twins(root, tables))
         problems = oxford.faults(root, tables) + oxford.oddities(root, tables)
         listed = oxford.listed_files(root, tables)
+    elif listing.is_listing(root):
+        rows, problems = listing.listed(root)
+        listed = [(row.path, row.label, row.split) for row in rows]
+        root = root.parent
     else:
         problems, listed = [], []
         for part, place in (folder.given_parts(root) or {"": root}).items():

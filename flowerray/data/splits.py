@@ -16,6 +16,8 @@ from flowerray.errors import UserError
 
 Protocol = Literal["official", "trainval", "disjoint", "notebooks"]
 
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+"""What a split that is given may be called -> its name."""
 _HELD_OUT = 0.2
 """Share of the training classes that `disjoint` validates on: 10 of Oxford's 51."""
 
@@ -68,6 +70,36 @@ def arrange(
         "val": np.flatnonzero(is_val_N),
         "test": np.flatnonzero(labels_N >= half),
     }
+
+
+def stratified(
+    labels_N: NDArray[np.int64],
+    train_per_class: int,
+    val_per_class: int,
+    seed: int,
+    groups_N: NDArray[np.int64] | None = None,
+) -> dict[str, NDArray[np.int64]]:
+    """Draws train, val and test from each class; groups, which are of one class, stay whole, so
+    that a split may have more images than were asked for.
+    """
+    groups_N = np.arange(len(labels_N)) if groups_N is None else groups_N
+    parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+    for c in range(int(labels_N.max()) + 1):
+        members: dict[int, list[int]] = {}
+        for image in np.flatnonzero(labels_N == c).tolist():
+            members.setdefault(int(groups_N[image]), []).append(image)
+        first = np.array([group[0] for group in members.values()])
+        drawn = [
+            members[int(groups_N[image])]
+            for image in np.random.default_rng((seed, c)).permutation(first)
+        ]
+        count = np.cumsum([0, *map(len, drawn)])
+        trained = int(np.searchsorted(count, train_per_class))
+        enough = count[min(trained, len(drawn))] + val_per_class
+        ends = [0, trained, int(np.searchsorted(count, enough)), len(drawn)]
+        for name, low, high in zip(parts, ends[:-1], ends[1:], strict=True):
+            parts[name] += [image for group in drawn[low:high] for image in group]
+    return {name: np.array(part, np.int64) for name, part in parts.items()}
 
 
 def tags(

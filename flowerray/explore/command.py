@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from flowerray.data import folder, oxford
+from flowerray.data import folder, listing, oxford
 from flowerray.data.dataset import Dataset
 from flowerray.data.source import DataConfig, check_dataset, open_all, open_dataset
 from flowerray.errors import UserError
@@ -70,6 +70,7 @@ def explore_dataset(
     survey = take_survey(dataset, network.image_size, embed_crops, progress=not quiet)
     if (
         oxford.is_oxford(data.root)
+        or listing.is_listing(data.root)
         or folder.given_parts(data.root)
         or any(folder.class_files(data.root).values())
     ):
@@ -104,6 +105,11 @@ def open_for_exploring(data: DataConfig) -> tuple[Dataset, str | None]:
     """
     root = data.root
     assert root is not None
+    if listing.is_listing(root):
+        try:
+            return open_dataset(data), None
+        except UserError as error:
+            return open_all(root), f"The set is looked at whole, as one split, since {error}"
     drawn = not oxford.is_oxford(root) and folder.given_parts(root) is None
     if drawn and data.protocol in ("official", "trainval"):
         sizes = {name: len(files) for name, files in folder.class_files(root).items()}

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from flowerray.data.images import decode, decoding_map, eval_crop, read_image
+from flowerray.data.listing import is_listing
 from flowerray.data.store import floats
 from flowerray.errors import UserError
 from flowerray.index import contents
@@ -36,7 +37,7 @@ COPIES = 8
 
 def build(model: Model, gallery: Path, out: Path, quiet: bool = False) -> dict[str, Any]:
     """Makes an INDEX of a folder's photographs; see `add`."""
-    if not gallery.is_dir():
+    if not (gallery.is_dir() or is_listing(gallery)):
         raise UserError(f"{gallery} is not a folder of photographs.")
     file = export_file(resolve(model.name))
     contents.create(out, file, model.name, model.embedder.dim)
@@ -93,7 +94,7 @@ def add(
 
 def photographs(place: Path) -> dict[Path, str]:
     """Absolute path and class of one photograph, or of each in a folder; see `gallery_of`."""
-    if not place.is_dir():
+    if not (place.is_dir() or is_listing(place)):
         path = Path(os.path.abspath(place))
         if not path.is_file():
             raise UserError(f"{place} is not there: give photographs, or folders of them.")

@@ -16,6 +16,7 @@ from flowerray.calibration import PRIOR
 from flowerray.data.dataset import Dataset
 from flowerray.data.folder import images
 from flowerray.data.images import resize_side
+from flowerray.data.listing import is_listing
 from flowerray.data.source import DataConfig, open_all, open_dataset
 from flowerray.data.store import build_store
 from flowerray.errors import UserError
@@ -68,7 +69,7 @@ def evaluate_model(
         dataset = open_whole_or_split(data, whole, config.gallery, quiet)
         own_root = model.run.data.root
         moved = data == model.run.data.model_copy(update={"root": data.root})
-        moved = moved and not whole and own_root is not None and not own_root.is_dir()
+        moved = moved and not whole and own_root is not None and not own_root.exists()
         same = moved and model.dataset == dataset.tags["dataset/fingerprint"]
         if not (whole or same):
             refuse_trained(model, data.root, dataset, config.split)
@@ -137,7 +138,7 @@ def refuse_trained(
         return
     if root is None or (model.run.data.root and root.resolve() == model.run.data.root.resolve()):
         model.own_dataset(quiet=True)  # its splits of today need not be those of its training
-    own = open_dataset(model.run.data.model_copy(update={"root": dataset.root}))
+    own = open_dataset(model.run.data.model_copy(update={"root": dataset.given}))
     seen = {own.paths[i] for name in ("train", "val") for i in own.splits.get(name, ())}
     queries = dataset.splits[split]
     known = sum(dataset.paths[i] in seen for i in queries)
@@ -331,7 +332,7 @@ def is_another_set(model: Model, root: Path | None) -> bool:
     if known is None and model.folder is not None:
         known = State.read(model.folder.path).tags.get("dataset/fingerprint")
     try:
-        if known is None and own.root is not None and own.root.is_dir():
+        if known is None and own.root is not None and own.root.exists():
             known = open_dataset(own).tags["dataset/fingerprint"]
         found = open_dataset(own.model_copy(update={"root": root})).tags
     except UserError:
@@ -380,7 +381,9 @@ def draw_neighbours(query: Path, found: Sequence[Neighbour], sheet: Path) -> Non
 
 
 def gallery_of(folder: Path) -> Dataset:
-    """Every image of a folder: Oxford's layout, one folder a class, or a flat folder of images."""
-    if not folder.is_dir():
-        raise UserError(f"`gallery` {folder} is not a folder.")
+    """Every image of a folder: Oxford's layout, one folder a class, or a flat folder of images; or
+    of a table.
+    """
+    if not (folder.is_dir() or is_listing(folder)):
+        raise UserError(f"`gallery` {folder} is neither a folder nor a table.")
     return open_all(folder, beside=True)

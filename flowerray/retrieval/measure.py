@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 
 from flowerray.config import Config
 from flowerray.data.dataset import Dataset
+from flowerray.data.listing import is_listing
 from flowerray.data.source import open_all
 from flowerray.data.store import Store
 from flowerray.errors import UserError
@@ -56,7 +57,8 @@ class EvaluateConfig(Config):
     """Queries: the images of this split."""
     gallery: str | None = None
     """Where neighbours are searched: `train`, `trainval`, `self` (the queries, each without itself)
-    or a folder of images; by default `train`, for protocol `disjoint` and a whole folder `self`."""
+    or a folder or table of images; by default a table's `gallery`, else `train`, for protocol
+    `disjoint` and a whole folder `self`."""
     batch_size: int = Field(64, ge=1)
     """Images embedded at a time; changes speed and memory only."""
     far: float | None = Field(None, gt=0, lt=1)
@@ -144,6 +146,12 @@ def measure(
         per_query = retrieval_per_query(query_emb, query_labels)
 
     metrics: dict[str, Any] = _with_queries(summarise(per_query, query_labels), gallery_name)
+    if dataset.parents is not None and classes == dataset.classes:
+        parents_C = np.array(dataset.parents)
+        nearest_Q = gallery_labels[per_query["nearest"][:, 0]]
+        metrics["recall_at_1_parent"] = float(
+            (parents_C[nearest_Q] == parents_C[query_labels])[per_query["num_relevant"] > 0].mean()
+        )
     if pairs is not None:
         metrics |= pair_metrics(query_emb, pairs, threshold)
     metrics |= {"protocol": dataset.protocol, "split": config.split, "gallery": gallery_name}
@@ -264,7 +272,11 @@ def split_names(dataset: Dataset, split: str) -> list[str]:
 
 
 def default_gallery(dataset: Dataset, split: str) -> str:
-    """`train`; `self` where classes are disjoint, train is missing, or it is what is queried."""
+    """`gallery` where a table has one; `train`; `self` where classes are disjoint, train is
+    missing, or it is what is queried.
+    """
+    if "gallery" in dataset.splits and split == "test":
+        return "gallery"
     if dataset.protocol == "disjoint" or "train" not in dataset.splits or split == "train":
         return "self"
     return "train"
@@ -294,6 +306,8 @@ def gallery_images(
     """
     if gallery == "self" or (gallery == "train" and split == "train"):
         return [], dataset.classes
+    if gallery == "gallery" and gallery in dataset.splits:
+        return [split_images(dataset, gallery)], dataset.classes
     if gallery in ("train", "trainval"):
         splits = [name for name in ("train", "val") if name in dataset.splits]
         splits = splits[:1] if gallery == "train" else splits
@@ -314,7 +328,7 @@ def _folder_gallery(
     dataset: Dataset, folder: Path, query_paths: Sequence[Path]
 ) -> tuple[list[tuple[tuple[Path, ...], NDArray[np.int64]]], tuple[str, ...]]:
     """Every image of a folder, its classes matched with the queries' by name."""
-    if not folder.is_dir():
+    if not (folder.is_dir() or is_listing(folder)):
         raise UserError(
             f"The gallery {folder} is neither train, trainval or self nor a folder of images that "
             "is there: give one of them."

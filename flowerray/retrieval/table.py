@@ -23,6 +23,7 @@ LABELS = {
     "r_precision": "R-precision",
     "map_at_r": "MAP@R",
     "recall_at_1_per_class_mean": "R@1, mean of classes",
+    "recall_at_1_parent": "R@1 by parent",
     "pair_auc": "pair AUC",
     "pair_auc_hard": "pair AUC, hard negatives",
     "pair_eer": "pair EER",

@@ -149,7 +149,7 @@ def refuse_strangers(other: Model, model: Model, dataset: Dataset, split: str) -
         UserError: so it was, or on an earlier state of the set.
     """
     if other.run.data != model.run.data:
-        refuse_trained(other, dataset.root, dataset, split, "name another `beside`")
+        refuse_trained(other, dataset.given, dataset, split, "name another `beside`")
     elif other.dataset not in (None, dataset.tags["dataset/fingerprint"]):
         raise UserError(
             f"{other.name} was trained before {dataset.root} got other files, classes or splits, "
