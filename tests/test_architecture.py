@@ -26,7 +26,7 @@ FLOORS = [
     "methods: _base center siamese triplet",
     "losses",
     "show: style interval columns charts contact page",
-    "training: config rundir harden progress checkpoint loop run curves table",
+    "training: config rundir harden progress checkpoint optimizer loop run curves table",
     "tracking: address server registry state sync",
     "opening",
     "retrieval: search pairs decisions embed views measure floor pictures table command",

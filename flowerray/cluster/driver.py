@@ -30,6 +30,7 @@ from flowerray.files import only_driver, refuse_unwritable
 from flowerray.training import checkpoint
 from flowerray.training.curves import plot_training
 from flowerray.training.loop import make_sampler, total_steps
+from flowerray.training.optimizer import layer_shares
 from flowerray.training.run import Run
 from flowerray.training.rundir import FolderReporter, RunDir
 
@@ -150,6 +151,7 @@ def check_run(run: Run, quiet: bool = False, resume: bool = False) -> tuple[dict
     if run.embedder.start == "pca" and run.init is not None:
         raise UserError("`init` brings a projection: leave `embedder.start` pca out.")
     method, embedder = build_method(run, len(trained_classes))
+    layer_shares(method.embedder, config.layer_decay)
     if run.init is not None and not resume:  # which has its own weights
         checkpoint.initialise(method, embedder, run.init, class_names(dataset, trained_classes))
     for split in ("train", "val"):

@@ -27,6 +27,9 @@ class TrainConfig(Config):
     """AdamW's peak learning rate for the backbone."""
     head_lr_factor: float = Field(10.0, gt=0)
     """The projection's and the loss parameters' learning rate, as a multiple of `lr`."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Learning rate of each of the backbone's layers as a multiple of the next one's, so that early
+    ones change less; 1 = all alike, 0.65 to 0.9 suit transformers."""
     weight_decay: float = Field(1e-4, ge=0)
     """AdamW's decoupled decay on matrices and kernels; never on biases, norms or centers."""
     warmup_epochs: float = Field(1.0, ge=0)

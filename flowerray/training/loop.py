@@ -30,6 +30,7 @@ from flowerray.model.precision import faster_precision
 from flowerray.training import checkpoint
 from flowerray.training.config import TrainConfig
 from flowerray.training.harden import HardenConfig, Hardening, perturbed_weights
+from flowerray.training.optimizer import make_optimizer
 from flowerray.training.progress import Progress, Window, note_epoch
 
 
@@ -284,30 +285,6 @@ class Schedule:
         """Sets each group's learning rate."""
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * self.factor(step)
-
-
-def make_optimizer(config: TrainConfig, method: Method) -> torch.optim.Optimizer:
-    """AdamW in four groups: backbone and head (with the loss parameters), each with and without
-    weight decay.
-    """
-    backbone = {id(p) for p in method.embedder.backbone_parameters()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in method.parameters():
-        if parameter.requires_grad:
-            key = (id(parameter) in backbone, parameter.ndim > 1)
-            groups.setdefault(key, []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "peak_lr": config.lr * (1.0 if is_backbone else config.head_lr_factor),
-                "weight_decay": config.weight_decay if decays else 0.0,
-            }
-            for (is_backbone, decays), parameters in sorted(groups.items())
-        ],
-        lr=config.lr,
-        fused=True,
-    )
 
 
 def pixels(method: Method, config: AugmentConfig) -> Callable[[Batch], Tensor]:

@@ -52,7 +52,8 @@ from flowerray.methods import triplet
 from flowerray.model.embedder import EmbedderConfig
 from flowerray.rendered.synthetic import SyntheticConfig
 from flowerray.training.config import TrainConfig
-from flowerray.training.loop import Schedule, make_optimizer
+from flowerray.training.loop import Schedule
+from flowerray.training.optimizer import make_optimizer
 from flowerray.training.run import ResourcesConfig, Run
 from flowerray.training.rundir import Record, RunDir
 from tests.benchmarks.peer import Clock, Epoch, Mark, targets, train_peer

@@ -13,8 +13,7 @@ from flowerray import methods
 from flowerray.errors import UserError
 from flowerray.model.averages import MovingAverage
 from flowerray.training import loop as module
-from flowerray.training.config import TrainConfig
-from flowerray.training.loop import Schedule, make_optimizer
+from flowerray.training.loop import Schedule
 from flowerray.training.progress import DivergedError, Progress, note_epoch
 from flowerray.training.rundir import RunDir
 from tests.train_process import (
@@ -213,33 +212,6 @@ def test_schedule_warms_up_and_falls_to_zero() -> None:
     factors = [schedule.factor(step) for step in range(100)]
     assert np.all(np.diff(factors[:20]) > 0) and factors[20] == 1.0
     assert np.all(np.diff(factors[20:]) < 0) and factors[-1] < 1e-3
-
-
-def test_optimizer_groups(job: dict[str, Any]) -> None:
-    """Every parameter once; head and loss parameters learn faster; no decay on vectors."""
-    from flowerray.model.embedder import Embedder, EmbedderConfig
-
-    file = methods.get("center")
-    embedder = Embedder(
-        EmbedderConfig(backbone="test_efficientnet", dim=16, image_size=32, weights="none")
-    )
-    method = file.method(file.config(), embedder, 10)
-    optimizer = make_optimizer(TrainConfig(lr=1e-4, head_lr_factor=10, weight_decay=0.1), method)
-    rates = {
-        id(p): (g["peak_lr"], g["weight_decay"])
-        for g in optimizer.param_groups
-        for p in g["params"]
-    }
-    assert (
-        sum(len(g["params"]) for g in optimizer.param_groups)
-        == len(rates)
-        == len(list(method.parameters()))
-    )
-    backbone = {id(p) for p in embedder.backbone_parameters()}
-    for name, parameter in method.named_parameters():
-        rate, decay = rates[id(parameter)]
-        assert rate == pytest.approx(1e-4 if id(parameter) in backbone else 1e-3), name
-        assert decay == (0.1 if parameter.ndim > 1 else 0.0), name
 
 
 def test_moving_average_follows_its_formula() -> None:
