@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 
-from flowerray import cache, files
+from flowerray import files
 from flowerray.data.source import open_dataset
 from flowerray.description import flatten
 from flowerray.errors import UserError
-from flowerray.model.precision import device_name
 from flowerray.report import attacked, evidence, sections
-from flowerray.report.gather import Setting, StoredRun, find_runs, group, read_run
+from flowerray.report.gather import Floors, Setting, StoredRun, asked, find_runs, group, read_run
 from flowerray.retrieval.command import evaluate_frozen
-from flowerray.retrieval.measure import EvaluateConfig, Evaluation, as_record
+from flowerray.retrieval.measure import EvaluateConfig, as_record
 from flowerray.show.page import Note, Page
 from flowerray.text import counted
 from flowerray.tracking import registry, sync
@@ -108,46 +107,28 @@ def build(settings: Sequence[Setting], title: str) -> Page:
 
 
 def with_frozen(setting: Setting, device: torch.device, quiet: bool) -> Setting:
-    """The setting with its backbones' features measured as they came, once for each backbone and
-    image size; kept in `$FLOWERRAY_HOME/frozen` for the next report.
+    """The setting with its backbones' features as they came, once for each backbone, image size,
+    and kind of query: what the evaluations kept, and of older ones on test measured now.
     """
-    wanted = {
-        stored: record
-        for stored in setting.runs
-        for record in stored.evaluations.values()
-        if record["split"] == "test"
-    }
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[Floors, dict[str, Any]] = {}
     notes: list[str] = []
-    for stored, record in wanted.items():
-        try:
-            run = Run.from_dict(stored.folder.read())
-            if stored.floor not in found:
-                found[stored.floor] = _frozen_record(run, record.get("gallery"), device, quiet)
-        except UserError as error:
-            notes.append(f"Frozen features of {stored.name} could not be measured: {error}")
+    for stored in setting.runs:
+        for record in stored.evaluations.values():
+            key = (stored.floor, *asked(record))
+            if key not in found and record.get("frozen"):
+                found[key] = {**record, **record["frozen"]}
+            random = stored.options["embedder.weights"] == "none"
+            if key in found or record["split"] != "test" or random:
+                continue
+            try:
+                run = Run.from_dict(stored.folder.read())
+                config = EvaluateConfig(gallery=record.get("gallery"))
+                measured = evaluate_frozen(run.embedder, run.data, config, device, quiet)
+                root = open_dataset(run.data, progress=False).root
+                found[key] = as_record(measured, root, 0.0)
+            except UserError as error:
+                notes.append(f"Frozen features of {stored.name} could not be measured: {error}")
     return replace(setting, frozen=found, notes=(*setting.notes, *dict.fromkeys(notes)))
-
-
-def _frozen_record(
-    run: Run, gallery: str | None, device: torch.device, quiet: bool
-) -> dict[str, Any]:
-    dataset = open_dataset(run.data, progress=not quiet)
-    embedder = run.embedder
-    stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in dataset.paths]
-    facts = [
-        dataset.tags, str(dataset.root), gallery, embedder.backbone, embedder.image_size,
-        embedder.weights, stamps,
-    ]  # fmt: skip
-    kept = files.home() / "frozen" / f"{cache.key({}, device_name(device), *facts)}.json"
-    known: dict[str, Any] | None = files.read_kept(kept, Evaluation)
-    if known is not None:
-        return known
-    config = EvaluateConfig(gallery=gallery)
-    measurement = evaluate_frozen(embedder, run.data, config, device, quiet)
-    record = as_record(measurement, dataset.root, 0.0)
-    files.write_json(kept, record)
-    return record
 
 
 def parameters(runs: Sequence[StoredRun]) -> dict[StoredRun, int]:

@@ -5,7 +5,7 @@ variant is everything else but the seed; runs of a variant differ in their seed 
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,18 @@ NAMED = 3
 """Options that a variant's label names at most."""
 MOST = 8
 """Variants that pictures show: of more, those that retrieve best and worst."""
+
+
+Floors = tuple[str, str, int, int]
+"""`StoredRun.floor` and `asked`."""
+
+
+def asked(record: Mapping[str, Any]) -> tuple[str, int, int]:
+    """Equal for evaluations of one setting that may stand in one table: split, number of queries,
+    number of gallery images.
+    """
+    m = record["metrics"]
+    return record["split"], int(m["num_queries"]), int(m["num_gallery"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +82,11 @@ class StoredRun:
 
     @property
     def floor(self) -> str:
-        """Names the frozen features that the run has to beat: backbone and image size."""
-        return f"{self.options['embedder.backbone']}, {self.options['embedder.image_size']} px"
+        """Names the frozen features that the run has to beat."""
+        name, weights, size = (
+            self.options[f"embedder.{part}"] for part in ("backbone", "weights", "image_size")
+        )
+        return f"{name}, {weights} weights, {size} px"
 
     @property
     def seed(self) -> int:
@@ -123,8 +138,8 @@ class Setting:
 
     title: str
     variants: tuple[Variant, ...]
-    frozen: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """`StoredRun.floor` -> the record of the backbone's features as they came."""
+    frozen: dict[Floors, dict[str, Any]] = field(default_factory=dict)
+    """The records of the backbones' features as they came."""
     notes: tuple[str, ...] = ()
     """What could not be had, in whole sentences."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flowerray.report.gather import Setting, Variant
+from flowerray.report.gather import Setting, Variant, asked
 from flowerray.statistics import (
     Interval,
     PairedTest,
@@ -62,12 +62,10 @@ def evaluations(setting: Setting) -> list[Evaluations]:
     found: dict[tuple[str, int, int], dict[str, list[Record]]] = {}
 
     def add(label: str, record: Record) -> None:
-        m = record["metrics"]
-        key = (record["split"], int(m["num_queries"]), int(m["num_gallery"]))
-        found.setdefault(key, {}).setdefault(label, []).append(record)
+        found.setdefault(asked(record), {}).setdefault(label, []).append(record)
 
     several = len({run.floor for v in setting.variants for run in v.runs}) > 1
-    for floor, record in setting.frozen.items():
+    for (floor, *_), record in setting.frozen.items():
         add(f"{FROZEN} ({floor})" if several else FROZEN, record)
     for variant in setting.variants:
         for run in variant.runs:
@@ -102,13 +100,34 @@ def comparisons(setting: Setting, table: Evaluations) -> list[Comparison]:
     """Of the shown variants every one against its frozen features, every robust one against the
     standard ones of its method, and the standard ones among each other.
     """
-    rows = {name: [r for r in found if "per_query" in r] for name, found in table.records.items()}
-    rows = {name: found for name, found in rows.items() if found}
+    rows = _known(table)
     found = []
     for first, second in _pairs(setting.shown, rows):
         if (compared := compare(first, rows[first], second, rows[second])) is not None:
             found.append(compared)
     return corrected(found)
+
+
+def over_floor(setting: Setting, table: Evaluations) -> list[tuple[Variant, Comparison]]:
+    """Every variant against its frozen features, where these are known."""
+    rows, found = _known(table), []
+    for variant in setting.variants:
+        for floor in _floors(variant, rows):
+            compared = compare(variant.label, rows[variant.label], floor, rows[floor])
+            found += [(variant, compared)] if compared else []
+    return found
+
+
+def _known(table: Evaluations) -> dict[str, list[Record]]:
+    """The rows with the scores of their queries."""
+    rows = {name: [r for r in found if "per_query" in r] for name, found in table.records.items()}
+    return {name: found for name, found in rows.items() if found}
+
+
+def _floors(variant: Variant, rows: Mapping[str, object]) -> list[str]:
+    """The rows of a variant's frozen features; none where it has no row itself."""
+    names = (FROZEN, f"{FROZEN} ({variant.runs[0].floor})")
+    return [name for name in names if name in rows and variant.label in rows]
 
 
 def compare(
@@ -149,11 +168,7 @@ def _pairs(
     variants: Sequence[Variant], rows: Mapping[str, Sequence[Record]]
 ) -> list[tuple[str, str]]:
     known = [v for v in variants if v.label in rows]
-    pairs = []
-    for variant in known:
-        floor = variant.runs[0].floor
-        floors = [name for name in (FROZEN, f"{FROZEN} ({floor})") if name in rows]
-        pairs += [(variant.label, name) for name in floors]
+    pairs = [(variant.label, name) for variant in known for name in _floors(variant, rows)]
     standard = [v for v in known if not v.robust]
     for variant in known:
         if variant.robust:

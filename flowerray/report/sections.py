@@ -13,8 +13,10 @@ from flowerray.report.numbers import (
     Evaluations,
     comparisons,
     evaluations,
+    over_floor,
     summary,
 )
+from flowerray.retrieval.floor import warning
 from flowerray.retrieval.table import LABELS
 from flowerray.show import charts
 from flowerray.show.interval import MISSING, words
@@ -68,7 +70,17 @@ def summary_of(setting: Setting) -> list[Block]:
     robust = [variant.label for variant in setting.variants if variant.robust]
     if robust:
         said.append(f"Trained against attacks: {', '.join(robust)}.")
-    return [Text("\n\n".join(said))]
+    return [*below_floor(setting), Text("\n\n".join(said))]
+
+
+def below_floor(setting: Setting) -> list[Block]:
+    """A warning for each variant that its backbone's features may do as well without."""
+    return [
+        Note(told, "warn")
+        for table in evaluations(setting)
+        for variant, c in over_floor(setting, table)
+        if (told := warning(f"{variant.label}, on {table.split},", c.recall, variant.robust))
+    ]
 
 
 def clean(setting: Setting) -> list[Block]:

@@ -15,8 +15,9 @@ SCORES = {"recall_at_1": "hit", "map_at_r": "average_precision"}
 
 def as_floor(frozen: Measurement) -> Floor:
     """What is kept of the frozen features' measurement beside a model's."""
-    scores = {name: frozen.per_query[name].astype(float).tolist() for name in SCORES.values()}
-    return {"metrics": {name: frozen.metrics[name] for name in SCORES}, "per_query": scores}
+    names = (*SCORES.values(), "num_relevant")
+    scores = {name: frozen.per_query[name].astype(float).tolist() for name in names}
+    return {"metrics": frozen.metrics, "per_query": scores}
 
 
 def gains(per_query: Mapping[str, Any], floor: Floor | None) -> dict[str, PairedTest]:
@@ -58,14 +59,15 @@ def as_facts(name: str, result: Measurement, hardened: bool) -> dict[str, Any] |
     found = gains(result.per_query, result.frozen)
     shown = {key: {**gain.to_dict(), "p_value": gain.p_value} for key, gain in found.items()}
     said = warning(name, found.get("recall_at_1"), hardened)
-    return {**result.frozen["metrics"], "gain": shown, "warning": said}
+    metrics = {key: result.frozen["metrics"][key] for key in SCORES}
+    return {**metrics, "gain": shown, "warning": said}
 
 
 def as_numbers(result: Measurement) -> dict[str, float]:
     """For MLflow, flat: `frozen_recall_at_1`, `gain_recall_at_1` and its bounds."""
     if result.frozen is None:
         return {}
-    numbers = {f"frozen_{key}": value for key, value in result.frozen["metrics"].items()}
+    numbers = {f"frozen_{key}": result.frozen["metrics"][key] for key in SCORES}
     for key, gain in gains(result.per_query, result.frozen).items():
         numbers |= {f"gain_{key}": gain.mean, f"gain_{key}_low": gain.low}
         numbers |= {f"gain_{key}_high": gain.high}

@@ -32,9 +32,9 @@ BuildStore = Callable[[Sequence[Path]], Store]
 class Floor(TypedDict):
     """How the backbone's features as they came do on the queries of a trained model."""
 
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     per_query: dict[str, list[float]]
-    """In the order of the model's."""
+    """`hit`, `average_precision` and `num_relevant`, in the order of the model's."""
 
 
 class Evaluation(TypedDict):

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from flowerray.calibration import PRIOR
 from flowerray.retrieval.decisions import RATES, UNKNOWN, Decisions
-from flowerray.retrieval.floor import gains, warning
+from flowerray.retrieval.floor import SCORES, gains, warning
 from flowerray.retrieval.measure import Measurement
 from flowerray.retrieval.pictures import Neighbour
 from flowerray.show.columns import columns
@@ -117,10 +117,9 @@ def over_floor(name: str, result: Measurement, hardened: bool) -> list[str]:
         return []
     found = gains(result.per_query, result.frozen)
     said = warning(name, found.get("recall_at_1"), hardened)
-    frozen = result.frozen["metrics"]
-    rows = [["same queries", *(LABELS[key] for key in frozen)]]
-    rows.append(["frozen backbone", *(words(value) for value in frozen.values())])
-    rows.append(["gain over it", *(words(found.get(key), "+.3f") for key in frozen)])
+    rows = [["same queries", *(LABELS[key] for key in SCORES)]]
+    rows.append(["frozen backbone", *(words(result.frozen["metrics"][key]) for key in SCORES)])
+    rows.append(["gain over it", *(words(found.get(key), "+.3f") for key in SCORES)])
     lines = ["", *columns(rows, "<<<", indent=2)]
     return [*lines, "", labelled("warning", said)] if said else lines
 

@@ -1,7 +1,7 @@
 """The end of a study: the best trial against the default on fresh seeds, and the champion.
 
 The best of many trials is also the luckiest; trained again with seeds that the search never used,
-it has to be better than the default to win.
+it has to be better than the default to win, and than its frozen backbone to be registered.
 """
 
 import os
@@ -12,8 +12,13 @@ from typing import Any
 
 from flowerray.cluster.tasks import DivergedTrainingsError, train_many
 from flowerray.cluster.watch import Watcher
+from flowerray.cluster.worker import pick_device
 from flowerray.errors import UserError
 from flowerray.files import write_json
+from flowerray.opening import open_model
+from flowerray.retrieval.command import evaluate_model
+from flowerray.retrieval.floor import as_facts
+from flowerray.retrieval.measure import EvaluateConfig
 from flowerray.statistics import Interval, front, t_interval
 from flowerray.tracking import sync
 from flowerray.tracking.state import State
@@ -94,11 +99,25 @@ def confirm(study: Study, watcher: Watcher, cpus: float, gpus: float) -> dict[st
             )
         note(study, result)
     name = f"flowerray-{study.base.method_name}"
-    version = watcher.later(sync.register, winner.path, name, "champion").result()
     result["champion"] = str(winner.path)
-    result["registered"] = {"name": name, "alias": "champion", "version": version}
+    result["frozen"] = over_floor(winner, gpus, watcher.quiet)
+    result["registered"] = {"name": name, "alias": "champion", "version": None, "withheld": None}
+    told = (result["frozen"] or {}).get("warning")
+    if told and not study.base.harden.on:
+        result["registered"]["withheld"] = told
+    else:
+        version = watcher.later(sync.register, winner.path, name, "champion").result()
+        result["registered"]["version"] = version
     write_json(study.folder / "result.json", result)
     return result
+
+
+def over_floor(winner: RunDir, gpus: float, quiet: bool) -> dict[str, Any] | None:
+    """What a training has gained over its frozen backbone on val: `floor.as_facts`."""
+    model = open_model(str(winner.path), pick_device("auto" if gpus else "cpu"))
+    config = EvaluateConfig(split="val")
+    found = evaluate_model(model, model.run.data, False, config, quiet)
+    return as_facts(winner.path.name, found, model.run.harden.on)
 
 
 def champion(ended: Sequence[Any]) -> Any:

@@ -22,7 +22,7 @@ from flowerray.show.style import (
     save,
 )
 from flowerray.statistics import front
-from flowerray.text import typed
+from flowerray.text import labelled, typed
 
 FEWEST = 4
 """Trials below which nothing can be said of a knob's importance."""
@@ -320,7 +320,9 @@ def study_table(result: Mapping[str, Any]) -> str:
         lines += ["", f"  {said}", *(f"  {name}" for name in lost)]
     registered = result["registered"]
     lines += ["", f"champion  {result['winner']}: {result['champion']}"]
-    if registered["version"] is not None:
+    if why := registered.get("withheld"):
+        lines.append(labelled("model", f"not registered: {why}"))
+    elif registered["version"] is not None:
         address = f"models:/{registered['name']}@{registered['alias']}"
         lines.append(f"model     {address}  (version {registered['version']})")
     else:

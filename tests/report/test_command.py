@@ -22,6 +22,7 @@ from flowerray.retrieval.measure import EvaluateConfig
 from flowerray.training.config import TrainConfig
 from flowerray.training.run import PRESETS, Run
 from tests.report.runs import make_run
+from tests.ruined import ruin
 from tests.show.test_page import check_page
 
 CPU = torch.device("cpu")
@@ -29,10 +30,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def runs(small_run: Path) -> Iterator[Path]:
-    """A folder with two evaluated seeds of the small RUN (the second one by name alone)."""
+    """A folder with two evaluated seeds of a ruined RUN (the second one by name alone)."""
     folder = small_run.with_name("to-report")
     first = folder / "seed0"
-    shutil.copytree(small_run, first)
+    ruin(shutil.copytree(small_run, first), folder.with_name("photographs"))
     model = open_model(str(first), CPU)
     measuring.evaluate_model(model, model.run.data, False, EvaluateConfig(), quiet=True)
     shutil.copytree(first, folder / "seed1")
@@ -61,7 +62,8 @@ def test_a_folder_of_runs_becomes_a_page(runs: Path, out: Path) -> None:
     }  # fmt: skip
     text = " ".join(check_page(page.read_text()).text.split())
     for words_of_page in (
-        "Two seeds", "2 runs on small: 6 classes", "24 test queries, 60 gallery images",
+        "Two seeds", "2 runs on photographs: ", "32 test queries, 32 gallery images",
+        "triplet, on test, is worse than its frozen backbone: R@1 -0.",
         "frozen features", "No run has been attacked", "retrieval test", "torch",
         "flowerray train triplet --data.root",
     ):  # fmt: skip
@@ -73,30 +75,19 @@ def test_a_folder_of_runs_becomes_a_page(runs: Path, out: Path) -> None:
     assert write_report([str(runs)], out, "Two seeds", True, CPU, quiet=True)["runs"] == 2
 
 
-def test_frozen_features_are_measured_once(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FLOWERRAY_HOME", str(tmp_path / "home"))
-    from flowerray.report import command as report
+def test_frozen_features_of_older_evaluations_are_measured(runs: Path, tmp_path: Path) -> None:
+    """Of 0.1.0, which kept none beside a model's."""
+    from flowerray.report.command import with_frozen
     from flowerray.report.gather import group, read_run
 
-    calls = []
-
-    def counted(*arguments: object, **more: object) -> object:
-        calls.append(1)
-        return measuring.evaluate_frozen(*arguments, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(report, "evaluate_frozen", counted)
-    (setting,) = group([read_run(path) for path in resolve([str(runs)])])
-    first = report.with_frozen(setting, CPU, quiet=True)
-    again = report.with_frozen(setting, CPU, quiet=True)
-    assert len(calls) == 1 and first.frozen == again.frozen and first.notes == ()
-    (record,) = first.frozen.values()
-    direct = measuring.evaluate_frozen(
-        open_model(str(runs / "seed0"), CPU).run.embedder,
-        open_model(str(runs / "seed0"), CPU).run.data, EvaluateConfig(), CPU, quiet=True,
-    )  # fmt: skip
-    assert record["metrics"] == direct.metrics
+    setting = group([read_run(path) for path in resolve([str(runs)])])[0]
+    kept = with_frozen(setting, CPU, quiet=True)
+    for stored in setting.runs:
+        del stored.evaluations["test"]["frozen"]
+    again = with_frozen(setting, CPU, quiet=True)
+    ((key, measured),) = again.frozen.items()
+    assert measured["metrics"] == kept.frozen[key]["metrics"] and again.notes == ()
+    assert measured["per_query"]["hit"] == kept.frozen[key]["per_query"]["hit"]
 
 
 def test_data_that_is_gone_costs_the_frozen_row_only(tmp_path: Path, out: Path) -> None:

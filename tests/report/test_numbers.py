@@ -70,7 +70,7 @@ def test_a_row_is_not_compared_with_another_backbones_floor(tmp_path: Path) -> N
     (setting,) = group(runs)
     floors = [run.floor for run in setting.runs]
     assert len(set(floors)) == 2
-    setting.frozen[floors[0]] = evaluation(0.4, 5, ROOT)
+    setting.frozen[floors[0], "test", QUERIES, 10] = evaluation(0.4, 5, ROOT)
     (table,) = evaluations(setting)
     against = [(c.first, c.second) for c in comparisons(setting, table) if FROZEN in c.second]
     assert len(against) == 1 and floors[0] in against[0][1]
@@ -86,7 +86,7 @@ def test_robust_is_compared_with_standard_and_both_with_frozen(tmp_path: Path) -
     ]  # fmt: skip
     (setting,) = group([read_run(path) for path in runs])
     floor = setting.runs[0].floor
-    setting.frozen[floor] = evaluation(0.4, 5, ROOT)
+    setting.frozen[floor, "test", QUERIES, 10] = evaluation(0.4, 5, ROOT)
     (table,) = evaluations(setting)
     assert table.title == f"{QUERIES} test queries, 10 gallery images"
     assert list(table.records) == [FROZEN, "siamese", "triplet", "triplet robust (pgd)"]

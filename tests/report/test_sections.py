@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from flowerray.files import write_json
 from flowerray.report import attacked, evidence, sections
+from flowerray.report.command import with_frozen
 from flowerray.report.gather import MOST, Setting, group, read_run
 from flowerray.show.interval import words
 from flowerray.show.page import (
@@ -74,7 +76,8 @@ def test_clean_results(tmp_path: Path) -> None:
         for s in range(2)
     ]
     found = setting(*runs)
-    found.frozen[found.runs[0].floor] = evaluation(0.5, 3, Path("flowers"))
+    floor = evaluation(0.5, 3, Path("flowers"))
+    found.frozen[found.runs[0].floor, "test", QUERIES, 10] = floor
     blocks = sections.clean(found)
     clean, paired = tables(blocks)
     assert [row[0] for row in clean.rows] == ["frozen features", "siamese", "triplet"]
@@ -87,6 +90,24 @@ def test_clean_results(tmp_path: Path) -> None:
     assert "Highest R@1 on 20 test queries, 10 gallery images: triplet, 0.900" in said(
         sections.summary_of(found)
     )
+
+
+def test_a_training_that_ruined_its_start_is_called_so(tmp_path: Path) -> None:
+    """By what the evaluations kept of it."""
+    record, runs = evaluation(0.65, 3, Path("flowers")), []
+    scores = {k: record["per_query"][k] for k in ("hit", "average_precision", "num_relevant")}
+    floor = {"metrics": record["metrics"], "per_query": scores}
+    for method, hits in (("triplet", 0.2), ("siamese", 0.7), ("center", 1.0)):
+        runs.append(make_run(tmp_path / method, method, hits=hits))
+        file = runs[-1] / "evaluation" / "test.json"
+        write_json(file, {**read(file), "frozen": floor})
+    found = with_frozen(setting(*runs), torch.device("cpu"), quiet=True)
+    assert [key[1:] for key in found.frozen] == [("test", QUERIES, 10)] and found.notes == ()
+    notes = [b.text for b in sections.summary_of(found) if isinstance(b, Note)]
+    assert len(notes) == 2 and all(b.startswith(("triplet", "siamese")) for b in notes)
+    said = dict(note.split(", on test, ") for note in notes)
+    assert said["triplet"].startswith("is worse than its frozen backbone: R@1 -0.450 [")
+    assert said["siamese"].startswith("is not shown to be better than its frozen")
 
 
 def test_a_failed_audit_is_shouted(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The confirmation of a study, on trainings that are made up."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from flowerray.errors import UserError
 from flowerray.training.run import Run
 from flowerray.training.rundir import FolderReporter, RunDir
 from flowerray.tuning import confirm as module
-from flowerray.tuning.confirm import champion, confirm, gain, pick
+from flowerray.tuning.confirm import champion, confirm, gain, over_floor, pick
 from flowerray.tuning.pictures import study_table
 from flowerray.tuning.study import Study
 from flowerray.tuning.trial import ADVERSARIAL, MAP_AT_R
+from tests.ruined import ruin
 from tests.small import with_hardening
 from tests.tuning.studies import make_study, run_trial
 
@@ -55,6 +57,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Values:
 
     monkeypatch.setattr(module, "train_many", train_many)
     monkeypatch.setattr(module.sync, "register", lambda *_: None)
+    monkeypatch.setattr(module, "over_floor", lambda *_: None)
     return values
 
 
@@ -105,6 +108,27 @@ def test_a_pareto_champions_seed_is_robust_too(
     study.close_trial(trial, {"epoch": 1, **metrics})
     made_up |= {"default-seed-1000": (0.6, 0.1), "default-seed-1001": (0.5, 0.3)}
     assert Path(confirm(study, Watcher(quiet=True), 1, 0)["champion"]).name == "default-seed-1001"
+
+
+def test_a_champion_that_ruined_its_start_is_not_registered(
+    study: Study, made_up: Values, small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(shutil.copytree(small_run, tmp_path / "ruined"))
+    (run.path / "mlflow.json").unlink()
+    ruin(run.path, tmp_path / "photographs")
+    monkeypatch.setattr(module.sync, "send", lambda *_: True)
+    monkeypatch.setattr(module.sync, "register", lambda *_: "1")
+    found = over_floor(run, 0, quiet=True)
+    monkeypatch.setattr(module, "over_floor", lambda *_: found)
+    made_up |= {f"default-seed-{s}": (0.4,) for s in (1000, 1001)}
+    made_up |= {f"trial-0001-seed-{s}": (0.5,) for s in (1000, 1001)}
+    result = confirm(study, Watcher(quiet=True), 1, 0)
+    assert result["registered"]["version"] is None and result["winner"] == "tuned"
+    assert result["frozen"]["gain"]["recall_at_1"]["high"] < 0
+    said = " ".join(study_table(result).split())
+    assert "not registered: ruined is worse than its frozen backbone: R@1 -0." in said
+    study.base = with_hardening(study.base, kind="pgd")  # which pays with clean accuracy
+    assert confirm(study, Watcher(quiet=True), 1, 0)["registered"]["version"] == "1"
 
 
 def test_one_objective_takes_the_highest() -> None:
