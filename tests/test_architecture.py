@@ -18,11 +18,12 @@ ROOT = PACKAGE.parent
 # folder too. "folder: files" is a folder with its files in their order.
 FLOORS = [
     "errors text system memory description",
-    "config files pool statistics calibration cache",
+    "config files pool statistics calibration cache gpu",
     "model: modes fold embedder averages precision",
     "rendered: species sprites scenery painter synthetic",
     "attacks: pgd logits objectives library bank",
-    "data: dataset splits download images store folder listing oxford source batches augment",
+    "data: dataset splits download images store resident folder listing oxford source batches"
+    " augment",
     "methods: _base center siamese triplet",
     "losses",
     "show: style interval columns charts contact page",

@@ -9,18 +9,22 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from flowerray import methods
 from flowerray.data.augment import AugmentConfig
 from flowerray.data.store import Store
 from flowerray.methods._base import Method
 from flowerray.model.embedder import Embedder, EmbedderConfig, Head
+from flowerray.model.modes import deterministic
 from flowerray.retrieval.measure import validation
 from flowerray.retrieval.views import Views, kept_views, one_view
+from flowerray.training import loop
 from flowerray.training.config import TrainConfig
 from flowerray.training.harden import HardenConfig
 from flowerray.training.loop import Data, train
@@ -39,10 +43,9 @@ class DyingReporter(FolderReporter):
         super().report(step, *args, **more)
 
 
-def train_small(job: dict[str, Any]) -> Method:
-    """Trains from plain options; see tests/training/test_loop.py for their keys."""
+def small_method(job: dict[str, Any]) -> tuple[Method, Embedder, NDArray[np.int64]]:
+    """A method with the weights of seed 0, its embedder, and the targets that it trains on."""
     torch.manual_seed(0)
-    config = TrainConfig(**{"precision": "fp32", "log_every_steps": 1, **job["train"]})
     file = methods.get(job["method"])
     embedder = Embedder(
         EmbedderConfig(backbone="test_efficientnet", dim=16, image_size=32, weights="none")
@@ -54,6 +57,14 @@ def train_small(job: dict[str, Any]) -> Method:
     )
     if job.get("double"):
         method.double()
+    return method, embedder, targets_N
+
+
+def train_small(job: dict[str, Any]) -> Method:
+    """Trains from plain options; see tests/training/test_loop.py for their keys."""
+    config = TrainConfig(**{"precision": "fp32", "log_every_steps": 1, **job["train"]})
+    method, embedder, targets_N = small_method(job)
+    method.to(job.get("device", "cpu"))
     store = Store.open(Path(job["store"]))
 
     def validate(embedder: Embedder) -> dict[str, float]:
@@ -66,7 +77,10 @@ def train_small(job: dict[str, Any]) -> Method:
         views = Views(kept_views(embedder, store, AugmentConfig(), 3))
         data = Data(views, targets_N, None, lambda batch: one_view(batch.images, batch.uniforms))
     harden = HardenConfig(**job.get("harden", {}))
-    train(config, AugmentConfig(), harden, method, data, reporter, run={"test": True})
+    # On the CPU checkpoints are written beside the training only where a test wants that.
+    beside = lambda device: job.get("beside", device.type == "cuda")  # noqa: E731
+    with patch.object(loop, "writes_beside", beside), deterministic(config.deterministic):
+        train(config, AugmentConfig(), harden, method, data, reporter, run={"test": True})
     return method
 
 

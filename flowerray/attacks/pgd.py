@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flowerray.config import Config
 from flowerray.errors import UserError
+from flowerray.gpu import to_device
 from flowerray.model.modes import evaluating
 
 _STREAM = 2
@@ -123,11 +124,12 @@ def pgd(
             objective must be an Objective.
 
     Raises:
-        UserError: pixels outside [0,1]; an objective that needs a random start without one; with
-            `keep_best`, a value or a gradient that is not finite, since the attack would pass by
-            what it cannot see.
+        UserError: pixels outside [0,1] (on a GPU only with `keep_best`); an objective that needs a
+            random start without one; with `keep_best`, a value or a gradient that is not finite,
+            since the attack would pass by what it cannot see.
     """
-    check_pixels(images_BCHW)
+    if config.keep_best or images_BCHW.device.type == "cpu":
+        check_pixels(images_BCHW)  # in a training's step a GPU would wait for it
     own = objective if isinstance(objective, Objective) else None
     if own and own.needs_random_start and not config.random_start and config.epsilon:
         raise UserError(
@@ -273,7 +275,7 @@ def _start(
         return images_BCHW
     _, *shape = images_BCHW.shape
     noise_BCHW = noise(seed, positions, (shape[0], shape[1], shape[2]), config.norm)
-    noise_BCHW = noise_BCHW.to(images_BCHW.device, images_BCHW.dtype, non_blocking=True)
+    noise_BCHW = to_device(noise_BCHW, images_BCHW.device).to(images_BCHW.dtype)
     return (images_BCHW + config.radius * noise_BCHW).clamp(0, 1)
 
 

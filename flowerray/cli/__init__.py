@@ -145,6 +145,13 @@ def dispatch(words: list[str]) -> int:
             raise
         say(said)
         return 2
+    except RuntimeError as error:
+        from flowerray.gpu import fault
+
+        if (sentence := fault(error)) is None:  # a fault of ours
+            raise
+        say(sentence)
+        return 2
 
 
 def named(place: str, words: list[str]) -> bool:

@@ -15,14 +15,16 @@ from tqdm import tqdm
 from flowerray import methods
 from flowerray.data.dataset import Dataset
 from flowerray.data.images import resize_side
+from flowerray.data.resident import resident
 from flowerray.data.source import open_dataset
 from flowerray.data.store import Store, build_store
 from flowerray.errors import UserError
 from flowerray.files import write_json
+from flowerray.gpu import check, fault, why_none
 from flowerray.memory import keep_freed_memory
 from flowerray.methods._base import Method
 from flowerray.model.embedder import Embedder, Head, projected, start_from_pca
-from flowerray.model.modes import own_draws
+from flowerray.model.modes import deterministic, own_draws
 from flowerray.retrieval.embed import embed, embed_together, frozen_features
 from flowerray.retrieval.measure import frozen_pairs, split_names, validation_metrics
 from flowerray.retrieval.pairs import (
@@ -104,6 +106,16 @@ def train_worker(run: Run, reporter: FolderReporter, device: torch.device) -> di
         UserError: see `train.train`; bad data.
     """
     keep_freed_memory()
+    check(device)
+    try:
+        return _train(run, reporter, device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(fault(error, too_large(run)) or "") from error
+    finally:
+        reporter.wait()
+
+
+def _train(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str, Any]:
     saved, head = reporter.restore(), run.embedder.train == "head"
     dataset = open_dataset(run.data, progress=False)
     trained_classes, targets_N = np.unique(dataset.split_labels("train"), return_inverse=True)
@@ -118,6 +130,8 @@ def train_worker(run: Run, reporter: FolderReporter, device: torch.device) -> di
     if saved is not None:
         refuse_changed(checkpoint.trained_on(saved), dataset.tags, dataset.root)
     method, embedder = method.to(device), embedder.to(device)
+    train_store = resident(train_store, device)
+    val_store = None if val_store is None else resident(val_store, device)
     kept = None
     if head:
         kept = keep_features(run, embedder, dataset)
@@ -129,12 +143,24 @@ def train_worker(run: Run, reporter: FolderReporter, device: torch.device) -> di
         if not run.embedder.freeze_bn and reporter.world > 1:
             method = convert_sync_batchnorm(method)
     facts = noted(run, dataset)
-    result = train(run.train, run.augment, run.harden, method, data, reporter, facts)
+    with deterministic(run.train.deterministic):
+        result = train(run.train, run.augment, run.harden, method, data, reporter, facts)
     if reporter.rank != 0:
         return {}
     known_QF = kept and kept.val_QF
     return finish(
         run, reporter.dir, method, embedder, dataset, trained_classes, val_store, known_QF, result
+    )
+
+
+def too_large(run: Run) -> str:
+    """What to do where a GPU does not hold a training's step."""
+    train, size = run.train, run.embedder.image_size
+    p, k = train.classes_per_batch, train.images_per_class
+    return (
+        f"a batch of P x K = {p} x {k} = {p * k} images of {size} px with {run.embedder.backbone} "
+        "does not fit; lower `train.classes_per_batch` or `train.images_per_class`, or choose "
+        "`train.precision` bf16, a smaller `embedder.image_size` or another backbone"
     )
 
 
@@ -307,11 +333,14 @@ def pick_device(device: str) -> torch.device:
     """The device of a training in this process.
 
     Raises:
-        UserError: a GPU was asked for and there is none.
+        UserError: a GPU was asked for and there is none; this torch cannot use the one there is.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "`resources.device` cuda: this machine has no GPU that torch can use; choose cpu."
+            "`resources.device` cuda: this machine has no GPU that torch can use "
+            f"({why_none()}); choose cpu."
         )
     use_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda:0" if use_gpu else "cpu")
+    place = torch.device("cuda:0" if use_gpu else "cpu")
+    check(place)
+    return place

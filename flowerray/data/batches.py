@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowerray.errors import UserError
+from flowerray.gpu import to_device
 
 READ_AHEAD = 2
 """Batches that wait ready: one hides a slow read, more would only hold memory."""
@@ -228,10 +229,11 @@ class Batches:
                 stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
                 plan = self.sampler.epoch(epoch)
                 for step in range(start_step, len(plan)):
-                    batch = self._read(epoch, step, plan[step][self.rows])
-                    if stop.is_set():
-                        return
-                    ready.put((batch, None) if stream is None else self._send(batch, stream))
+                    with torch.cuda.stream(stream):
+                        batch = self._read(epoch, step, plan[step][self.rows])
+                        if stop.is_set():
+                            return
+                        ready.put((batch, None) if stream is None else self._send(batch, stream))
                     if stop.is_set():
                         return
                 ready.put((None, None))
@@ -264,9 +266,8 @@ class Batches:
         return Batch(step, images_bCHW, sizes_b2, labels_b, uniforms_BU[self.rows])
 
     def _send(self, batch: Batch, stream: torch.cuda.Stream) -> tuple[Batch, torch.Event]:
-        with torch.cuda.stream(stream):
-            moved = [t.pin_memory().to(self.device, non_blocking=True) for t in batch[1:]]
-            return Batch(batch.step, *moved), stream.record_event()
+        moved = [to_device(tensor, self.device) for tensor in batch[1:]]
+        return Batch(batch.step, *moved), stream.record_event()
 
     def _receive(self, batch: Batch, copied: torch.Event) -> None:
         current = torch.cuda.current_stream(self.device)

@@ -39,6 +39,7 @@ from flowerray.data.images import (
 )
 from flowerray.errors import UserError
 from flowerray.files import atomic_file, atomic_folder, home, read_kept, write_json
+from flowerray.gpu import to_device
 from flowerray.pool import leave_unguarded
 
 __all__ = ["Store", "build_store", "eval_image", "load_image", "resize_side"]
@@ -68,7 +69,7 @@ def floats(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """uint8 images as pixels in [0,1], in channels_last memory."""
-    moved_BCHW = images_BCHW if device is None else images_BCHW.to(device)
+    moved_BCHW = images_BCHW if device is None else to_device(images_BCHW, device)
     return (moved_BCHW.to(dtype) / 255).contiguous(memory_format=torch.channels_last)
 
 
@@ -102,6 +103,11 @@ class Store:
 
     def __len__(self) -> int:
         return len(self._index_N3)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pixels."""
+        return len(self._pixels)
 
     def __reduce__(self) -> tuple[type["Store"], tuple[Path]]:
         """Travels to another process of the node as a path: pickle would copy the mapped pixels."""

@@ -170,13 +170,6 @@ def distances(emb_BD: Tensor, p: float = 2.0) -> Tensor:
         return torch.cdist(emb_BD, emb_BD, p=p, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def to_device(drawn: Tensor, device: torch.device) -> Tensor:
-    """Numbers that were drawn on the CPU, where they should be; a GPU does not wait for them."""
-    if device.type == "cuda":
-        drawn = drawn.pin_memory()
-    return drawn.to(device, non_blocking=True)
-
-
 def pair_masks(labels_B: Tensor) -> tuple[Tensor, Tensor]:
     """Which ordered pairs are positive (two images, one class) and negative (two classes), BB."""
     same_BB = labels_B[:, None] == labels_B[None, :]

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from flowerray.gpu import to_device
 from flowerray.methods._base import (
     Loss,
     Method,
@@ -35,7 +36,6 @@ from flowerray.methods._base import (
     mean_nonzero,
     mean_where,
     pair_masks,
-    to_device,
     widen,
 )
 

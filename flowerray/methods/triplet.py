@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from flowerray.gpu import to_device
 from flowerray.methods._base import (
     Loss,
     Method,
@@ -29,7 +30,6 @@ from flowerray.methods._base import (
     mean_nonzero,
     mean_where,
     pair_masks,
-    to_device,
     widen,
 )
 

@@ -1,10 +1,12 @@
 """What the work inside may change for a while, and what is then as it was: the modes of modules,
-full precision, the random state.
+full precision, the order of sums, the random state.
 """
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -37,6 +39,28 @@ def full_precision() -> Iterator[None]:
     finally:
         torch.backends.cudnn.allow_tf32 = kept[0]
         torch.set_float32_matmul_precision(kept[1])
+
+
+@contextmanager
+def deterministic(on: bool = True) -> Iterator[None]:
+    """Kernels that add in the same order each time, where torch has them; of what has none it warns
+    by name. The rooms that cuBLAS works in are set for the whole process, since it looks once.
+    """
+    if not on:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    cudnn, memory = torch.backends.cudnn, cast(Any, torch.utils.deterministic)
+    kept = cudnn.benchmark, cudnn.deterministic, memory.fill_uninitialized_memory
+    mode = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    cudnn.benchmark, cudnn.deterministic = False, True
+    memory.fill_uninitialized_memory = False  # finds faults; costs a pass over memory
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        cudnn.benchmark, cudnn.deterministic, memory.fill_uninitialized_memory = kept
 
 
 @contextmanager

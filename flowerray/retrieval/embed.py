@@ -3,7 +3,9 @@
 Letters: N images, B of a batch, C H W an image, D embedding dimensions, F backbone features.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Protocol
 
@@ -90,17 +92,36 @@ def embed(
     device = next(embedder.parameters()).device if device is None else device
     rows: list[NDArray[np.float32]] = []
     with evaluating(embedder), torch.inference_mode(), full_precision():
-        for start in range(0, len(store), batch_size):
-            indices = np.arange(start, min(start + batch_size, len(store)))
-            images_BCHW = floats(store.centre(indices, embedder.image_size), device)
+        for pixels_BCHW in _batches(store, embedder.image_size, batch_size, torch.device(device)):
+            images_BCHW = floats(pixels_BCHW, device)
             if frozen:
                 emb_BD = F.normalize(embedder.features(images_BCHW).float(), dim=1)
             else:
                 emb_BD = embedder(images_BCHW)
             rows.append(emb_BD.float().cpu().numpy())
             if progress is not None:
-                progress(len(indices))
+                progress(len(pixels_BCHW))
     return np.concatenate(rows) if rows else np.empty((0, embedder.dim), np.float32)
+
+
+def _batches(store: Images, size: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """The store's images in order; while a GPU works on some, the next ones are read."""
+    starts = range(0, len(store), batch_size)
+
+    def read(start: int) -> Tensor:
+        return store.centre(np.arange(start, min(start + batch_size, len(store))), size)
+
+    if device.type == "cpu":  # whose cores are at work
+        yield from map(read, starts)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        ahead: deque[Future[Tensor]] = deque()
+        for start in starts:
+            ahead.append(pool.submit(read, start))
+            if len(ahead) > 2:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def frozen_features(

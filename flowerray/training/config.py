@@ -44,11 +44,17 @@ class TrainConfig(Config):
     """Decay a step of the weights' moving average, which is then what is validated and exported; 0
     = off.
     """
+    validate_every: int = Field(1, ge=1)
+    """Epochs from one validation to the next; the last epoch is always validated. Only a validated
+    epoch can be the best one."""
+    deterministic: bool = False
+    """The same bits each time on a GPU of the same kind, also after a kill, at some cost in speed:
+    kernels that add in one order. Those that have none are warned of by name. CPUs need nothing."""
     compile: bool = False
     """Compile the embedder with torch.compile."""
     patience: int = Field(0, ge=0)
-    """Stop after so many epochs without a better val MAP@R (a hardened run: val adversarial R@1, at
-    full epsilon); 0 = never.
+    """Stop after so many validated epochs without a better val MAP@R (a hardened run: val
+    adversarial R@1, at full epsilon); 0 = never.
     """
     checkpoint_every_steps: int = Field(50, ge=1)
     """State is saved after so many steps, and after each epoch."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from flowerray.attacks.pgd import PGDConfig, noise, pgd, quiet, step_linf
 from flowerray.config import Config
 from flowerray.errors import UserError
+from flowerray.gpu import to_device
 from flowerray.methods._base import Method, Output, gather
 
 Kind = Literal["none", "pgd", "trades", "nfgsm", "free"]
@@ -312,7 +313,7 @@ def nfgsm(
 def _noise_like(images_BCHW: Tensor, seed: tuple[int, ...], positions: Sequence[int]) -> Tensor:
     _, channels, height, width = images_BCHW.shape
     noise_BCHW = noise((*seed, 0), positions, (channels, height, width), "linf")
-    return noise_BCHW.to(images_BCHW.device, images_BCHW.dtype)
+    return to_device(noise_BCHW, images_BCHW.device).to(images_BCHW.dtype)
 
 
 @contextmanager

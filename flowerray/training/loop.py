@@ -5,6 +5,7 @@ Letters: N training images, B images of the global batch, b of this worker's sli
 """
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from flowerray import system
 from flowerray.data.augment import AugmentConfig, augment, draw
 from flowerray.data.batches import Batch, Batches, ImageStore, PKSampler
 from flowerray.errors import UserError
+from flowerray.gpu import snapshot
 from flowerray.methods._base import Method, Output
 from flowerray.model.averages import MovingAverage
 from flowerray.model.embedder import Head
@@ -53,8 +55,14 @@ class Reporter(Protocol):
         metrics: dict[str, float],
         save: Callable[[Path], None] | None = None,
         best: bool = False,
+        beside: bool = False,
     ) -> None:
-        """Takes metrics and, where `save` is given, a checkpoint."""
+        """Takes metrics and, where `save` is given, a checkpoint; `beside`: it may be written while
+        the training goes on.
+        """
+
+    def wait(self) -> None:
+        """Returns when what was reported is on the disk."""
 
 
 class Data(NamedTuple):
@@ -134,6 +142,8 @@ def train(
     begun_in = state.get("precision") if state else None
     precision = begun_in or pick_precision(config, method, device, reporter)
     autocast = make_autocast(precision, device)
+    # An attack's figures are in fp32, and so is what a CPU validated before.
+    measured = autocast if device.type == "cuda" and not harden.on else nullcontext
     hardening = Hardening(harden, method, autocast, config.seed, steps, reporter.rank)
 
     progress = Progress()
@@ -142,7 +152,10 @@ def train(
     del state  # as large as the model and its optimizer
     reporter.rewind(progress.step)  # also to 0: one that died before its first checkpoint
 
-    def save(folder: Path) -> None:
+    beside = writes_beside(device)
+
+    def saving() -> Callable[[Path], None]:
+        """What writes the state of this moment."""
         state = {
             "method": method.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -151,7 +164,8 @@ def train(
             "precision": precision,
             "progress": asdict(progress),
         }
-        checkpoint.save_state(folder, state, run)
+        held = snapshot(state, device) if beside and reporter.rank == 0 else lambda: state
+        return lambda folder: checkpoint.save_state(folder, held(), run)
 
     model: nn.Module = hardening
     if config.compile:
@@ -215,7 +229,8 @@ def train(
                     progress.step,
                     epoch + 1,
                     {**metrics, **system.sample()},
-                    save if saves else None,
+                    saving() if saves else None,
+                    beside=beside,
                 )
             if progress.step == steps:
                 break
@@ -224,15 +239,19 @@ def train(
             f"epoch/{name}": total / progress.step_in_epoch
             for name, total in progress.epoch_curves.items()
         }
-        if data.validate:
-            with average.swapped_into(method.embedder) if average else nullcontext():
+        due = (epoch + 1) % config.validate_every == 0 or progress.step == steps
+        if data.validate and due:
+            started = time.perf_counter()
+            with average.swapped_into(method.embedder) if average else nullcontext(), measured():
                 metrics |= data.validate(method.embedder)
-        best = note_epoch(progress, metrics, harden.selection)
+            metrics["epoch/validation_seconds"] = time.perf_counter() - started
+        best = note_epoch(progress, metrics, harden.selection, due or not data.validate)
         if harden.on and hardening.epsilon(progress.step - 1) < harden.epsilon:
             progress.bad_epochs = 0  # while the attack still grows, falling back is no sign
         metrics["epoch/images"] = progress.images
         metrics["epoch/seconds"] = window.elapsed()
-        reporter.report(progress.step, progress.epoch, metrics, save, best)
+        reporter.report(progress.step, progress.epoch, metrics, saving(), best, beside)
+    reporter.wait()
 
     return Result(
         progress.epoch,
@@ -310,6 +329,13 @@ def pick_precision(
     if reporter.world > 1:
         dist.broadcast_object_list(choice, src=0, device=device)
     return choice[0]
+
+
+def writes_beside(device: torch.device) -> bool:
+    """Whether checkpoints are written while the training goes on: on a GPU, where it needs no
+    core.
+    """
+    return device.type == "cuda"
 
 
 def make_autocast(

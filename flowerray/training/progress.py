@@ -43,17 +43,21 @@ def merit(metrics: dict[str, float], selection: str) -> tuple[float, float]:
     return metrics.get(selection, -math.inf), metrics.get("val/map_at_r", -math.inf)
 
 
-def note_epoch(progress: Progress, metrics: dict[str, float], selection: str) -> bool:
+def note_epoch(
+    progress: Progress, metrics: dict[str, float], selection: str, validated: bool = True
+) -> bool:
     """Moves `progress` past an epoch; True where the metric `selection` is the best so far (or is
     not there, since there is no val split). Between equal values, such as an attacked R@1 of 0, the
-    higher MAP@R is better.
+    higher MAP@R is better. An epoch that is not `validated` is neither better nor worse.
     """
     value, map_at_r = merit(metrics, selection)
     best = selection not in metrics or (value, map_at_r) > (progress.best, progress.best_map_at_r)
+    best = best and validated
     progress.epoch += 1
     progress.step_in_epoch = 0
     progress.epoch_curves = {}
-    progress.bad_epochs = 0 if best else progress.bad_epochs + 1
+    if validated:
+        progress.bad_epochs = 0 if best else progress.bad_epochs + 1
     if selection in metrics and best:
         progress.best, progress.best_map_at_r, progress.best_epoch = value, map_at_r, progress.epoch
     return best

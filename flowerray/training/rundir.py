@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -218,6 +219,55 @@ class NewRecords:
         return [record for record, _ in found]
 
 
+class Behind:
+    """Writes checkpoints in a thread: the newest best one, then the newest one. What came in
+    between, while it was busy, is left out: who resumes makes it again, equal.
+    """
+
+    def __init__(self, write: Callable[[Save | None, Save], None]) -> None:
+        self.write = write
+        self.lock = threading.Lock()
+        self.thread: threading.Thread | None = None
+        """At work, or ended."""
+        self.best: Save | None = None
+        self.last: Save | None = None
+        self.error: BaseException | None = None
+
+    def put(self, save: Save, best: bool) -> None:
+        """Takes a checkpoint; raises what an earlier one raised."""
+        with self.lock:
+            self._raise()
+            self.best, self.last = save if best else self.best, save
+            if self.thread is None:
+                self.thread = threading.Thread(target=self._work, name="flowerray-checkpoints")
+                self.thread.start()
+
+    def wait(self) -> None:
+        """Returns when nothing is left to write; raises what writing raised."""
+        with self.lock:
+            thread = self.thread
+        if thread is not None:
+            thread.join()
+        self._raise()
+
+    def _raise(self) -> None:
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+    def _work(self) -> None:
+        while True:
+            with self.lock:
+                best, last, self.best, self.last = self.best, self.last, None, None
+                if last is None:
+                    self.thread = None
+                    return
+            try:
+                self.write(best, last)
+            except BaseException as error:  # noqa: B036 (who waits raises it)
+                self.error = error
+
+
 class FolderReporter:
     """The training loop's way out: metrics and checkpoints into a RUN folder, written by rank 0.
 
@@ -230,6 +280,7 @@ class FolderReporter:
         self.world = world
         self.attempt = ""
         """A word of this worker's own, which RUN/.attempt holds until another takes over."""
+        self._behind = Behind(self._write)
 
     def restore(self) -> Path | None:
         """The checkpoint to continue from, or None for a fresh start. From now on earlier attempts
@@ -283,8 +334,10 @@ class FolderReporter:
         metrics: dict[str, float],
         save: Save | None = None,
         best: bool = False,
+        beside: bool = False,
     ) -> None:
-        """Appends metrics, then writes checkpoints/best (if best), then checkpoints/last.
+        """Appends metrics, then writes checkpoints/best (if best), then checkpoints/last; `beside`:
+        in a thread, see `Behind`.
 
         In that order a kill in between costs nothing: whatever is newer than `last` is made again,
         equal."""
@@ -295,14 +348,28 @@ class FolderReporter:
             self.dir.append(step, epoch, metrics)
         if save is None:
             return
+        if beside:
+            self._behind.put(save, best)
+        else:
+            self._write(save if best else None, save)
+
+    def wait(self) -> None:
+        """Returns when all checkpoints are on the disk.
+
+        Raises:
+            UserError: one could not be written.
+        """
+        self._behind.wait()
+
+    def _write(self, best: Save | None, last: Save) -> None:
         with saving(self.dir.path):
-            if best:
+            if best is not None:
                 with atomic_folder(self.dir.best) as folder:
-                    save(folder)
+                    best(folder)
                     self.refuse_outdated()  # it took its time
             with atomic_folder(self.dir.last) as folder:
-                if best:
+                if best is last:
                     shutil.copytree(self.dir.best, folder, dirs_exist_ok=True)
                 else:
-                    save(folder)
+                    last(folder)
                 self.refuse_outdated()

@@ -117,6 +117,8 @@ def new_study(
         )
     if config.objective == "pareto" and config.sampler == "cmaes":
         raise UserError("`sampler` cmaes has one objective: use tpe or nsga2 with pareto.")
+    if run.train.validate_every > 1:
+        raise UserError("a search compares trials by each epoch: leave out `train.validate_every`.")
     dataset = open_dataset(run.data, progress=True)
     if "val" not in dataset.splits:
         raise UserError(f"a search needs a val split, and protocol {dataset.protocol} has none.")

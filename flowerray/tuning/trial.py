@@ -137,12 +137,13 @@ class TrialReporter(FolderReporter):
         metrics: dict[str, float],
         save: Save | None = None,
         best: bool = False,
+        beside: bool = False,
     ) -> None:
         """See `FolderReporter.report`."""
         ends_epoch = "epoch/seconds" in metrics
         if ends_epoch:
             metrics = {**metrics, "trial/report_seconds": self.told_seconds}
-        super().report(step, epoch, metrics, save, best)
+        super().report(step, epoch, metrics, save, best, beside)
         if ends_epoch and epoch < self.epochs:
             started = time.perf_counter()
             self.tell(history(self.dir, self.objectives)[-1] if self.rank == 0 else {})

@@ -1,5 +1,6 @@
 """What is changed for a while is put back."""
 
+import os
 import random
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from flowerray.model.embedder import Embedder, EmbedderConfig
-from flowerray.model.modes import evaluating, full_precision, own_draws
+from flowerray.model.modes import deterministic, evaluating, full_precision, own_draws
 
 
 def test_modes_come_back_after_an_error() -> None:
@@ -58,3 +59,17 @@ def test_an_embedder_seeds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     config = EmbedderConfig(backbone="test_efficientnet", weights="none", image_size=32, dim=4)
     one, two = (Embedder(config, seed=4).state_dict() for _ in range(2))
     assert all(torch.equal(value, two[name]) for name, value in one.items()) and not seeded
+
+
+def test_the_order_of_sums_is_fixed_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # a user's stays
+    monkeypatch.setattr("torch.backends.cudnn.benchmark", True)
+    with pytest.raises(ZeroDivisionError), deterministic():
+        assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.backends.cudnn.benchmark
+        raise ZeroDivisionError
+    assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    with deterministic(False):
+        assert not torch.are_deterministic_algorithms_enabled()

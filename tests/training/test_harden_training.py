@@ -85,7 +85,9 @@ def test_patience_begins_where_the_ramp_ends(
     """Each epoch is worse than the one before, as it is while epsilon rises (here over three)."""
     falling = iter(range(100, 0, -1))
 
-    def worse(progress: Progress, metrics: dict[str, float], selection: str) -> bool:
+    def worse(
+        progress: Progress, metrics: dict[str, float], selection: str, validated: bool
+    ) -> bool:
         return note_epoch(progress, {selection: float(next(falling))}, selection)
 
     monkeypatch.setattr("flowerray.training.loop.note_epoch", worse)

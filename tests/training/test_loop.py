@@ -57,11 +57,12 @@ def test_two_workers_end_with_the_weights_of_one(job: dict[str, Any], tmp_path: 
 @pytest.mark.parametrize("method", methods.names())
 def test_a_killed_run_resumes_bit_equal(job: dict[str, Any], tmp_path: Path, method: str) -> None:
     """SIGKILL at a random seeded step in mid-epoch; augmentation, EMA, warm-up and early stop are
-    on.
+    on; of one method checkpoints are written as on a GPU, beside the training.
     """
     options = {
         **job,
         "validate": True,
+        "beside": method == "center",
         "train": {
             "epochs": 6, "classes_per_batch": 4, "images_per_class": 2, "lr": 1e-3, "ema": 0.9,
             "warmup_epochs": 1.0, "patience": 5, "checkpoint_every_steps": 2,
@@ -94,6 +95,32 @@ def test_a_killed_run_resumes_bit_equal(job: dict[str, Any], tmp_path: Path, met
         assert {k: v for k, v in mine["metrics"].items() if is_exact(k)} == same
 
 
+def test_not_each_epoch_has_to_be_validated(job: dict[str, Any], tmp_path: Path) -> None:
+    """Losses stay; the last epoch is validated, and no other than a validated one is the best."""
+    found = []
+    for name, every in (("each", 1), ("second", 2)):
+        make_run(tmp_path / name)
+        train = {"epochs": 5, "classes_per_batch": 4, "images_per_class": 2, "patience": 3}
+        train["validate_every"] = every
+        more = {"method": "triplet", "validate": True, "out": str(tmp_path / name)}
+        train_small({**job, **more, "train": train})
+        run = RunDir(tmp_path / name)
+        found.append(run.series("epoch/loss"))
+        validated = [r["epoch"] for r in run.records() if "val/map_at_r" in r["metrics"]]
+        assert validated == [e for e in range(1, 6) if e % every == 0 or e == 5]
+        timed = [r["epoch"] for r in run.records() if "epoch/validation_seconds" in r["metrics"]]
+        assert timed == validated
+    assert found[0] == found[1] and len(found[0]) == 5
+    state = torch.load(tmp_path / "second/checkpoints/last/state.pt", weights_only=True)
+    assert state["progress"]["best_epoch"] in (2, 4, 5)
+
+
+def test_an_epoch_without_validation_is_neither_better_nor_worse() -> None:
+    progress = Progress(bad_epochs=1, best=0.5, best_epoch=1, epoch=2)
+    assert not note_epoch(progress, {"epoch/loss": 0.1}, "val/map_at_r", validated=False)
+    assert (progress.bad_epochs, progress.best_epoch, progress.epoch) == (1, 1, 3)
+
+
 def test_a_run_that_died_before_its_first_checkpoint_begins_its_log_anew(
     job: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -112,6 +139,7 @@ def is_exact(name: str) -> bool:
     return not name.startswith("system/") and name not in (
         "train/images_per_second",
         "epoch/seconds",
+        "epoch/validation_seconds",
     )
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -262,3 +264,43 @@ def test_new_records_are_read_once_and_whole(run: RunDir) -> None:
     reporter.report(5, 1, {"a_longer_name_of_a_metric": 0.123456789})
     run.metrics.write_text(whole + whole)  # cut and grown again between two looks
     assert steps()[-1] == 3
+
+
+def test_a_checkpoint_may_be_written_beside_the_training(run: RunDir) -> None:
+    """While one is written, a newer one takes the place of those that wait; the best stays."""
+    reporter, go_on, order = FolderReporter(run.path), threading.Event(), list[str]()
+
+    def named(name: str) -> Save:
+        def save(folder: Path) -> None:
+            assert go_on.wait(10)
+            order.append(name)
+            put(name)(folder)
+
+        return save
+
+    for step, (name, best) in enumerate(
+        [("first", True), ("old", False), ("better", True), ("best", True), ("last", False)], 1
+    ):
+        reporter.report(step, 1, {"a": 1.0}, named(name), best, beside=True)
+        if step == 1:
+            while reporter._behind.last is not None:  # until it is being written
+                time.sleep(0.001)
+    assert run.records()[-1]["step"] == 5 and run.checkpoint() is None
+    go_on.set()
+    reporter.wait()
+    assert order == ["first", "best", "last"]
+    assert (run.best / "state.pt").read_text() == "best"
+    assert (run.last / "state.pt").read_text() == "last"
+
+
+def test_what_cannot_be_written_beside_is_said(run: RunDir) -> None:
+    def full(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    reporter = FolderReporter(run.path)
+    reporter.report(1, 1, {}, full, beside=True)
+    with pytest.raises(UserError, match="can no longer be written"):
+        reporter.wait()
+    reporter.report(2, 1, {}, put("x"), best=True, beside=True)
+    reporter.wait()
+    assert (run.last / "state.pt").read_text() == (run.best / "state.pt").read_text() == "x"
