@@ -92,7 +92,9 @@ class PlainModel(nn.Module):
 
     def __init__(self, embedder: Embedder) -> None:
         super().__init__()
-        self.backbone = timm.create_model(embedder.config.backbone, num_classes=0)
+        name, tied = embedder.config.backbone, {"img_size": embedder.image_size}
+        fixed = timm.get_pretrained_cfg(name).fixed_input_size
+        self.backbone = timm.create_model(name, num_classes=0, **(tied if fixed else {}))
         self.backbone.load_state_dict(embedder.backbone.state_dict())
         self.backbone.to(memory_format=torch.channels_last)
         self.projection = nn.Linear(embedder.num_features, embedder.dim, bias=False)
@@ -126,7 +128,15 @@ def transforms(run: Run, normalise: Embedder | None) -> Callable[..., Tensor]:
 
 
 def train_peer(
-    run: Run, dataset: Dataset, *, steps_per_epoch: int, steps: int, folded: bool, validate: bool
+    run: Run,
+    dataset: Dataset,
+    *,
+    steps_per_epoch: int,
+    steps: int,
+    folded: bool,
+    validate: bool,
+    device: torch.device | None = None,
+    loaders: int = LOADERS,
 ) -> tuple[list[Mark], list[Epoch]]:
     """Trains for `steps` steps.
 
@@ -134,13 +144,17 @@ def train_peer(
         steps_per_epoch: flowerray's, so that the schedules are equal.
         folded: flowerray's model in place of timm's.
         validate: after each epoch, outside the clock.
+        device: by default the CPU; bf16 is autocast there.
+        loaders: processes of the DataLoader.
     """
+    device = device or torch.device("cpu")
+    bf16 = run.train.precision == "bf16"
     torch.manual_seed(run.train.seed)
     np.random.seed(run.train.seed)  # the sampler's
     config = run.train
     embedder = Embedder(run.embedder, seed=config.seed)
     model = embedder if folded else PlainModel(embedder)
-    model.train()
+    model.to(device).train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
@@ -156,7 +170,8 @@ def train_peer(
             batch,
             length_before_new_iter=steps_per_epoch * batch,
         ),
-        num_workers=LOADERS,
+        num_workers=loaders,
+        pin_memory=device.type == "cuda",
         persistent_workers=True,
     )
     criterion, miner = TripletMarginLoss(margin=0.2), BatchHardMiner()
@@ -176,7 +191,11 @@ def train_peer(
     while step < steps:
         for images_BCHW, labels_B in loader:
             clock = clock or Clock()  # the first batch has come: the loaders have started
-            emb_BD = model(images_BCHW.contiguous(memory_format=torch.channels_last))
+            images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+            images_BCHW = images_BCHW.to(device, non_blocking=True)
+            labels_B = labels_B.to(device, non_blocking=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                emb_BD = model(images_BCHW).float()
             loss = criterion(emb_BD, labels_B, miner(emb_BD, labels_B))
             optimizer.zero_grad()
             loss.backward()
@@ -184,6 +203,8 @@ def train_peer(
             optimizer.step()
             scheduler.step()
             step += 1
+            if step == steps and device.type == "cuda":
+                torch.cuda.synchronize(device)
             clock.mark(step)
             if step == steps:
                 break
