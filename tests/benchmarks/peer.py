@@ -7,7 +7,7 @@ Letters: N training images, B images of a batch, C H W an image, D embedding dim
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
@@ -92,9 +92,11 @@ class PlainModel(nn.Module):
 
     def __init__(self, embedder: Embedder) -> None:
         super().__init__()
-        name, tied = embedder.config.backbone, {"img_size": embedder.image_size}
-        fixed = timm.get_pretrained_cfg(name).fixed_input_size
-        self.backbone = timm.create_model(name, num_classes=0, **(tied if fixed else {}))
+        options: dict[str, Any] = {"num_classes": 0}
+        cfg = timm.get_pretrained_cfg(embedder.config.backbone)
+        if cfg is not None and cfg.fixed_input_size:
+            options["img_size"] = embedder.image_size
+        self.backbone = timm.create_model(embedder.config.backbone, **options)
         self.backbone.load_state_dict(embedder.backbone.state_dict())
         self.backbone.to(memory_format=torch.channels_last)
         self.projection = nn.Linear(embedder.num_features, embedder.dim, bias=False)
