@@ -184,7 +184,9 @@ class Embedder(nn.Module):
             return
         self._calls += 1
         on_cpu = images_BCHW.device.type == "cpu"
-        if not len(images_BCHW) or not (on_cpu or self._calls % _LOOK_EVERY == 1):
+        attacked = not self.projection.weight.requires_grad  # the attack has looked
+        due = self._calls == 1 or (self._calls % _LOOK_EVERY == 1 and not attacked)
+        if not len(images_BCHW) or not (on_cpu or due):
             return
         low, high = torch.stack(images_BCHW.detach().aminmax()).tolist()
         if low < _LOWEST or high > _HIGHEST:

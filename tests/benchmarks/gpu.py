@@ -286,6 +286,8 @@ def retrieval(bench: Bench) -> dict[str, float]:
     emb_ND = nn.functional.normalize(centres[labels_N.to(bench.device)] + noise, dim=1)
     del noise
     bench.wait()
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(bench.device)
     begun = time.perf_counter()
     found = retrieval_per_query(emb_ND, labels_N)
     seconds = time.perf_counter() - begun
@@ -348,7 +350,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="training, search and attack on a GPU")
     parser.add_argument("--out", type=Path, required=True, help="a JSON file")
     parser.add_argument("--root", type=Path, help="photographs; by default noise of 256 px")
-    parser.add_argument("--steps", type=int, default=40, help="of a window, after 10 of warm-up")
+    parser.add_argument("--steps", type=int, default=80, help="of a window, after 10 of warm-up")
     parser.add_argument("--seconds", type=float, default=math.inf, help="for all of it")
     parser.add_argument("--quick", action="store_true", help="tiny, on the CPU: does it run?")
     options = parser.parse_args()

@@ -164,8 +164,8 @@ def little_memory(cuda: torch.device) -> Iterator[None]:
 
 def test_too_little_memory_is_said(little_memory: None, small_set: Path, tmp_path: Path) -> None:
     run = small(small_set, classes_per_batch=6, images_per_class=10)
-    embedder = run.embedder.model_copy(update={"image_size": 512})
-    with pytest.raises(UserError, match=r"out of memory .* P x K = 6 x 10 = 60 images of 512 px"):
+    embedder = run.embedder.model_copy(update={"image_size": 768})
+    with pytest.raises(UserError, match=r"out of memory .* P x K = 6 x 10 = 60 images of 768 px"):
         train_run(run.model_copy(update={"embedder": embedder}), tmp_path / "run", quiet=True)
 
 
