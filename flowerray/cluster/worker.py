@@ -130,8 +130,6 @@ def _train(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str
     if saved is not None:
         refuse_changed(checkpoint.trained_on(saved), dataset.tags, dataset.root)
     method, embedder = method.to(device), embedder.to(device)
-    train_store = resident(train_store, device)
-    val_store = None if val_store is None else resident(val_store, device)
     kept = None
     if head:
         kept = keep_features(run, embedder, dataset)
@@ -139,6 +137,8 @@ def _train(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str
             start_from_pca(embedder.projection, torch.from_numpy(kept.views_NVF[:, 0]))
         data = head_data(kept, embedder)
     else:
+        train_store = resident(train_store, device)
+        val_store = None if val_store is None else resident(val_store, device)
         data = Data(train_store, targets_N, validation(run, dataset, train_store, val_store))
         if not run.embedder.freeze_bn and reporter.world > 1:
             method = convert_sync_batchnorm(method)
