@@ -66,7 +66,12 @@ class Standings:
     def rewind(self, step: int) -> None:
         """Nothing was written."""
 
-    def report(self, step: int, epoch: int, metrics: dict[str, float], *_: object) -> None:
+    def wait(self) -> None:
+        """Nothing is being written."""
+
+    def report(
+        self, step: int, epoch: int, metrics: dict[str, float], *_: object, **__: object
+    ) -> None:
         """Takes an epoch's end.
 
         Raises:
