@@ -67,7 +67,8 @@ def test_an_export_opens_on_both(model: Model, trained: Path) -> None:
         there = model.embedder(images_BCHW.to(parameter.device)).cpu()
         assert next(here.parameters()).device == CPU
         assert torch.allclose(here(images_BCHW), there, atol=1e-3)
-    content = torch.load(RunDir(trained).last / "state.pt", weights_only=True, map_location="cpu")
+    file = RunDir(trained).last / "state.pt"
+    content = torch.load(file, weights_only=True, map_location="cpu")
     assert all(value.isfinite().all() for value in content["method"].values())
 
 
