@@ -43,9 +43,10 @@ FLOORS = [
     "tuning: space pictures trial config database study searcher heads confirm command",
     "comparison: plan pictures command",
     "backbones: bench remote pictures command",
+    "export: portable card command",
     "serve: pyfunc",
-    "cli: options attack backbones cache compare data explain explore index report retrieval review"
-    " training tune",
+    "cli: options attack backbones cache compare data explain explore export index report"
+    " retrieval review training tune",
     "api",
 ]
 

@@ -67,6 +67,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "index": Command("index", "index", "photographs embedded once, to be searched; it grows"),
     "explain": Command("explain", "explain", "why two photographs are alike, by maps and concepts"),
+    "export": Command("export", "export", "a trained model for other programs: ONNX, torch.export"),
     "report": Command("report", "report", "one HTML page on a set of runs"),
     "cache": Command("cache", "cache", "what is kept to save time, and what of it may go"),
     "track": Command("review", "track", "send a run to MLflow that it did not get"),

@@ -201,6 +201,7 @@ def as_record(measurement: Measurement, root: Path, seconds: float) -> dict[str,
         },
         "queries": [name(path) for path in m.query_paths],
         "frozen": m.frozen,
+        "intervals": {name: told.to_dict() for name, told in m.decisions.intervals.items()},
         "seconds": seconds,
     }
 
