@@ -165,3 +165,37 @@ def test_the_gain_is_paired_by_seed() -> None:
     assert json.loads(json.dumps(single)) == {
         "n": 1, "mean": pytest.approx(0.1), "low": None, "high": None,
     }  # fmt: skip
+
+
+def test_the_best_heads_go_on_in_full_and_are_confirmed_as_both(
+    study: Study, made_up: Values
+) -> None:
+    """The second best head goes on best; each fresh seed trains a head and all of it from there."""
+    embedder = study.base.embedder.model_copy(update={"train": "head"})
+    train = study.base.train.model_copy(update={"lr": 0.02})
+    study.base = study.base.model_copy(update={"embedder": embedder, "train": train})
+    study.config = study.config.model_copy(update={"then_all": 2})
+    made_up.update({"0000": (0.9,), "0001": (0.8,)})
+    for seed in (1000, 1001):
+        made_up[f"trial-0000-head-seed-{seed}"] = (0.5,)
+        made_up[f"trial-0000-seed-{seed}"] = (0.7,)
+        made_up[f"default-seed-{seed}"] = (0.6,)
+    with Watcher(quiet=True) as watcher:
+        result = confirm(study, watcher, 1, 0)
+    assert (result["best_trial"], result["winner"], result["then_all"]) == ("0000", "tuned", 2)
+    assert result["confirmed"]["gain"][MAP_AT_R]["mean"] == pytest.approx(0.1)
+    assert "the best 2 heads were trained in full; trial 0000 went on best" in study_table(result)
+    folder = study.folder / "confirm"
+    runs = {
+        path.name: Run.from_dict(RunDir(path).read())
+        for path in (*folder.iterdir(), study.folder / "all" / "0000")
+    }
+    head = folder / "trial-0000-head-seed-1000"
+    assert runs[head.name].embedder.train == "head" and runs[head.name].train.lr == 0.02
+    for name, init in {
+        "trial-0000-seed-1000": head,
+        "default-seed-1000": None,
+        "0000": study.folder / "trials" / "0000",
+    }.items():
+        run = runs[name]
+        assert (run.embedder.train, run.init, run.train.lr) == ("all", init, 1e-4), name
