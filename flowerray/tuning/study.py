@@ -183,12 +183,17 @@ class Study:
     def optuna(self) -> Any:
         """Optuna's study; made, with the default configuration to begin with, where there is none.
         A damaged one is put aside, and made anew from the trials' RUN folders.
+
+        Raises:
+            UserError: see `book`; a damaged one of heads, which have no RUN folders.
         """
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         file = self.folder / "optuna.db"
         lost = file.exists() and damage(file)
+        if lost and self.of_heads:
+            raise UserError(f"{file}, which alone has the trials, is damaged ({lost}): begin anew.")
         if lost:
             aside = file.with_name(f"optuna.db.damaged-{time.time_ns()}")
             file.rename(aside)

@@ -114,6 +114,13 @@ def test_what_a_study_of_heads_refuses(
     assert not (tmp_path / "study").exists()
 
 
+def test_a_damaged_database_of_heads_is_one_sentence(small_set: Path, tmp_path: Path) -> None:
+    study = head_study(tmp_path / "study", small_set)
+    (study.folder / "optuna.db").write_bytes(b"no database")
+    with pytest.raises(UserError, match="is damaged .*: begin anew"):
+        study.requeue()
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_search_of_heads_goes_on_and_then_trains_all(
