@@ -25,13 +25,16 @@ def compare(words: list[str]) -> int:
     from flowerray.cluster.session import own_gpus
     from flowerray.comparison.command import compare, read_options
     from flowerray.comparison.pictures import comparison_table
-    from flowerray.comparison.plan import CompareConfig
+    from flowerray.comparison.plan import HEAD_IMAGES, CompareConfig
     from flowerray.files import as_json
 
-    resume = peek(words, resume={"type": Path})["resume"]
+    chosen = peek(words, resume={"type": Path}, **{"embedder.train": {"default": "all"}})
+    resume = chosen["resume"]
     if resume is not None:
         refuse(words, NOT_RESUMED, WHY_NOT_RESUMED)
     start = CompareConfig() if resume is None else read_options(resume)
+    if resume is None and chosen["embedder.train"] == "head":
+        start = start.model_copy(update={"images": HEAD_IMAGES})
 
     class Options(CompareConfig):
         out: Path | None = None

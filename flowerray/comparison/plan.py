@@ -22,6 +22,8 @@ from flowerray.tuning.study import Study
 ENOUGH_SEEDS = 5
 FRESH_SEED = 2000
 """First seed of tuned configurations: neither their searches nor the confirmations used it."""
+HEAD_IMAGES = 48_000
+"""What the command gives a head, whose images cost nothing once their features are kept."""
 SET_HERE = ("epochs", "images", "seed", "patience")
 """Of TrainConfig: what the budget and the seeds decide."""
 

@@ -409,17 +409,20 @@ def test_a_place_that_cannot_be_written_is_one_sentence(
     assert f"{out} cannot be written" in said and "Traceback" not in said
 
 
-@pytest.mark.parametrize(("said", "gpus"), [([], 1.0), (["--gpus", "0"], 0.0)])
-def test_a_machine_with_a_gpu_trains_on_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], gpus: float
+@pytest.mark.parametrize(
+    ("said", "gpus", "images"),
+    [([], 1.0, 12_000), (["--gpus", "0"], 0.0, 12_000), (["--embedder.train", "head"], 1, 48_000)],
+)
+def test_the_budget_follows_the_machine_and_what_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], gpus: float, images: int
 ) -> None:
-    taken: list[float] = []
+    taken: list[tuple[float, int]] = []
 
     def stop(config: CompareConfig, *_: object, **__: object) -> None:
-        taken.append(config.gpus)
+        taken.append((config.gpus, config.images))
         raise UserError("enough")
 
     monkeypatch.setattr("flowerray.comparison.command.compare", stop)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert dispatch(["compare", "--out", str(tmp_path / "out"), *said]) == 2
-    assert taken == [gpus]
+    assert taken == [(gpus, images)]
