@@ -55,6 +55,8 @@ space: dict[str, dict[str, Any]] = {
     "method.scale": {"low": 4.0, "high": 32.0, "log": True},
 }
 
+defaults: dict[str, dict[str, Any]] = {"head": {"epochs": 45, "lr": 1e-3}}
+
 
 @final
 class Center(Method):

@@ -67,6 +67,8 @@ space: dict[str, dict[str, Any]] = {
     "method.negatives": {"choices": ["all", "balanced", "hard"]},
 }
 
+defaults: dict[str, dict[str, Any]] = {"head": {"epochs": 45, "lr": 1e-3}}
+
 
 @final
 class Siamese(Method):

@@ -60,6 +60,8 @@ space: dict[str, dict[str, Any]] = {
     "method.miner": {"choices": ["all", "semi-hard", "batch-hard", "distance-weighted"]},
 }
 
+defaults: dict[str, dict[str, Any]] = {"head": {"epochs": 45, "lr": 1e-3}}
+
 
 @final
 class Triplet(Method):
