@@ -207,15 +207,17 @@ def best_heads(study: Study, ended: Sequence[Any]) -> list[Any]:
 
 
 def whole(run: Run, head: Path | None) -> Run:
-    """The full training that follows a head: of its loss, batches and images, and with the default
-    learning rates and decay of full trainings.
+    """The full training that follows a head: of its loss and batches, with the default learning
+    rates, decay and epochs of full trainings; all draw equally many images.
     """
     embedder = run.embedder.model_copy(update={"train": "all", "start": "orthogonal"})
     plain = own_defaults(TrainConfig(), run.method_name, embedder)
-    rates = {name: getattr(plain, name) for name in ("lr", "head_lr_factor", "weight_decay")}
-    train_config = run.train.model_copy(update=rates)
-    changes = {"embedder": embedder, "train": train_config, "init": head or run.init}
-    return run.model_copy(update=changes)
+    names = ("lr", "head_lr_factor", "weight_decay", "epochs")
+    changes: dict[str, Any] = {name: getattr(plain, name) for name in names}
+    changes["images"] = round(run.train.images * plain.epochs / run.train.epochs)
+    train_config = run.train.model_copy(update=changes)
+    init = head or run.init
+    return run.model_copy(update={"embedder": embedder, "train": train_config, "init": init})
 
 
 def train_all(study: Study, heads: Sequence[Any], **share: Any) -> tuple[Any, RunDir]:

@@ -172,7 +172,7 @@ def test_the_best_heads_go_on_in_full_and_are_confirmed_as_both(
 ) -> None:
     """The second best head goes on best; each fresh seed trains a head and all of it from there."""
     embedder = study.base.embedder.model_copy(update={"train": "head"})
-    train = study.base.train.model_copy(update={"lr": 0.02})
+    train = study.base.train.model_copy(update={"lr": 0.02, "epochs": 45, "images": 3000})
     study.base = study.base.model_copy(update={"embedder": embedder, "train": train})
     study.config = study.config.model_copy(update={"then_all": 2})
     made_up.update({"0000": (0.9,), "0001": (0.8,)})
@@ -199,3 +199,4 @@ def test_the_best_heads_go_on_in_full_and_are_confirmed_as_both(
     }.items():
         run = runs[name]
         assert (run.embedder.train, run.init, run.train.lr) == ("all", init, 1e-4), name
+        assert (run.train.epochs, run.train.images) == (15, 1000)
