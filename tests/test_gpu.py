@@ -1,12 +1,17 @@
 """What a GPU asks for, as far as a machine without one can show it; tests/gpu needs one."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from flowerray import gpu
 from flowerray.cli import COMMANDS, Command, dispatch
+from flowerray.cluster.driver import train_run
 from flowerray.cluster.worker import pick_device
 from flowerray.errors import UserError
+from flowerray.tuning.trial import OUT_OF_MEMORY, reason_of
+from tests.small import small
 
 FULL = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB."
@@ -62,3 +67,17 @@ def test_a_snapshot_keeps_what_later_steps_change() -> None:
     get = gpu.snapshot({"a": [weight, 3], "b": None}, torch.device("cpu"))
     weight.zero_()
     assert get()["a"][0].tolist() == [0, 1, 2, 3] and get()["a"][1] == 3 and get()["b"] is None
+
+
+def test_a_training_that_does_not_fit_names_its_batch(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise FULL
+
+    monkeypatch.setattr("flowerray.cluster.worker.train", fail)
+    with pytest.raises(UserError, match="out of memory") as stop:
+        train_run(small(small_set), tmp_path / "run", quiet=True)
+    said = str(stop.value)
+    assert "P x K = 3 x 4 = 12 images of 32 px with test_efficientnet does not fit" in said
+    assert "`train.classes_per_batch`" in said and reason_of(stop.value) == OUT_OF_MEMORY
