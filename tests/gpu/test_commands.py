@@ -118,8 +118,8 @@ def test_every_command_runs(trained: Path, say: Say, tmp_path: Path, small_set: 
         tmp_path / "sheet.png",
     )[0]
     say("explain", trained, first, second, "--concepts", 0, "--out", tmp_path / "why")
-    say("explain", trained, "--concepts", 2, "--out", tmp_path / "concepts")
-    say("explore", "--data.root", small_set, "--run", trained, "--out", tmp_path / "explored")
+    say("explain", trained, "--max-images", 6, "--out", tmp_path / "judged")
+    say("explore", small_set, "--run", trained, "--out", tmp_path / "explored")
 
 
 def test_neighbours_are_the_cpus(device: torch.device) -> None:
@@ -136,12 +136,12 @@ def test_bf16_trains_as_well(device: torch.device, tmp_path: Path) -> None:
     """Val R@1 within 2 points of fp32, 400 queries of 40 rendered classes; a CPU, where bf16 can be
     very slow, has 8 classes.
     """
-    classes, lost = (8, 0.1) if device.type == "cpu" else (40, 0.02)
+    classes, epochs, lost = (8, 3, 0.1) if device.type == "cpu" else (40, 12, 0.02)
     synthetic = SyntheticConfig(classes=classes, scale=0.01, size=72)
     found = []
     for precision in ("fp32", "bf16"):
         run = small(
-            tmp_path, epochs=3, classes_per_batch=classes // 2, precision=precision, lr=3e-4
+            tmp_path, epochs=epochs, classes_per_batch=classes // 2, precision=precision, lr=3e-4
         )
         embedder = {"backbone": "tf_efficientnet_lite0", "weights": "bundled", "image_size": 64}
         update = {
@@ -151,7 +151,7 @@ def test_bf16_trains_as_well(device: torch.device, tmp_path: Path) -> None:
         out = tmp_path / precision
         train_run(put(run.model_copy(update=update), device), out, quiet=True)
         found.append(max(value for _, value in RunDir(out).series("val/recall_at_1")))
-    assert found[0] > 0.4 and found[1] >= found[0] - lost
+    assert found[0] > 2 / classes and found[1] >= found[0] - lost
 
 
 @pytest.mark.ray
