@@ -75,7 +75,7 @@ def check(words: list[str]) -> int:
     for problem in problems:
         print(visible(problem))
     for remark in remarks(options.root):
-        print(labelled("known", visible(remark)))
+        print(labelled("known", remark))
     print(
         f"{options.root}: {len(problems)} problems"
         if problems

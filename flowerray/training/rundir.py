@@ -320,7 +320,7 @@ class FolderReporter:
         self.refuse_outdated()
         for folder in (self.dir.last, self.dir.best):  # what a kill left of a save
             for left in folder.parent.glob(f".{folder.name}.*"):
-                if left != previous(folder):
+                if left != previous(folder) or folder.is_dir():
                     shutil.rmtree(left, ignore_errors=True)
         if self.dir.metrics.exists():
             kept = [_line(record) for record in self.dir.records() if record["step"] <= step]

@@ -1,9 +1,7 @@
 """An INDEX is whole after any kill, refuses what is not its own, and stays inside its folder."""
 
 import json
-import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +13,7 @@ from flowerray.errors import UserError
 from flowerray.index import cells, contents
 from flowerray.index.contents import Photograph, change, checksum, create, model_file, open_index
 from tests.index.test_cells import unit
+from tests.killed import killed_at
 
 DIM = 12
 
@@ -85,36 +84,6 @@ def test_cells_are_kept_until_the_index_has_doubled(
     assert cells.recall(index.vectors_ND, index.cells).mean() >= 0.98
     index, _ = change(folder, photographs(300, seed=3, place="/c"))
     assert index.manifest["partitioned"] == 2220
-
-
-def killed_at(event: int, folder: Path, work: Callable[[], object]) -> bool:
-    """Runs `work` in a process that ends, as by a kill, before its n-th change of a file or folder
-    below `folder`, or before the n-th wait for the disk; False where it came to its end.
-    """
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    left = [event]
-
-    def one(name: str, arguments: tuple[Any, ...]) -> None:
-        changing = name in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "fsync")
-        writing = name == "open" and arguments[1] not in ("r", "rb", None)
-        if (changing or writing) and (name == "fsync" or str(folder) in str(arguments[0])):
-            left[0] -= 1
-            if left[0] == 0:
-                os._exit(9)
-
-    def synced(fd: Any, wait: Callable[[Any], None] = os.fsync) -> None:
-        one("fsync", ())
-        wait(fd)
-
-    setattr(os, "fsync", synced)  # noqa: B010
-    sys.addaudithook(one)
-    try:
-        work()
-    except BaseException:
-        os._exit(1)
-    os._exit(0)
 
 
 @pytest.mark.parametrize("exact", [cells.EXACT, 600])
