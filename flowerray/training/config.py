@@ -24,7 +24,7 @@ class TrainConfig(Config):
     images_per_class: int = Field(4, ge=2)
     """K: images of each class in a global batch; a batch holds P x K images over all workers."""
     lr: float = Field(1e-4, gt=0, le=1)
-    """AdamW's peak learning rate for the backbone. The default backbone starts from the method's own."""
+    """AdamW's peak learning rate for the backbone; for the default one each method has its own."""
     head_lr_factor: float = Field(10.0, gt=0)
     """The projection's and the loss parameters' learning rate, as a multiple of `lr`."""
     layer_decay: float = Field(1.0, gt=0, le=1)
