@@ -4,10 +4,11 @@
         [--protocol official] [--size 128] [--rows frozen center ...] [--seeds 0 1 2] [--split test]
 
 A row is `frozen`, or a training as a user would type it: `METHOD` or `METHOD:option=value,...` with
-options of the command line without dashes (`center:method.center-weight=0`). Each training is a RUN
-below `--out`, interrupted ones go on, and what stands in the results file is not made again: all of
-it may be done in pieces, on several machines. Without `--data.root` the set is the rendered one.
-Results of `--split val`, for choosing, stay in `--out`. Other options go to every training.
+options of the command line without dashes (`center:method.center-weight=0`); `head-first` among
+them begins at a head of the same method and seed. Each training is a RUN below `--out`, interrupted
+ones go on, and what stands in the results file is not made again: all of it may be done in pieces,
+on several machines. Without `--data.root` the set is the rendered one. Results of `--split val`,
+for choosing, stay in `--out`. Other options go to every training.
 """
 
 import argparse
@@ -132,6 +133,13 @@ def train(options: argparse.Namespace, extra: list[str], row: str, seed: int) ->
 
     own = ["--train.seed", str(seed)]
     for change in filter(None, changes.split(",")):
+        if change == "head-first":
+            head = Path(options.out) / f"{method}-head-{options.size}-seed{seed}"
+            if not (head / "thresholds.json").exists():
+                kept = [*words(options, extra, "official"), "--embedder.train", "head", *own]
+                flowerray(["train", method, *kept, "--out", str(head)], head.with_suffix(".log"))
+            own += ["--init", str(head)]
+            continue
         option, equals, value = change.partition("=")
         own += [f"--{option}", value] if equals else [f"--{option}"]
     if options.protocol != "trainval":
