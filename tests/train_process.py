@@ -47,9 +47,8 @@ def small_method(job: dict[str, Any]) -> tuple[Method, Embedder, NDArray[np.int6
     """A method with the weights of seed 0, its embedder, and the targets that it trains on."""
     torch.manual_seed(0)
     file = methods.get(job["method"])
-    embedder = Embedder(
-        EmbedderConfig(backbone="test_efficientnet", dim=16, image_size=32, weights="none")
-    )
+    backbone = job.get("backbone", "test_efficientnet")
+    embedder = Embedder(EmbedderConfig(backbone=backbone, dim=16, image_size=32, weights="none"))
     targets_N = np.array(job["targets"])
     own = Head(embedder) if job.get("head") else embedder
     method = file.method(
