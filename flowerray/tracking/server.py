@@ -190,11 +190,25 @@ def log_tags(client: Any, run_id: str, tags: dict[str, str]) -> None:
     client.log_batch(run_id, tags=[RunTag(_name(name), _text(tag)) for name, tag in tags.items()])
 
 
-def log_points(client: Any, run_id: str, points: Iterable[Point]) -> None:
-    """Logs points of curves; those that MLflow has already change nothing."""
+def log_points(
+    client: Any,
+    run_id: str,
+    points: Iterable[Point],
+    model_id: str | None = None,
+    dataset: str | None = None,
+    digest: str | None = None,
+) -> None:
+    """Logs points of curves; those that MLflow has already change nothing.
+
+    Args:
+        model_id: the logged model that they are figures of.
+        dataset: name of the data that they were measured on.
+        digest: of that data.
+    """
     from mlflow.entities import Metric
 
-    entities = [Metric(_name(point.name), *point[1:]) for point in points]
+    of = (model_id, dataset, digest) if model_id else ()
+    entities = [Metric(_name(point.name), *point[1:], *of) for point in points]
     for i in range(0, len(entities), METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=entities[i : i + METRICS_PER_BATCH])
 

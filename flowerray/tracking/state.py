@@ -42,6 +42,8 @@ class State:
     artifacts_sent: dict[str, list[int]] = field(default_factory=dict)
     """Size in bytes and time of change of the files sent, by path in the RUN folder."""
     model_uri: str | None = None
+    model_metrics: dict[str, list[float]] = field(default_factory=dict)
+    """Test figures that the logged model has: value, step, time in milliseconds."""
     closed: bool = False
     """The final status is sent."""
 

@@ -33,6 +33,7 @@ UNFINISHED: dict[str, Any] = {
 UNSENT: dict[str, Any] = {
     "experiment_id": None, "run_id": None, "model_uri": None, "bytes_sent": 0, "sent_mark": "",
     "described": False, "nested": False, "artifacts_sent": {}, "closed": False,
+    "model_metrics": {},
 }  # fmt: skip
 RECORDS_PER_BATCH = 100
 """Between two notes of how much MLflow has."""
@@ -261,6 +262,31 @@ def _send_files(client: Any, state: State, run_dir: Path) -> None:
         with server.uploading():
             made = registry.log_model(client, *ids, exports[0], dim)
         state.store(run_dir, model_uri=made)
+    if state.model_uri:
+        _send_model_metrics(client, state, run_dir)
+
+
+def _send_model_metrics(client: Any, state: State, run_dir: Path) -> None:
+    """The newest test figures of a RUN become the logged model's, on its data set: by them MLflow
+    ranks models.
+    """
+    assert state.run_id is not None and state.model_uri is not None
+    newest = {
+        name: [value, record["step"], int(record["time"] * 1000)]
+        for record, _ in read_records(RunDir(run_dir).metrics)
+        for name, value in record["metrics"].items()
+        if name.startswith("test/")
+    }
+    fresh = {name: told for name, told in newest.items() if state.model_metrics.get(name) != told}
+    if fresh:
+        points = [
+            server.Point(name, value, int(time_ms), int(step))
+            for name, (value, step, time_ms) in fresh.items()
+        ]
+        kind, digest = (state.tags.get(f"dataset/{fact}") for fact in ("kind", "fingerprint"))
+        model_id = state.model_uri.removeprefix("models:/")
+        server.log_points(client, state.run_id, points, model_id, kind, digest)
+        state.store(run_dir, model_metrics=newest)
 
 
 def _exports(run_dir: Path) -> list[Path]:

@@ -19,8 +19,10 @@ from flowerray.opening import Model, embed, open_model
 from flowerray.retrieval import command as measuring
 from flowerray.retrieval import embed as embedding
 from flowerray.retrieval.measure import EvaluateConfig
+from flowerray.tracking.state import State
 from flowerray.training.rundir import RunDir
 from tests.small import small
+from tests.tracking.tracked import client
 
 CPU = torch.device("cpu")
 
@@ -79,6 +81,12 @@ def test_an_evaluation_of_the_runs_own_data_is_kept(model: Model, run: RunDir) -
     again = measuring.evaluate_model(model, model.run.data, False, EvaluateConfig(), quiet=True)
     assert again.metrics == result.metrics and run.pairs.read_bytes() == pairs
     records = len(run.records())
+    best = client(run.path).search_logged_models(
+        [str(State.read(run.path).experiment_id)],
+        order_by=[{"field_name": "metrics.test/recall_at_1", "ascending": False}],
+    )[0]
+    told = {m.key: m for m in best.metrics or ()}["test/recall_at_1"]
+    assert told.value == result.metrics["recall_at_1"] and told.dataset_digest == model.dataset
     config = EvaluateConfig(gallery="self")
     other = measuring.evaluate_model(model, model.run.data, False, config, quiet=True)
     assert other.metrics["num_gallery"] == 24
