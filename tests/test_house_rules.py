@@ -50,7 +50,9 @@ def test_each_command_of_the_readme_exists(
 ) -> None:
     assert words[0] in cli.COMMANDS
     options = [word for word in words if word.startswith("--")]
-    second = words[1:2] if words[0] in ("train", "tune", "data") else []  # a RUN would be opened
+    second = (
+        words[1:2] if words[0] in ("train", "tune", "data", "index") else []
+    )  # a RUN would be opened
     with pytest.raises(SystemExit) if options else pytest.MonkeyPatch.context():
         if options:
             cli.dispatch([words[0], *second, "--help"])

@@ -18,6 +18,7 @@ def index(words: list[str]) -> int:
     import tyro
     from pydantic import Field
 
+    from flowerray.calibration import PRIOR
     from flowerray.config import Config
     from flowerray.files import as_json
 
@@ -48,6 +49,9 @@ def index(words: list[str]) -> int:
         """The photograph to look for."""
         k: int = Field(10, ge=1)
         """Neighbours to show."""
+        prior: float = Field(PRIOR, gt=0, lt=1)
+        """Chance that two photographs show one class before they are seen, for the
+        probabilities."""
 
     kinds = {"build": Build, "add": Change, "remove": Change, "search": Search, "check": Check}
     if words[:1] in (["-h"], ["--help"]):
@@ -73,9 +77,8 @@ def index(words: list[str]) -> int:
             result = command.remove(options.folder, options.paths)
         case "search":
             found = open_index(options.folder)
-            result = command.search(
-                found, command.model_of(found, device), options.photo, options.k
-            )
+            opened = command.model_of(found, device)
+            result = command.search(found, opened, options.photo, options.k, options.prior)
             show = table.neighbours
         case _:
             result, show = command.check(options.folder), table.checked

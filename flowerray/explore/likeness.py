@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flowerray.retrieval.search import nearest
+from flowerray.index.cells import partners
 
 SHOWN = 4
 """Images of each class that stand for it."""
@@ -42,7 +42,7 @@ def look_alikes(
     names, group_N = np.unique(labels_N, return_inverse=True)
     if len(names) < 2:
         return []
-    neighbour_N = nearest(emb_ND, k=1)[:, 0]
+    neighbour_N = partners(emb_ND)
     mean_CD = _class_means(np.asarray(emb_ND, np.float64), group_N)
     images_C = np.bincount(group_N)
     crossed_CC = np.zeros((len(names), len(names)))
@@ -117,7 +117,7 @@ def agreement_of_nearest(vectors_ND: NDArray[np.floating], labels_N: NDArray[np.
     """Share of images whose nearest other image is of their class; NaN for one image."""
     if len(labels_N) < 2:
         return float("nan")
-    neighbour_N = nearest(vectors_ND, k=1)[:, 0]
+    neighbour_N = partners(vectors_ND)
     return float((labels_N[neighbour_N] == labels_N).mean())
 
 

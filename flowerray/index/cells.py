@@ -7,20 +7,23 @@ Letters: N vectors, D dimensions, C cells, M rows that are looked at, K neighbou
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from flowerray.retrieval.search import nearest
 
 EXACT = 50_000
 """Rows up to which every one is looked at: a few milliseconds."""
 WANTED = 0.995
 """Recall@10 on a sample for which as many cells as needed are looked at: 0.99 with a margin."""
 NEIGHBOURS = 10
-SAMPLE = 400
+SAMPLE = 300
 """Vectors whose neighbours are sought to measure the recall."""
-_ROWS_PER_CELL = 500
-_PER_CENTROID = 50
+_ROWS_PER_CELL = 200
+_PER_CENTROID = 30
 """Rows from which a centroid is learned."""
 _BLOCK = 8192
 _ROUNDING = 2e-5
@@ -43,9 +46,14 @@ class Cells:
     probes: int
     """Cells that a query looks into."""
 
+    @cached_property
+    def _norms_C(self) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = np.square(self.centroids_CD).sum(1)
+        return found
+
     def spans(self, query_D: NDArray[np.float32]) -> Iterator[tuple[int, int]]:
         """First row and the one after the last of each cell to look into."""
-        far_C = distances(query_D[None], self.centroids_CD)[0]
+        far_C = self._norms_C - self.centroids_CD @ (2 * query_D)
         probes = min(self.probes, len(far_C))
         for c in np.sort(np.argpartition(far_C, probes - 1)[:probes]).tolist():
             yield int(self.ends_C[c - 1]) if c else 0, int(self.ends_C[c])
@@ -80,6 +88,34 @@ def nearest_rows(
     return row_M[order_K], near_MD[order_K] @ exact_D
 
 
+def partners(vectors_ND: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The nearest other row of each, N; above `EXACT` rows looked for in the nearest cells only,
+    which finds all but a few.
+    """
+    if len(vectors_ND) <= EXACT:
+        return nearest(vectors_ND, k=1)[:, 0]
+    order_N, cells = arrange(vectors_ND)
+    cells = replace(cells, probes=2 * cells.probes)  # seen from a centroid, not from each row
+    rows_ND, found_N = vectors_ND[order_N], np.empty(len(vectors_ND), np.int64)
+    start = 0
+    for centroid_D, end in zip(cells.centroids_CD, cells.ends_C.tolist(), strict=True):
+        near_M = np.concatenate([np.arange(a, b) for a, b in cells.spans(centroid_D)])
+        cosine_BM = rows_ND[start:end] @ rows_ND[near_M].T
+        cosine_BM[near_M == np.arange(start, end)[:, None]] = -np.inf
+        found_N[order_N[start:end]] = order_N[near_M[cosine_BM.argmax(1)]]
+        start = end
+    return found_N
+
+
+def arrange(vectors_ND: NDArray[np.float32]) -> tuple[NDArray[np.int64], Cells]:
+    """The order in which rows lie by cell, and the cells."""
+    centroids_CD = partition(vectors_ND)
+    cell_N = cell_of(vectors_ND, centroids_CD)
+    order_N = np.argsort(cell_N, kind="stable")
+    ends_C = np.cumsum(np.bincount(cell_N, minlength=len(centroids_CD)))
+    return order_N, enough(vectors_ND[order_N], Cells(centroids_CD, ends_C, 1))
+
+
 def partition(vectors_ND: Rows, seed: int = 0) -> NDArray[np.float32]:
     """Centroids of the cells, learned by k-means on a sample of the rows."""
     from sklearn.cluster import KMeans
@@ -88,7 +124,7 @@ def partition(vectors_ND: Rows, seed: int = 0) -> NDArray[np.float32]:
     rng = np.random.default_rng(seed)
     size = min(len(vectors_ND), cells * _PER_CENTROID)
     rows = np.sort(rng.choice(len(vectors_ND), size, replace=False))
-    kmeans = KMeans(cells, init="random", n_init=1, max_iter=10, random_state=seed)
+    kmeans = KMeans(cells, init="random", n_init=1, max_iter=8, random_state=seed)
     found: NDArray[np.float32] = kmeans.fit(vectors_ND[rows]).cluster_centers_
     return found
 
@@ -115,28 +151,39 @@ def recall(
     if cells is None:
         return np.ones(min(SAMPLE, len(vectors_ND)))
     found = []
-    for row, exact_K in _exact_sample(vectors_ND, seed):
-        rows, _ = nearest_rows(vectors_ND, vectors_ND[row], NEIGHBOURS, cells, without=row)
+    for row, exact_K in zip(*_exact_sample(vectors_ND, seed), strict=True):
+        rows, _ = nearest_rows(vectors_ND, vectors_ND[row], len(exact_K), cells, without=row)
         found.append(len(np.intersect1d(rows, exact_K)) / len(exact_K))
     return np.array(found)
 
 
 def enough(vectors_ND: NDArray[np.float32], cells: Cells) -> Cells:
     """The cells with as few probes as reach the wanted recall on a sample."""
-    probes = np.zeros(0, np.int64)
-    for row, exact_K in _exact_sample(vectors_ND, seed=1):
-        far_C = distances(vectors_ND[row][None], cells.centroids_CD)[0]
-        rank_C = np.argsort(np.argsort(far_C, kind="stable"))
-        cell_K = np.searchsorted(cells.ends_C, exact_K, side="right")
-        probes = np.append(probes, rank_C[cell_K] + 1)
-    return replace(cells, probes=int(np.quantile(probes, WANTED, method="higher")))
+    rows_S, exact_SK = _exact_sample(vectors_ND, seed=1)
+    far_SC = distances(vectors_ND[rows_S], cells.centroids_CD)
+    rank_SC = far_SC.argsort(1, kind="stable").argsort(1)
+    cell_SK = np.searchsorted(cells.ends_C, exact_SK, side="right")
+    rank_SK = np.take_along_axis(rank_SC, cell_SK, axis=1)
+    return replace(cells, probes=1 + int(np.quantile(rank_SK, WANTED, method="higher")))
 
 
 def _exact_sample(
     vectors_ND: NDArray[np.float32], seed: int
-) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Rows of a sample, each with its nearest other rows."""
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """A sample of S rows, and the nearest other rows of each, S x K."""
     rng = np.random.default_rng(seed)
-    rows = rng.choice(len(vectors_ND), min(SAMPLE, len(vectors_ND)), replace=False)
-    for row in rows.tolist():
-        yield row, nearest_rows(vectors_ND, vectors_ND[row], NEIGHBOURS, without=row)[0]
+    rows_S = rng.choice(len(vectors_ND), min(SAMPLE, len(vectors_ND)), replace=False)
+    sample_SD = vectors_ND[rows_S]
+    best_SK, found_SK = np.empty((len(rows_S), 0), np.float32), np.empty((len(rows_S), 0), int)
+    for start in range(0, len(vectors_ND), _BLOCK):
+        cosine_SB = sample_SD @ vectors_ND[start : start + _BLOCK].T
+        inside = np.flatnonzero((rows_S >= start) & (rows_S < start + _BLOCK))
+        cosine_SB[inside, rows_S[inside] - start] = -np.inf
+        here_SB = np.broadcast_to(np.arange(start, start + cosine_SB.shape[1]), cosine_SB.shape)
+        best_SK = np.concatenate([best_SK, cosine_SB], axis=1)
+        found_SK = np.concatenate([found_SK, here_SB], axis=1)
+        k = min(NEIGHBOURS, len(vectors_ND) - 1)
+        top_SK = np.argpartition(best_SK, -k, axis=1)[:, -k:]
+        best_SK = np.take_along_axis(best_SK, top_SK, axis=1)
+        found_SK = np.take_along_axis(found_SK, top_SK, axis=1)
+    return rows_S, found_SK

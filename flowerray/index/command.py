@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from flowerray.calibration import PRIOR
 from flowerray.data.images import decode, decoding_map, eval_crop, read_image
 from flowerray.data.listing import is_listing
 from flowerray.data.store import floats
@@ -159,39 +160,48 @@ def remove(folder: Path, places: Sequence[Path]) -> dict[str, Any]:
     return {"index": str(folder), "removed": gone, "photographs": len(index)}
 
 
-def search(index: Index, model: Model, photo: Path, k: int) -> dict[str, Any]:
-    """The `k` nearest of an INDEX to a photograph, and whether none is near enough to be of its
-    class; the photograph itself, told by its content, is left out.
+def search(index: Index, model: Model, photo: Path, k: int, prior: float = PRIOR) -> dict[str, Any]:
+    """The `k` nearest of an INDEX to a photograph, the chance that each is of its class, and
+    whether none is near enough to be; the photograph itself, told by its content, is left out.
+
+    Args:
+        prior: that chance before the images are seen.
     """
     digest, crop = _read(photo, model.embedder.image_size)
     if isinstance(crop, str):
         decode(photo)  # which says why
         raise AssertionError(crop)
     emb_D = embed_crops(model.embedder, [crop])[0]
-    return {"query": str(photo), **neighbours(index, model, emb_D, k, digest)}
+    return {"query": str(photo), **neighbours(index, model, emb_D, k, prior, digest)}
 
 
 def neighbours(
-    index: Index, model: Model, emb_D: NDArray[np.float32], k: int, without: bytes = b""
+    index: Index,
+    model: Model,
+    emb_D: NDArray[np.float32],
+    k: int,
+    prior: float = PRIOR,
+    without: bytes = b"",
 ) -> dict[str, Any]:
     """What `search` answers of an embedding.
 
     Args:
-        without: hash of a file that is left out, however often it is there.
+        without: hash of a file that is left out, up to `COPIES` times.
     """
-    rows_K, cosine_K = index.nearest(emb_D, k + COPIES)
     found = [
-        (row, cosine)
-        for row, cosine in zip(rows_K.tolist(), cosine_K.tolist(), strict=True)
+        (int(row), float(cosine))
+        for row, cosine in zip(*index.nearest(emb_D, k + COPIES), strict=True)
         if index.digest(row) != without
     ][:k]
+    known = model.calibration
     return {
         "neighbours": [
             {
                 "image": str(index.path(row)),
                 "label": index.label(row),
                 "similarity": cosine,
-                "probability": None,
+                "probability": None if known is None else float(known.probability(cosine, prior)),
+                "id": index.digest(row).hex(),
             }
             for row, cosine in found
         ],

@@ -304,8 +304,10 @@ def _write(index: Index, left_N: NDArray[np.bool_], added: Sequence[Photograph])
             ends_C = np.cumsum(np.bincount(cell_N, minlength=len(centroids_CD)))
             np.save(temporary / "cells.npy", centroids_CD)
             np.save(temporary / "ends.npy", ends_C)
-            vectors_ND = np.load(temporary / "vectors.npy", mmap_mode="r")
-            probes = enough(vectors_ND, Cells(centroids_CD, ends_C, 1)).probes
+            probes = manifest["probes"]
+            if index.cells is None or centroids_CD is not index.cells.centroids_CD:
+                vectors_ND = np.load(temporary / "vectors.npy", mmap_mode="r")
+                probes = enough(vectors_ND, Cells(centroids_CD, ends_C, 1)).probes
         checksums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
     new = Manifest(
         model=manifest["model"], classes=classes, parts=parts.name, checksums=checksums,

@@ -1,7 +1,7 @@
-"""Nearest neighbours among many embeddings: our cells beside faiss and usearch, in the same run.
+"""Nearest neighbours among many embeddings: flowerray's beside faiss and usearch, in the same run.
 
     uv run --with faiss-cpu --with usearch python -m tests.benchmarks.index --out FILE.json
-        [--rows 1000000] [--dim 128] [--sides cells faiss-ivf faiss-hnsw usearch]
+        [--rows 1000000] [--dim 128] [--sides flowerray faiss-ivf faiss-hnsw usearch]
 
 Each side is a process of its own, one after the other, on the same file of vectors. It looks as far
 as it needs to for a recall@10 of 0.99 on tuning queries and is measured on others. The vectors are
@@ -26,7 +26,8 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from flowerray.index.cells import Cells, cell_of, nearest_rows, partition
+from flowerray.index import contents
+from flowerray.index.cells import nearest_rows
 from tests.benchmarks.command import about
 
 K = 10
@@ -49,44 +50,47 @@ class Side(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
-class OurCells:
-    """flowerray/index/cells.py over `.npy` files, as the index keeps them."""
+class Ours:
+    """flowerray's INDEX folder as `flowerray index` writes it, names, hashes and all."""
 
     effort = 8
 
-    def build(self, vectors_ND: Vectors) -> None:
-        self.centroids_CD = partition(vectors_ND)
-        self._arrange(vectors_ND, np.arange(len(vectors_ND)))
+    def __init__(self) -> None:
+        self.place = tempfile.TemporaryDirectory()
+        self.folder = Path(self.place.name) / "index"
 
-    def _arrange(self, vectors_ND: Vectors, ids_N: NDArray[np.int64]) -> None:
-        cell_N = cell_of(vectors_ND, self.centroids_CD)
-        order_N = np.argsort(cell_N, kind="stable")
-        self.vectors_ND, self.ids_N = vectors_ND[order_N], ids_N[order_N]
-        counts_C = np.bincount(cell_N, minlength=len(self.centroids_CD))
-        self.cells = Cells(self.centroids_CD, np.cumsum(counts_C), self.effort)
+    def build(self, vectors_ND: Vectors) -> None:
+        model = Path(self.place.name) / "model.pth"
+        model.write_bytes(b"")
+        contents.create(self.folder, model, "none", vectors_ND.shape[1])
+        self.add(vectors_ND, 0)
 
     def search(self, query_D: Vectors) -> NDArray[np.int64]:
-        cells = replace(self.cells, probes=self.effort)
-        return self.ids_N[nearest_rows(self.vectors_ND, query_D, K, cells)[0]]
+        cells = self.index.cells
+        assert cells is not None
+        if cells.probes != self.effort:
+            cells = replace(cells, probes=self.effort)
+            self.index = replace(self.index, cells=cells)
+        rows_K, _ = nearest_rows(self.index.vectors_ND, query_D, K, cells)
+        return np.array([int(self.index.path(row).stem) for row in rows_K])
 
     def add(self, vectors_ND: Vectors, first: int) -> None:
-        ids_N = np.arange(first, first + len(vectors_ND))
-        both = np.concatenate([self.vectors_ND, vectors_ND])
-        self._arrange(both, np.concatenate([self.ids_N, ids_N]))
+        photographs = [
+            contents.Photograph(Path(f"/photographs/{first + n}.jpg"), bytes(16), "none", emb_D)
+            for n, emb_D in enumerate(vectors_ND)
+        ]
+        self.index, _ = contents.change(self.folder, photographs)
 
     def remove(self, ids: NDArray[np.int64]) -> None:
-        left_N = ~np.isin(self.ids_N, ids)
-        self._arrange(self.vectors_ND[left_N], self.ids_N[left_N])
+        paths = {f"/photographs/{n}.jpg".encode() for n in ids.tolist()}
+        self.index, _ = contents.change(self.folder, gone=paths.__contains__)
 
     def save(self, folder: Path) -> None:
-        for name in ("vectors_ND", "ids_N", "centroids_CD"):
-            np.save(folder / f"{name}.npy", getattr(self, name))
-        np.save(folder / "ends_C.npy", self.cells.ends_C)
+        folder.rmdir()
+        folder.symlink_to(self.folder)  # it is written already
 
     def load(self, folder: Path) -> None:
-        for name in ("vectors_ND", "ids_N", "centroids_CD"):
-            setattr(self, name, np.load(folder / f"{name}.npy", mmap_mode="r"))
-        self.cells = Cells(self.centroids_CD, np.load(folder / "ends_C.npy"), self.effort)
+        self.index = contents.open_index(folder.resolve())
 
 
 class Faiss:
@@ -104,8 +108,8 @@ class Faiss:
             self.index = faiss.IndexHNSWFlat(dim, 32)
             self.index.hnsw.efConstruction = 80
         else:
-            self.index = faiss.IndexIVFFlat(faiss.IndexFlatL2(dim), dim, len(vectors_ND) // 500)
-            self.index.train(vectors_ND[:: max(1, len(vectors_ND) // 100_000)])
+            self.index = faiss.IndexIVFFlat(faiss.IndexFlatL2(dim), dim, len(vectors_ND) // 200)
+            self.index.train(vectors_ND[:: max(1, len(vectors_ND) // 150_000)])
         self.index.add(vectors_ND)
 
     def search(self, query_D: Vectors) -> NDArray[np.int64]:
@@ -167,7 +171,7 @@ class Usearch:
 
 
 SIDES: dict[str, Callable[[], Side]] = {
-    "cells": OurCells,
+    "flowerray": Ours,
     "faiss-ivf": lambda: Faiss("ivf"),
     "faiss-hnsw": lambda: Faiss("hnsw"),
     "usearch": Usearch,
@@ -229,7 +233,7 @@ def once(name: str, folder: Path) -> dict[str, Any]:
     kept = folder / name
     kept.mkdir()
     result["save_seconds"] = seconds(lambda: side.save(kept))
-    result["file_mib"] = sum(file.stat().st_size for file in kept.iterdir()) / 2**20
+    result["file_mib"] = sum(file.stat().st_size for file in kept.resolve().rglob("*")) / 2**20
     words = [
         sys.executable,
         "-m",

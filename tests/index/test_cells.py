@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flowerray.index.cells import Cells, cell_of, enough, nearest_rows, partition, recall
+from flowerray.index import cells as cells_file
+from flowerray.index.cells import Cells, arrange, nearest_rows, partners, recall
 from flowerray.retrieval.search import nearest
 
 
@@ -20,11 +21,8 @@ def unit(rows: int, dim: int = 12, seed: int = 0, classes: int = 40) -> NDArray[
 
 def arranged(emb_ND: NDArray[np.float32]) -> tuple[NDArray[np.float32], Cells]:
     """Rows by cell, with as many probes as reach the wanted recall."""
-    centroids_CD = partition(emb_ND)
-    cell_N = cell_of(emb_ND, centroids_CD)
-    rows_ND = emb_ND[np.argsort(cell_N, kind="stable")]
-    ends_C = np.cumsum(np.bincount(cell_N, minlength=len(centroids_CD)))
-    return rows_ND, enough(rows_ND, Cells(centroids_CD, ends_C, 1))
+    order_N, found = arrange(emb_ND)
+    return emb_ND[order_N], found
 
 
 def test_exact_search_ranks_as_retrieval_does_ties_included() -> None:
@@ -49,7 +47,7 @@ def test_fewer_rows_than_asked_for(rows: int, k: int, without: int, found: int) 
 
 def test_cells_find_what_the_exact_search_finds() -> None:
     rows_ND, cells = arranged(unit(6000))
-    assert len(cells.centroids_CD) == 12 and 1 < cells.probes < 12
+    assert len(cells.centroids_CD) == 30 and 1 < cells.probes < 30
     assert recall(rows_ND, cells).mean() >= 0.98
     assert recall(rows_ND, replace(cells, probes=1)).mean() < 0.95  # the measure can fail
     hits = [
@@ -68,3 +66,12 @@ def test_every_cell_is_an_exact_search() -> None:
             nearest_rows(rows_ND, query_D, 10, whole),
         )
         assert exact[0].tolist() == probed[0].tolist()
+
+
+def test_partners_of_many_rows_are_found_in_their_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    emb_ND = unit(3000)
+    exact_N = partners(emb_ND)
+    assert exact_N.tolist() == nearest(emb_ND, k=1)[:, 0].tolist()
+    monkeypatch.setattr(cells_file, "EXACT", 1000)
+    found_N = partners(emb_ND)
+    assert 0.97 < (found_N == exact_N).mean() <= 1 and not (found_N == np.arange(3000)).any()

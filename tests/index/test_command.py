@@ -53,12 +53,20 @@ def test_build_search_and_check(say: Say, small_run: Path, folders: Path, tmp_pa
     assert found.keys() == {"schema_version", "query", "neighbours", "unknown"}
     assert found["query"] == str(photo) and len(found["neighbours"]) == 3
     for n in found["neighbours"]:
-        assert n.keys() == {"image", "label", "similarity", "probability"}
+        assert n.keys() == {"image", "label", "similarity", "probability", "id"}
         assert n["label"] == Path(n["image"]).parent.name and n["image"] != str(photo)
     similar = json.loads(
         say("similar", small_run, photo, found["neighbours"][0]["image"], "--json")[0]
     )
     assert similar["similarity"] == pytest.approx(found["neighbours"][0]["similarity"], abs=1e-6)
+    model = open_model(str(small_run), CPU)
+    assert model.calibration is not None
+    assert found["unknown"] == (found["neighbours"][0]["similarity"] < model.threshold)
+    for prior in (0.5, 0.1):
+        found = json.loads(say("index", "search", out, photo, "--json", "--prior", prior)[0])
+        for n in found["neighbours"]:
+            expected = model.calibration.probability(n["similarity"], prior)
+            assert n["probability"] == pytest.approx(float(expected))
     text, _ = say("index", "search", out, photo)
     assert text.splitlines()[1].endswith(found["neighbours"][0]["image"])
     assert "12 photographs in 2 classes, as they were written" in say("index", "check", out)[0]
