@@ -163,5 +163,5 @@ def test_a_ray_worker_trains_on_it(
     more = {"resources__workers": 1, "resources__device": device.type}
     say("train", "triplet", *words(small_set, **more), "--out", tmp_path / "run")
     assert flowerray.load(tmp_path / "run").dim == 16
-    say("backbones", "--models", "test_efficientnet", "--embedder.weights", "none",
+    say("backbones", "--models", "test_efficientnet", "--random-weights", "--rounds", 1,
         "--data.root", small_set, "--image-size", 32, "--out", tmp_path / "backbones")  # fmt: skip
