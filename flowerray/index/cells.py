@@ -47,13 +47,13 @@ class Cells:
     """Cells that a query looks into."""
 
     @cached_property
-    def _norms_C(self) -> NDArray[np.float32]:
+    def _squares(self) -> NDArray[np.float32]:
         found: NDArray[np.float32] = np.square(self.centroids_CD).sum(1)
         return found
 
     def spans(self, query_D: NDArray[np.float32]) -> Iterator[tuple[int, int]]:
         """First row and the one after the last of each cell to look into."""
-        far_C = self._norms_C - self.centroids_CD @ (2 * query_D)
+        far_C = self._squares - self.centroids_CD @ (2 * query_D)
         probes = min(self.probes, len(far_C))
         for c in np.sort(np.argpartition(far_C, probes - 1)[:probes]).tolist():
             yield int(self.ends_C[c - 1]) if c else 0, int(self.ends_C[c])

@@ -8,13 +8,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from flowerray.cluster.tasks import DivergedTrainingsError, train_many
 from flowerray.cluster.watch import Watcher
 from flowerray.cluster.worker import pick_device
 from flowerray.errors import UserError
-from flowerray.files import write_json
+from flowerray.files import read_json, write_json
 from flowerray.opening import open_model
 from flowerray.retrieval.command import evaluate_model
 from flowerray.retrieval.floor import as_facts
@@ -36,6 +38,13 @@ HEADS = 3
 """So many of the best heads become RUNs, at least."""
 FIRST_SEED = 1000
 """The confirmation's seeds begin so far after the search's one."""
+
+
+class Registered(TypedDict):
+    """What is needed of an earlier result.json."""
+
+    champion: NotRequired[str]
+    registered: NotRequired[dict[str, Any]]
 
 
 def confirm(study: Study, watcher: Watcher, cpus: float, gpus: float) -> dict[str, Any]:
@@ -103,13 +112,21 @@ def confirm(study: Study, watcher: Watcher, cpus: float, gpus: float) -> dict[st
     result["frozen"] = over_floor(winner, gpus, watcher.quiet)
     result["registered"] = {"name": name, "alias": "champion", "version": None, "withheld": None}
     told = (result["frozen"] or {}).get("warning")
-    if told and not study.base.harden.on:
+    if told and not (study.base.harden.on or was_registered(study, winner)):
         result["registered"]["withheld"] = told
     else:
         version = watcher.later(sync.register, winner.path, name, "champion").result()
         result["registered"]["version"] = version
     write_json(study.folder / "result.json", result)
     return result
+
+
+def was_registered(study: Study, winner: RunDir) -> bool:
+    """The study had ended before with this champion, maybe of a version without a floor."""
+    file = study.folder / "result.json"
+    before = read_json(file, Registered) if file.exists() else Registered()
+    known = before.get("registered", {}).get("version"), Path(before.get("champion", "")).name
+    return known[0] is not None and known[1] == winner.path.name
 
 
 def over_floor(winner: RunDir, gpus: float, quiet: bool) -> dict[str, Any] | None:

@@ -58,6 +58,7 @@ class Ours:
     def __init__(self) -> None:
         self.place = tempfile.TemporaryDirectory()
         self.folder = Path(self.place.name) / "index"
+        self.index: contents.Index
 
     def build(self, vectors_ND: Vectors) -> None:
         model = Path(self.place.name) / "model.pth"
