@@ -60,7 +60,8 @@ space: dict[str, dict[str, Any]] = {
     "method.miner": {"choices": ["all", "semi-hard", "batch-hard", "distance-weighted"]},
 }
 
-defaults: dict[str, dict[str, Any]] = {"head": {"epochs": 45, "lr": 1e-3}}
+# Val MAP@R of Flowers-102 (128 px, 15 epochs, one seed): 1e-4 0.753, 2.5e-4 0.766.
+defaults: dict[str, dict[str, Any]] = {"all": {"lr": 2.5e-4}, "head": {"epochs": 45, "lr": 1e-3}}
 
 
 @final

@@ -2,8 +2,8 @@
 
     uv run python -m tests.benchmarks.tables
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`, NAME a file of docs/results without
-its ending; the command writes each anew.
+A table stands between `<!-- table NAME -->` (`<!-- table NAME brief -->`) and `<!-- end -->`, NAME
+a file of docs/results without its ending; the command writes each anew.
 """
 
 import json
@@ -17,8 +17,12 @@ from flowerray.statistics import mean_interval, paired_difference, t_interval
 from tests.benchmarks.flowers import RESULTS, unpacked
 
 PAGES = (RESULTS.parents[1] / "README.md", *sorted(RESULTS.parent.glob("*.md")))
-BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-LABELS = {"frozen": "frozen features", "center:method.center-weight=0": "cross-entropy"}
+BLOCK = re.compile(r"(<!-- table (\S+)( brief)? -->\n).*?(<!-- end -->)", re.DOTALL)
+LABELS = {
+    "frozen": "frozen features",
+    "center:method.center-weight=0": "cross-entropy",
+    "center:head-first,train.ema=0.98": "`center`, head first, `--train.ema 0.98`",
+}
 COLUMNS = {
     "R@5": "recall_at_5",
     "R@10": "recall_at_10",
@@ -40,18 +44,18 @@ def with_tables(text: str) -> str:
     """A page with its tables as the figures have them."""
 
     def block(found: re.Match[str]) -> str:
-        return (
-            f"{found[1]}{table(json.loads((RESULTS / f'{found[2]}.json').read_text()))}\n{found[3]}"
-        )
+        content = json.loads((RESULTS / f"{found[2]}.json").read_text())
+        return f"{found[1]}{table(content, brief=bool(found[3]))}\n{found[4]}"
 
     return BLOCK.sub(block, text)
 
 
-def table(content: dict[str, Any]) -> str:
-    """One results file in Markdown."""
+def table(content: dict[str, Any], brief: bool = False) -> str:
+    """One results file in Markdown; `brief` leaves most of the means out."""
+    columns = {} if brief else COLUMNS
     rows = {row: seeds for row, seeds in content["rows"].items() if seeds}
     floor = hits(rows["frozen"])[0] if "frozen" in rows else None
-    head = ["", "seeds", "R@1", "gain over frozen", "MAP@R", *COLUMNS, "probe"]
+    head = ["", "seeds", "R@1", "gain over frozen", "MAP@R", *columns, "probe"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row, seeds in rows.items():
         ran, hits_SQ = list(seeds.values()), hits(seeds)
@@ -65,7 +69,7 @@ def table(content: dict[str, Any]) -> str:
             words(mean_interval(hits_SQ)),
             gain,
             words(t_interval(maps) if len(maps) > 1 else maps[0]),
-            *(mean([one["metrics"].get(key) for one in ran]) for key in COLUMNS.values()),
+            *(mean([one["metrics"].get(key) for one in ran]) for key in columns.values()),
             mean([one["probe_accuracy"] for one in ran]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
