@@ -380,7 +380,10 @@ def test_search_without_a_gallery(
 ) -> None:
     query, empty, sheet = small_set / "jpg" / "image_00001.jpg", tmp_path / "empty", tmp_path / "s"
     empty.mkdir()
-    for gallery, said in ((empty, "holds no images"), (tmp_path / "gone", "is not a folder")):
+    for gallery, said in (
+        (empty, "holds no images"),
+        (tmp_path / "gone", "is neither a folder nor a table"),
+    ):
         options = ["--gallery", gallery, "--sheet", sheet]
         assert said in refused("search", small_run, query, *options)
     good = tmp_path / "good"

@@ -22,6 +22,7 @@ NOT_RUN = {
     "explore": "draws maps with t-SNE; tests/explore runs it small",
     "attack": "takes minutes; tests/robustness runs it small",
     "explain": "judges a split or fits concepts; tests/explain runs it small",
+    "index": "needs the command before it; tests/index runs it",
     "report": "measures frozen backbones; tests/report runs it small",
 }
 """Commands that are only parsed here (test_house_rules), and why."""

@@ -59,7 +59,7 @@ def test_pairs_that_share_members_are_fewer_than_they_seem() -> None:
     assert shared.high - shared.low == pytest.approx(2 * half, rel=0.1)
     assert none.high - none.low == pytest.approx(2 * 1.96 * hits.std() / 20, rel=0.02)
     assert none.high - none.low < 0.7 * (shared.high - shared.low)
-    assert pair_interval(hits, np.arange(800).reshape(400, 2), ends) == shared
+    assert pair_interval(hits, ends, np.arange(800).reshape(400, 2)) == shared
     assert pair_interval(np.zeros(400), ends).high < 0.02
 
 

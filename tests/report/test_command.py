@@ -20,7 +20,7 @@ from flowerray.report.command import PAGE, resolve, words, write_report
 from flowerray.retrieval import command as measuring
 from flowerray.retrieval.measure import EvaluateConfig
 from flowerray.training.config import TrainConfig
-from flowerray.training.run import PRESETS, Run
+from flowerray.training.run import PRESETS, Run, from_preset
 from tests.report.runs import make_run
 from tests.ruined import ruin
 from tests.show.test_page import check_page
@@ -139,7 +139,7 @@ def test_the_runs_of_an_experiment(
 @pytest.mark.parametrize("method", methods.names())
 def test_the_command_of_a_run_makes_the_run_again(method: str, tmp_path: Path) -> None:
     config = methods.get(method).config
-    changed = [preset(config()) for preset in PRESETS.values()]
+    changed = [from_preset(name, config()) for name in PRESETS]
     changed.append(
         Run(
             method=config(),

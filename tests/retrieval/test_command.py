@@ -200,7 +200,7 @@ def test_search_in_each_kind_of_gallery(
 def test_a_gallery_has_to_be_a_folder_with_images(model: Model, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no images"):
         measuring.gallery_of(tmp_path)
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match="is neither a folder nor a table"):
         measuring.gallery_of(tmp_path / "none")
 
 
