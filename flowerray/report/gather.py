@@ -6,6 +6,7 @@ variant is everything else but the seed; runs of a variant differ in their seed 
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from flowerray.retrieval.measure import Evaluation
 from flowerray.robustness.record import Attacks
 from flowerray.tracking.server import ARTIFACTS
 from flowerray.tracking.sync import State
+from flowerray.training.run import Run
 from flowerray.training.rundir import Record, RunDir
 
 IGNORED = (
@@ -193,7 +195,10 @@ def read_run(path: Path) -> StoredRun:
         UserError: no RUN, or a file in it that is not what it should be.
     """
     folder = RunDir(path)
-    options = flatten(folder.read())
+    content = folder.read()
+    with suppress(UserError):  # options that its version did not have are at their defaults
+        content = Run.from_dict(content).to_dict()
+    options = flatten(content)
     if "method.name" not in options:
         raise UserError(f"{folder.run_json} names no method: it is not a run of this program.")
     note = State.read(folder.path)

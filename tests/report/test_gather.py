@@ -89,6 +89,14 @@ def test_a_run_from_before_hardening_is_of_the_same_variant(tmp_path: Path) -> N
     assert labels(old, make_run(tmp_path / "new", seed=1)) == [[("triplet", [0, 1])]]
 
 
+def test_a_run_without_the_options_of_newer_versions_is_of_the_same_variant(tmp_path: Path) -> None:
+    old, new = make_run(tmp_path / "old", seed=0), make_run(tmp_path / "new", seed=1)
+    content = json.loads((old / "run.json").read_text())
+    del content["train"]["images"], content["embedder"]["train"]
+    (old / "run.json").write_text(json.dumps({**content, "flowerray": "0.1.0"}))
+    assert labels(old, new) == [[("triplet", [0, 1])]]
+
+
 def test_other_data_or_another_split_is_another_setting(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / "a", fingerprint="one"),
