@@ -19,7 +19,7 @@ ROOT = PACKAGE.parent
 FLOORS = [
     "errors text system memory description",
     "config files pool statistics calibration cache gpu",
-    "model: modes fold embedder averages precision",
+    "model: modes fold config weights embedder averages precision",
     "rendered: species sprites scenery painter synthetic",
     "attacks: pgd logits objectives library bank",
     "data: dataset splits download images store resident folder listing oxford source batches"

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from flowerray.config import Config
 from flowerray.data.dataset import Dataset
 from flowerray.errors import UserError
-from flowerray.model.embedder import BUNDLED, Embedder, EmbedderConfig
+from flowerray.model.config import BUNDLED
+from flowerray.model.embedder import Embedder, EmbedderConfig
 from flowerray.model.modes import full_precision
 from flowerray.retrieval.measure import BuildStore, EvaluateConfig, measure
 from flowerray.statistics import mean_interval

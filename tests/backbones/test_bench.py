@@ -35,7 +35,7 @@ TINY = BackbonesConfig(image_size=32, random_weights=True, batch_size=2, rounds=
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("flowerray.model.embedder.HUB_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("flowerray.model.weights.HUB_TIMEOUT_S", 0.01)
 
 
 def store(paths: Any) -> Store:

@@ -27,7 +27,7 @@ def setting(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No network, and the database of `small_run`: a fresh one takes seconds to make."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{small_run.parent / 'mlflow.db'}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("flowerray.model.embedder.HUB_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("flowerray.model.weights.HUB_TIMEOUT_S", 0.01)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowerray.errors import UserError
-from flowerray.model.embedder import BUNDLED, Embedder, EmbedderConfig
+from flowerray.model.config import BUNDLED
+from flowerray.model.embedder import Embedder, EmbedderConfig
 
 
 def make(backbone: str = "test_resnet", image_size: int = 64, **fields: object) -> Embedder:
