@@ -71,7 +71,8 @@ ONLY_IN = {
 }
 SEES_A_RUN = (
     "training/run", "opening", "retrieval/command", "robustness/command", "robustness/record",
-    "explain/command", "report/command", "comparison/", "tuning/", "cluster/", "cli/", "api",
+    "explain/command", "report/command", "report/gather", "comparison/", "tuning/",
+    "cluster/", "cli/", "api",
 )  # fmt: skip
 ROLES = ("__init__", "config", "command", "table", "pictures")
 """Names of files that may stand in every topic."""
