@@ -53,7 +53,8 @@ def with_tables(text: str) -> str:
 def table(content: dict[str, Any], brief: bool = False) -> str:
     """One results file in Markdown; `brief` leaves most of the means out."""
     columns = {} if brief else COLUMNS
-    rows = {row: seeds for row, seeds in content["rows"].items() if seeds}
+    in_order = sorted(content["rows"].items(), key=lambda row: (row[0] != "frozen", row[0]))
+    rows = {row: seeds for row, seeds in in_order if seeds}
     floor = hits(rows["frozen"])[0] if "frozen" in rows else None
     head = ["", "seeds", "R@1", "gain over frozen", "MAP@R", *columns, "probe"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
