@@ -128,7 +128,7 @@ def train(options: argparse.Namespace, extra: list[str], row: str, seed: int) ->
         folder = place(protocol)
         if not (folder / "thresholds.json").exists():
             where = ["--resume" if folder.exists() else "--out", str(folder)]
-            flowerray(["train", method, *more, *where], folder.with_suffix(".log"))
+            flowerray(["train", method, *more, *where], folder.with_name(f"{folder.name}.log"))
         return folder
 
     own = ["--train.seed", str(seed)]
@@ -137,7 +137,9 @@ def train(options: argparse.Namespace, extra: list[str], row: str, seed: int) ->
             head = Path(options.out) / f"{method}-head-{options.size}-seed{seed}"
             if not (head / "thresholds.json").exists():
                 kept = [*words(options, extra, "official"), "--embedder.train", "head", *own]
-                flowerray(["train", method, *kept, "--out", str(head)], head.with_suffix(".log"))
+                flowerray(
+                    ["train", method, *kept, "--out", str(head)], head.with_name(f"{head.name}.log")
+                )
             own += ["--init", str(head)]
             continue
         option, equals, value = change.partition("=")
