@@ -1,5 +1,6 @@
 """What the benchmarks conclude from their raw figures."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -88,3 +89,28 @@ def test_hits_are_kept_a_bit_each() -> None:
 def test_tables_of_the_pages_are_those_of_the_results(page: Path) -> None:
     text = page.read_text()
     assert tables.with_tables(text) == text, "uv run python -m tests.benchmarks.tables writes them"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "expected"),
+    [("disjoint", ["disjoint", "disjoint"]), ("trainval", ["official", "official", "--from"])],
+)
+def test_a_head_that_a_row_begins_at_sees_no_other_classes(
+    protocol: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[list[str]] = []
+
+    def trained(words: list[str], log: Path) -> None:
+        folder = Path(words[words.index("--out") + 1])
+        folder.mkdir()
+        (folder / "thresholds.json").touch()
+        made.append(words)
+
+    monkeypatch.setattr(flowers, "flowerray", trained)
+    options = argparse.Namespace(out=tmp_path, protocol=protocol, size=32, root=None)
+    for _ in range(2):  # nothing is made again
+        flowers.train(options, [], "center:head-first,train.ema=0.9", 4)
+    split = [w[w.index("--data.protocol") + 1] if "--from" not in w else "--from" for w in made]
+    assert split == expected
+    head, whole = made[:2]
+    assert "head" in head and whole[whole.index("--init") + 1] == head[head.index("--out") + 1]

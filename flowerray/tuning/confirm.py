@@ -125,8 +125,8 @@ def was_registered(study: Study, winner: RunDir) -> bool:
     """The study had ended before with this champion, maybe of a version without a floor."""
     file = study.folder / "result.json"
     before = read_json(file, Registered) if file.exists() else Registered()
-    known = before.get("registered", {}).get("version"), Path(before.get("champion", "")).name
-    return known[0] is not None and known[1] == winner.path.name
+    registered = before.get("registered", {}).get("version") is not None
+    return registered and Path(before.get("champion", "")).name == winner.path.name
 
 
 def over_floor(winner: RunDir, gpus: float, quiet: bool) -> dict[str, Any] | None:

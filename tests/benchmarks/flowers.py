@@ -120,34 +120,30 @@ def train(options: argparse.Namespace, extra: list[str], row: str, seed: int) ->
     """One RUN by the command line; `trainval` follows the official one, made first."""
     method, _, changes = row.partition(":")
     name = row.replace(":", "-").replace("=", "").replace(",", "-").replace("method.", "")
+    end = f"{options.size}-seed{seed}"
 
-    def place(protocol: str) -> Path:
-        return Path(options.out) / f"{name}-{protocol}-{options.size}-seed{seed}"
-
-    def made(protocol: str, more: list[str]) -> Path:
-        folder = place(protocol)
+    def made(name: str, more: list[str]) -> Path:
+        folder = Path(options.out) / f"{name}-{end}"
         if not (folder / "thresholds.json").exists():
             where = ["--resume" if folder.exists() else "--out", str(folder)]
             flowerray(["train", method, *more, *where], folder.with_name(f"{folder.name}.log"))
         return folder
 
-    own = ["--train.seed", str(seed)]
+    first = "official" if options.protocol == "trainval" else options.protocol
+    own = [*words(options, extra, first), "--train.seed", str(seed)]
     for change in filter(None, changes.split(",")):
         if change == "head-first":
-            head = Path(options.out) / f"{method}-head-{options.size}-seed{seed}"
-            if not (head / "thresholds.json").exists():
-                kept = [*words(options, extra, "official"), "--embedder.train", "head", *own]
-                flowerray(
-                    ["train", method, *kept, "--out", str(head)], head.with_name(f"{head.name}.log")
-                )
-            own += ["--init", str(head)]
+            own += [
+                "--init",
+                str(made(f"{method}-head-{first}", [*own, "--embedder.train", "head"])),
+            ]
             continue
         option, equals, value = change.partition("=")
         own += [f"--{option}", value] if equals else [f"--{option}"]
+    source = made(f"{name}-{first}", own)
     if options.protocol != "trainval":
-        return made(options.protocol, [*words(options, extra, options.protocol), *own])
-    source = made("official", [*words(options, extra, "official"), *own])
-    return made("trainval", ["--from", str(source), "--resources.workers", "0"])
+        return source
+    return made(f"{name}-trainval", ["--from", str(source), "--resources.workers", "0"])
 
 
 def measured(folder: Path, split: str) -> Measurement:
