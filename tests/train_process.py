@@ -23,7 +23,7 @@ from flowerray.methods._base import Method
 from flowerray.model.embedder import Embedder, EmbedderConfig, Head
 from flowerray.model.modes import deterministic
 from flowerray.retrieval.measure import validation
-from flowerray.retrieval.views import Views, kept_views, one_view
+from flowerray.retrieval.views import Views, kept_views
 from flowerray.training import loop
 from flowerray.training.config import TrainConfig
 from flowerray.training.harden import HardenConfig
@@ -74,7 +74,7 @@ def train_small(job: dict[str, Any]) -> Method:
     data = Data(store, targets_N, validate if job.get("validate") else None)
     if job.get("head"):
         views = Views(kept_views(embedder, store, AugmentConfig(), 3))
-        data = Data(views, targets_N, None, lambda batch: one_view(batch.images, batch.uniforms))
+        data = Data(views, targets_N, None, views.view)
     harden = HardenConfig(**job.get("harden", {}))
     # On the CPU checkpoints are written beside the training only where a test wants that.
     beside = lambda device: job.get("beside", device.type == "cuda")  # noqa: E731

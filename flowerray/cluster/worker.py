@@ -34,7 +34,7 @@ from flowerray.retrieval.pairs import (
     pair_cosines,
     save_pairs,
 )
-from flowerray.retrieval.views import Views, kept_views, one_view
+from flowerray.retrieval.views import Views, kept_views
 from flowerray.robustness.guard import guard
 from flowerray.training import checkpoint
 from flowerray.training.loop import Data, Result, train
@@ -255,8 +255,8 @@ def head_data(kept: Kept, embedder: Embedder) -> Data:
             emb_QD = head(val_QF).float().cpu().numpy()
             return validation_metrics(emb_QD, labels_Q, gallery)
 
-    view = lambda batch: one_view(batch.images, batch.uniforms)  # noqa: E731
-    return Data(Views(kept.views_NVF), kept.targets_N, validate, view)
+    views = Views(kept.views_NVF, device)
+    return Data(views, kept.targets_N, validate, views.view)
 
 
 def finish(

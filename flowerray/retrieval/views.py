@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowerray import cache
 from flowerray.data.augment import AugmentConfig, augment, draw
+from flowerray.data.batches import Batch
 from flowerray.data.store import Store, floats
 from flowerray.model.embedder import Embedder
 from flowerray.model.modes import evaluating, full_precision
@@ -26,22 +27,26 @@ BATCH = 64
 
 
 class Views:
-    """Features of N images as `Batches` reads them."""
+    """Features of N images as `Batches` reads them: a batch is their indices, and the features of
+    its views are taken from where all of them lie.
+    """
 
-    def __init__(self, features_NVF: NDArray[np.float32]) -> None:
-        self.features_NVF = features_NVF
+    def __init__(
+        self, features_NVF: NDArray[np.float32], device: torch.device | str = "cpu"
+    ) -> None:
+        """Copies the features where they lie elsewhere, or cannot be written to (Ray's cannot)."""
+        self.features_NVF = torch.as_tensor(np.require(features_NVF, requirements="W"))
+        self.features_NVF = self.features_NVF.to(device)
 
     def padded(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """All views of some images, BVF, and no sizes."""
-        features_BVF = torch.from_numpy(self.features_NVF[np.asarray(indices)])
-        return features_BVF, torch.zeros(len(indices), 2, dtype=torch.int64)
+        """The indices, b, and no sizes."""
+        return torch.tensor(indices), torch.zeros(len(indices), 2, dtype=torch.int64)
 
-
-def one_view(features_BVF: Tensor, uniforms_BU: Tensor) -> Tensor:
-    """A view of each image, BF, drawn by the first of its random numbers."""
-    number = features_BVF.shape[1]
-    view_B = (uniforms_BU[:, 0] * number).long().clamp(max=number - 1)
-    return features_BVF[torch.arange(len(view_B), device=view_B.device), view_B]
+    def view(self, batch: Batch) -> Tensor:
+        """A view of each image, bF, drawn by the first of its random numbers."""
+        number = self.features_NVF.shape[1]
+        view_b = (batch.uniforms[:, 0] * number).long().clamp(max=number - 1)
+        return self.features_NVF[batch.images, view_b]
 
 
 def kept_views(

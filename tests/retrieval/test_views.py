@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from flowerray.data.augment import AugmentConfig, augment, draw
+from flowerray.data.batches import Batch
 from flowerray.data.store import Store
 from flowerray.model.embedder import Embedder, EmbedderConfig
 from flowerray.retrieval.embed import frozen_features
-from flowerray.retrieval.views import VIEW_SEED, Views, kept_views, one_view
+from flowerray.retrieval.views import VIEW_SEED, Views, kept_views
 
 SIZE = 32
 
@@ -75,13 +76,18 @@ def test_what_is_kept_is_taken_again_and_only_for_the_same(
 
 def test_a_step_takes_the_view_that_is_drawn() -> None:
     rng = np.random.default_rng(0)
-    views = Views(rng.random((6, 4, 5), dtype=np.float32))
-    features_BVF, sizes = views.padded(np.array([5, 0, 3]))
-    assert features_BVF.shape == (3, 4, 5) and sizes.shape == (3, 2)
-    uniforms = torch.tensor([[0.0, 0.9], [0.51, 0.1], [0.9999, 0.3]])
-    taken = one_view(features_BVF, uniforms)
+    features_NVF = rng.random((6, 4, 5), dtype=np.float32)
+    features_NVF.flags.writeable = False  # as Ray's store gives them
+    views = Views(features_NVF)
+
+    def taken(images: list[int], uniforms_bU: torch.Tensor) -> torch.Tensor:
+        indices_b, sizes_b2 = views.padded(np.array(images))
+        assert sizes_b2.shape == (len(images), 2)
+        return views.view(Batch(0, indices_b, sizes_b2, indices_b, uniforms_bU))
+
+    three = taken([5, 0, 3], torch.tensor([[0.0, 0.9], [0.51, 0.1], [0.9999, 0.3]]))
     for row, (image, view) in enumerate(((5, 0), (0, 2), (3, 3))):
-        np.testing.assert_array_equal(taken[row], views.features_NVF[image, view])
-    many = one_view(features_BVF[:1].expand(400, 4, 5), torch.from_numpy(rng.random((400, 2))))
-    shares = [(many == features_BVF[0, v]).all(1).float().mean() for v in range(4)]
+        np.testing.assert_array_equal(three[row], features_NVF[image, view])
+    many = taken([5] * 400, torch.from_numpy(rng.random((400, 2))))
+    shares = [(many.numpy() == features_NVF[5, v]).all(1).mean() for v in range(4)]
     assert all(0.15 < share < 0.35 for share in shares)
