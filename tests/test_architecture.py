@@ -44,9 +44,9 @@ FLOORS = [
     "comparison: plan pictures command",
     "backbones: bench remote pictures command",
     "export: portable card command",
-    "serve: pyfunc",
+    "serve: pyfunc service app deployment",
     "cli: options attack backbones cache compare data explain explore export index report"
-    " retrieval review training tune",
+    " retrieval review serve training tune",
     "api",
 ]
 
@@ -65,7 +65,7 @@ def placed(floors: list[str]) -> list[str]:
 ORDER = placed(FLOORS)
 
 ONLY_IN = {
-    "ray": ("cluster/", "tuning/", "backbones/remote"),
+    "ray": ("cluster/", "tuning/", "backbones/remote", "serve/deployment"),
     "mlflow": ("tracking/", "serve/pyfunc"),
     "tyro": ("cli/",),
 }

@@ -224,10 +224,39 @@ SPEC = {
 }  # fmt: skip
 
 
+MANIFEST = list(yaml.safe_load_all((ROOT / "docs" / "kuberay.yaml").read_text()))
+SERVED = """
+from ray.serve.schema import ServeDeploySchema
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
+from ray._common.utils import import_attr
+(wanted,) = ServeDeploySchema.model_validate(given).applications
+application = build(import_attr(wanted.import_path), wanted.args)
+deployment = application._bound_deployment
+found = [d.name for d in wanted.deployments], deployment.name, deployment.num_replicas
+"""
+
+
+def test_the_service_of_the_manifest_can_be_built() -> None:
+    spec = MANIFEST[-1]["spec"]
+    assert MANIFEST[-1]["kind"] == "RayService" and set(spec) == {
+        "serveConfigV2",
+        "rayClusterConfig",
+    }
+    found = on_ray(SERVED, yaml.safe_load(spec["serveConfigV2"]))
+    assert found == [["flowerray"], "flowerray", 1]
+    cluster = spec["rayClusterConfig"]
+    assert set(cluster) <= SPEC and cluster["authOptions"] == {"mode": "token"}
+    (group,) = cluster["workerGroupSpecs"]
+    assert set(group) == GROUP and cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
+    for pod in (cluster["headGroupSpec"]["template"], group["template"]):
+        (container,) = pod["spec"]["containers"]
+        secret = {e["name"]: e.get("valueFrom") for e in container["env"]}["FLOWERRAY_SERVE_TOKEN"]
+        assert secret["secretKeyRef"] == {"name": "flowerray-serve", "key": "token"}
+        assert container["volumeMounts"] == [{"name": "shared", "mountPath": "/shared"}]
+
+
 def test_the_kuberay_manifest() -> None:
-    claim, database, service, server, cluster = yaml.safe_load_all(
-        (ROOT / "docs" / "kuberay.yaml").read_text()
-    )
+    claim, database, service, server, cluster, _ = MANIFEST
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
     pod = server["spec"]["template"]

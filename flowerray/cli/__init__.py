@@ -66,6 +66,7 @@ COMMANDS: dict[str, Command] = {
         "retrieval", "search", "the images of a folder that are most like a photograph"
     ),
     "index": Command("index", "index", "photographs embedded once, to be searched; it grows"),
+    "serve": Command("serve", "serve", "an index over HTTP, with a page to try it on"),
     "explain": Command("explain", "explain", "why two photographs are alike, by maps and concepts"),
     "export": Command("export", "export", "a trained model for other programs: ONNX, torch.export"),
     "report": Command("report", "report", "one HTML page on a set of runs"),

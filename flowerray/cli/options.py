@@ -71,10 +71,18 @@ def peek(words: list[str], **options: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_run(
-    name: str, method: str, words: list[str], default_preset: str = "laptop", about: str = ""
+    name: str,
+    method: str,
+    words: list[str],
+    default_preset: str = "laptop",
+    about: str = "",
+    **more: Any,
 ) -> "tuple[Any, Run]":
     """The options beside the run, and the run: a preset, or the run that is resumed, changed by the
     words.
+
+    Args:
+        more: further options beside the run, as pydantic's `create_model` takes them.
 
     Raises:
         UserError: a resumed run with options that differ from its run.json; see also `follow`.
@@ -119,7 +127,7 @@ def parse_run(
         """For protocol `trainval`: the official run that the epochs and the threshold come from."""
 
     kind = create_model(
-        "Options", __base__=Options, method=(config, Field(description="The loss."))
+        "Options", __base__=Options, method=(config, Field(description="The loss.")), **more
     )
     about = about or methods.get(method).summary.partition(":")[0] + "."  # tyro does not wrap it
     options = parse(kind, words, name, about, default=kind(**dict(start)))

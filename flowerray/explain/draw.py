@@ -111,6 +111,13 @@ def draw_pair(pair: Pair, out_png: Path) -> Path:
     return save(figure, out_png)
 
 
+def overlays(pair: Pair) -> NDArray[np.uint8]:
+    """Both heat maps over their images on one scale, (2, S, S, 3)."""
+    top = float(np.abs(pair.maps_2HW).max()) or 1.0
+    drawn = [_overlay(*one, top) for one in zip(pair.images_2SS3, pair.maps_2HW, strict=True)]
+    return (np.stack(drawn) * 255).round().astype(np.uint8)
+
+
 def draw_sheet(
     title: str,
     images_NSS3: NDArray[np.uint8],

@@ -101,7 +101,8 @@ def test_the_surface_is_frozen() -> None:
     """Scripts and jobs use these words: a new one is added here on purpose, none disappears."""
     assert list(cli.COMMANDS) == [
         "demo", "data", "explore", "backbones", "methods", "train", "tune", "compare", "evaluate",
-        "attack", "similar", "search", "index", "explain", "export", "report", "cache", "track",
+        "attack", "similar", "search", "index", "serve", "explain", "export", "report", "cache",
+        "track",
     ]  # fmt: skip
     assert all(len(line) <= 80 for line in usage().splitlines())
 

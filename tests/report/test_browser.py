@@ -47,8 +47,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(settings, "A report").write(folder / PAGE)
 
 
-def view(page: Path, folder: Path, width: int, dark: bool = False) -> View:
-    """Opens a page and takes a screenshot, 1500 CSS pixels high."""
+def view(page: Path | str, folder: Path, width: int, dark: bool = False) -> View:
+    """Opens a page, a file or an address, and takes a screenshot, 1500 CSS pixels high."""
+    address = page if isinstance(page, str) else page.as_uri()
     shot, log = folder / "shot.png", folder / "net.json"
     words = [
         "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
@@ -58,15 +59,13 @@ def view(page: Path, folder: Path, width: int, dark: bool = False) -> View:
         f"--screenshot={shot}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
     ]  # fmt: skip
     assert CHROMIUM is not None
-    done = subprocess.run(
-        [CHROMIUM, *words, page.as_uri()], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([CHROMIUM, *words, address], capture_output=True, text=True, timeout=120)
     assert shot.exists(), done.stderr
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     sent = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
     # The browser's own errands (clock, updates) have no page as their initiator.
     pages = [p["url"] for p in sent if p.get("initiator", "not an origin") != "not an origin"]
-    requests = [address for address in pages if not address.startswith("data:")]
+    requests = [asked for asked in pages if not asked.startswith("data:")]
     return View(Image.open(shot).convert("RGB"), console, requests)
 
 

@@ -1,0 +1,208 @@
+"""`flowerray serve` under load on this machine, beside embedding in batches without a service.
+
+    uv run python -m tests.benchmarks.serve RUN PHOTOS --out FILE.json
+        [--sizes 128 224] [--seconds 20] [--overload 600]
+
+For each size of the model's input (it is set: as fast as a training at that size) in turn: batches,
+the service with as many requests as it takes, then half of what it managed, for the latency, then
+twice as much, and batches again. Every answer has to name the neighbours that it named when nothing
+else was asked, or to be 503.
+"""
+
+import argparse
+import http.client
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from threading import Lock, local
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+import torch
+
+from flowerray.index import command
+from flowerray.opening import open_model
+from flowerray.retrieval.command import gallery_of
+from flowerray.tracking.registry import resolve
+from flowerray.training.checkpoint import export_file
+from tests.benchmarks.command import about
+
+INDEXED, ASKED = 500, 1200
+"""Photographs that the index holds, and others that are asked for."""
+AT_ONCE = 24
+"""Requests that are under way at a time: below what the service takes."""
+
+
+class Answer(NamedTuple):
+    """Of one request."""
+
+    seconds: float
+    """From when it was due."""
+    status: int
+    right: bool
+
+
+class Client:
+    """Asks a service for photographs, over connections that stay open."""
+
+    def __init__(self, port: int, photos: Sequence[bytes]) -> None:
+        self.port, self.photos = port, photos
+        self.mine = local()
+        self.known = [self.ask(n)[1] for n in range(len(photos))]
+
+    def ask(self, number: int) -> tuple[int, list[str]]:
+        """Status and neighbours of one request."""
+        if not hasattr(self.mine, "connection"):
+            self.mine.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        connection = self.mine.connection
+        connection.request("POST", "/search?k=5", self.photos[number % len(self.photos)])
+        answer = connection.getresponse()
+        content = json.loads(answer.read())
+        return answer.status, [n["image"] for n in content.get("neighbours", ())]
+
+    def load(self, seconds: float, rate: float | None, threads: int) -> list[Answer]:
+        """Asks for so long: so many times a second, or as fast as the threads come to it."""
+        numbers, lock, start = count(), Lock(), time.perf_counter()
+
+        def due() -> Iterator[tuple[int, float]]:
+            while True:
+                with lock:
+                    number = next(numbers)
+                at = time.perf_counter() if rate is None else start + number / rate
+                if at > start + seconds:
+                    return
+                yield number, at
+
+        def work(_: int) -> list[Answer]:
+            answers = []
+            for number, at in due():
+                time.sleep(max(0.0, at - time.perf_counter()))
+                status, found = self.ask(number)
+                right = status == 503 or found == self.known[number % len(self.known)]
+                answers.append(Answer(time.perf_counter() - at, status, right))
+            return answers
+
+        with ThreadPoolExecutor(threads) as pool:
+            return [answer for part in pool.map(work, range(threads)) for answer in part]
+
+
+def summary(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
+    """Of a load."""
+    good = [answer.seconds for answer in answers if answer.status == 200]
+    p50, p99 = np.quantile(good, [0.5, 0.99])
+    return {
+        "answered_per_second": len(good) / seconds,
+        "p50_ms": 1000 * float(p50),
+        "p99_ms": 1000 * float(p99),
+        "status": {str(code): n for code, n in Counter(a.status for a in answers).items()},
+        "wrong": sum(not answer.right for answer in answers),
+    }
+
+
+def batches(model: Path, paths: Sequence[Path], seconds: float) -> float:
+    """Photographs a second, from their files, by batches in one process."""
+    embedder = open_model(str(model), torch.device("cpu")).embedder
+    done, start = -command.BATCH, 0.0  # from the second batch on, when all has started
+    for batch in command.batches(list(paths) * 50, embedder.image_size):
+        command.embed_crops(embedder, [crop for *_, crop in batch if not isinstance(crop, str)])
+        start, done = start or time.perf_counter(), done + len(batch)
+        if done and time.perf_counter() > start + seconds:
+            break
+    return done / (time.perf_counter() - start)
+
+
+def memory(process: psutil.Process) -> float:
+    """MiB of a process and all below it, what they share counted once."""
+    every = [process, *process.children(recursive=True)]
+    return sum(one.memory_full_info().uss for one in every) / 2**20
+
+
+def measure(model: Path, size: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything of one image size."""
+    paths = list(gallery_of(options.photos).paths)
+    order = np.random.default_rng(0).permutation(len(paths))
+    inside, asked = (
+        [paths[n] for n in part] for part in np.split(order[: INDEXED + ASKED], [INDEXED])
+    )
+    with tempfile.TemporaryDirectory() as place, socket.socket() as probe:
+        sized, index = Path(place) / "model.pth", Path(place) / "index"
+        content = torch.load(model, weights_only=True)
+        run = json.loads(content["run"])
+        run["embedder"]["image_size"] = size
+        torch.save({**content, "run": json.dumps(run)}, sized)
+        gallery = Path(place) / "photographs"
+        gallery.mkdir()
+        for number, path in enumerate(inside):
+            shutil.copy(path, gallery / f"{number}{path.suffix}")
+        command.build(open_model(str(sized), torch.device("cpu")), gallery, index, quiet=True)
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        found: dict[str, Any] = {"batches_per_second": [batches(sized, asked, options.seconds)]}
+        begin = time.perf_counter()
+        words = [sys.executable, "-c", "from flowerray.cli import main; main()", "serve"]
+        process = subprocess.Popen(
+            [*words, str(index), "--port", str(port)], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert process.stdout is not None and process.stdout.readline().startswith("serving")
+            found["start_seconds"] = time.perf_counter() - begin
+            client = Client(port, [path.read_bytes() for path in asked])
+            seconds, tree = options.seconds, psutil.Process(process.pid)
+            whole = summary(client.load(seconds, None, AT_ONCE), seconds)
+            capacity = whole["answered_per_second"]
+            found |= {"sustained": whole, "memory_mib": [memory(tree)]}
+            found["half"] = summary(client.load(seconds, capacity / 2, AT_ONCE), seconds)
+            for part in np.diff(np.linspace(0, options.overload, 5)):
+                answers = client.load(float(part), 2 * capacity, 4 * AT_ONCE)
+                found.setdefault("twice", []).append(summary(answers, float(part)))
+                found["memory_mib"].append(memory(tree))
+        finally:
+            process.terminate()
+            process.wait(60)
+        found["batches_per_second"].append(batches(sized, asked, options.seconds))
+    found["ratio"] = capacity / float(np.mean(found["batches_per_second"]))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, prints a line a size, writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("run")
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 224])
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--overload", type=float, default=600, help="seconds at twice the capacity")
+    options = parser.parse_args(argv)
+    model = export_file(resolve(options.run))
+    sizes: dict[str, Any] = {}
+    for size in options.sizes:
+        found = sizes[str(size)] = measure(model, size, options)
+        codes: Counter[str] = Counter()
+        for part in found["twice"]:
+            codes.update(part["status"])
+        print(
+            f"{size} px  {found['sustained']['answered_per_second']:.0f} answers a second, "
+            f"{found['ratio']:.2f} of batches; half of it p99 {found['half']['p99_ms']:.0f} ms; "
+            f"twice {dict(codes)}, wrong {sum(part['wrong'] for part in found['twice'])}; "
+            f"memory {', '.join(f'{mib:.0f}' for mib in found['memory_mib'])} MiB",
+            flush=True,
+        )
+    if options.out is not None:
+        content = {**about(), "seconds": options.seconds, "overload": options.overload}
+        options.out.write_text(json.dumps({**content, "sizes": sizes}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""`flowerray serve` on a real Ray Serve: it answers, is full, and leaves nothing behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from flowerray.cli import dispatch
+from flowerray.index import command
+from flowerray.index.contents import open_index
+from tests.serve.conftest import CPU
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        found: int = probe.getsockname()[1]
+    return found
+
+
+@pytest.fixture(scope="module")
+def running(served: Path, port: int) -> Iterator[psutil.Popen]:
+    """`flowerray serve`, which answers."""
+    program = "from flowerray.cli import main; main()"
+    words = [sys.executable, "-c", program, "serve", str(served), "--port", str(port)]
+    process = psutil.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    try:
+        said = process.stdout.readline()
+        assert said == f"serving   12 photographs at http://127.0.0.1:{port}/\n"
+        yield process
+    finally:
+        process.kill()
+
+
+@pytest.fixture
+def client(running: psutil.Popen, port: int) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        yield client
+
+
+@pytest.mark.ray
+def test_it_answers_as_index_search_does(
+    client: httpx.Client, served: Path, photo: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "photo.jpg").write_bytes(photo)
+    index = open_index(served)
+    expected = command.search(index, command.model_of(index, CPU), tmp_path / "photo.jpg", 3)
+    found = client.post("/search?k=3", content=photo).json()
+    assert [n["image"] for n in found["neighbours"]] == [n["image"] for n in expected["neighbours"]]
+    for one, other in zip(found["neighbours"], expected["neighbours"], strict=True):
+        assert one == pytest.approx(other, abs=1e-6)
+    assert client.get("/healthz").json()["photographs"] == 12
+    assert client.post("/embed", content=b"<svg>").status_code == 415
+    assert "<!doctype html>" in client.get("/").text
+    assert "flowerray_requests_total" in client.get("/metrics").text
+
+
+@pytest.mark.ray
+def test_a_flood_is_answered_or_503(client: httpx.Client, photo: bytes) -> None:
+    expected = client.post("/search", content=photo).json()
+
+    def ask(_: int) -> int:
+        answer = client.post("/search", content=photo)
+        assert answer.json() == expected or list(answer.json()) == ["error"]
+        return answer.status_code
+
+    with ThreadPoolExecutor(80) as pool:
+        codes = list(pool.map(ask, range(400)))
+    assert set(codes) == {200, 503} and codes.count(200) > 40
+    assert client.get("/healthz").status_code == 200
+
+
+@pytest.mark.ray
+def test_a_killed_replica_loses_what_it_was_answering(
+    client: httpx.Client, running: psutil.Popen, photo: bytes
+) -> None:
+    """And nothing else: what comes meanwhile waits for the new one."""
+    (replica,) = (p for p in running.children(recursive=True) if "ServeReplica" in p.name())
+    killed: list[float] = []
+
+    def ask(number: int) -> tuple[bool, bool]:
+        time.sleep(0.05 * number)
+        if number == 20:
+            replica.kill()
+            killed.append(time.monotonic())
+        begun = time.monotonic()
+        answer = client.post("/search", content=photo)
+        under_way = bool(killed) and begun <= killed[0]
+        return answer.status_code == 200, under_way
+
+    with ThreadPoolExecutor(40) as pool:
+        answers = list(pool.map(ask, range(40)))
+    assert all(good or under_way for good, under_way in answers)
+    assert sum(good for good, _ in answers) >= 30
+
+
+@pytest.mark.ray
+def test_ctrl_c_ends_all_of_it(running: psutil.Popen, port: int, client: httpx.Client) -> None:
+    left = running.children(recursive=True)
+    assert len(left) > 3
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    assert running.wait(60) == 130
+    _, alive = psutil.wait_procs(left, 10)
+    assert alive == []
+    assert (
+        running.stdout.read() == "" and running.stderr.read() == "flowerray serve: interrupted.\n"
+    )
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["INDEX", "--host", "0.0.0.0"], "--host 0.0.0.0 would let others in: set FLOWERRAY_SERVE"),
+        (
+            ["nowhere"],
+            "nowhere is no INDEX: `flowerray index build RUN DIR --out ",
+        ),
+        (["INDEX", "--port", "PORT"], "cannot be listened at (Address already in use): choose"),
+    ],
+)
+def test_what_cannot_be_served_is_one_sentence(
+    words: list[str], said: str, served: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.delenv("FLOWERRAY_SERVE_TOKEN", raising=False)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        places = {"INDEX": str(served), "PORT": str(other.getsockname()[1])}
+        given = [places.get(word, word) for word in words]
+        assert dispatch(["serve", *given]) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err and shown.err.count("\n") == 1 and shown.out == ""
