@@ -36,6 +36,7 @@ def serve(words: list[str]) -> int:
     about = "An index over HTTP, with a page to try it on."
     options = parse(Options, words, "serve", about)
     from flowerray.index.contents import model_file, open_index
+    from flowerray.pool import cores
     from flowerray.serve.deployment import TOKEN, Serving, require, run
 
     token = os.environ.get(TOKEN) or None
@@ -45,13 +46,18 @@ def serve(words: list[str]) -> int:
             "has to bring, or leave `host` out."
         )
     require(options.host, options.port)
-    folders = [folder.absolute() for folder in (options.index, options.beside) if folder]
-    indexes = [open_index(folder) for folder in folders]
+    serving = Serving(
+        index=options.index.absolute(),
+        beside=options.beside and options.beside.absolute(),
+        token=token,
+        replicas=options.replicas,
+        cpus=max(1, cores() // options.replicas),
+        gpus=options.gpus,
+    )
+    indexes = [open_index(folder) for folder in (serving.index, serving.beside) if folder]
     for index in indexes:
         model_file(index.folder, index.manifest)  # its faults are told here, not in a replica
     host = f"[{options.host}]" if ":" in options.host else options.host
     said = f"serving   {len(indexes[0]):,} photographs at http://{host}:{options.port}/"
-    serving = Serving(folders[0], next(iter(folders[1:]), None), token, options.replicas,
-                      options.gpus)  # fmt: skip
     run(serving, options.host, options.port, lambda: print(said, flush=True))
     return 0

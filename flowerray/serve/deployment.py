@@ -33,22 +33,24 @@ class Serving:
     """A second INDEX."""
     token: str | None = None
     replicas: int = 1
+    cpus: float = 1
+    """Of each replica, which uses as many threads."""
     gpus: float = 0
-    """Of each replica."""
 
 
 def application(serving: Serving) -> Any:
     """The ASGI application of one replica, whose embeddings are made in batches."""
+    import ray
     import torch
     from anyio.to_thread import run_sync
     from ray import serve
 
     from flowerray.cluster.worker import pick_device
-    from flowerray.pool import cores
     from flowerray.serve.app import make_app
     from flowerray.serve.service import Served, Service
 
-    torch.set_num_threads(cores())
+    own = ray.get_runtime_context().get_assigned_resources()
+    torch.set_num_threads(max(1, int(own.get("CPU", 1))))
     device = pick_device("auto")
     service, *others = [Service(f, device) for f in (serving.index, serving.beside) if f]
     for one in (service, *others):
@@ -82,7 +84,7 @@ def bound(serving: Serving) -> Any:
         num_replicas=serving.replicas,
         max_ongoing_requests=10 * WAITING,  # the application itself says that it is full
         max_queued_requests=10 * WAITING,
-        ray_actor_options={"num_cpus": 1, "num_gpus": serving.gpus},
+        ray_actor_options={"num_cpus": serving.cpus, "num_gpus": serving.gpus},
     )(ingress).bind()
 
 
@@ -130,7 +132,7 @@ def run(serving: Serving, host: str, port: int, ready: Callable[[], None]) -> No
         UserError: Ray, or the replicas, did not start.
         KeyboardInterrupt: the user's.
     """
-    with ray_session(serving.replicas + 1):
+    with ray_session(serving.replicas):
         from ray import serve
 
         quiet = {"log_level": "WARNING", "enable_access_log": False}
