@@ -47,15 +47,17 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(settings, "A report").write(folder / PAGE)
 
 
-def view(page: Path | str, folder: Path, width: int, dark: bool = False) -> View:
-    """Opens a page, a file or an address, and takes a screenshot, 1500 CSS pixels high."""
+def view(
+    page: Path | str, folder: Path, width: int, dark: bool = False, height: int = 1500
+) -> View:
+    """Opens a page, a file or an address, and takes a screenshot of that many CSS pixels."""
     address = page if isinstance(page, str) else page.as_uri()
     shot, log = folder / "shot.png", folder / "net.json"
     words = [
         "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
         "--disable-background-networking", "--disable-component-update", "--no-first-run",
         "--virtual-time-budget=2000", "--enable-logging=stderr", f"--log-net-log={log}",
-        f"--user-data-dir={folder / 'profile'}", f"--window-size={width},1500",
+        f"--user-data-dir={folder / 'profile'}", f"--window-size={width},{height}",
         f"--screenshot={shot}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
     ]  # fmt: skip
     assert CHROMIUM is not None

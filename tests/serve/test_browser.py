@@ -1,5 +1,6 @@
 """The page in headless Chromium: a photograph is sent, neighbours come, a click says why."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH"),
 ]
 torch.set_num_threads(1)
-USER = """<script>
+USER = """<img src="/held" hidden>
+<script>
 (async () => {
   const photo = await (await fetch("/probe.jpg")).blob();
   await search(new File([photo], "mine.jpg", {type: "image/jpeg"}));
@@ -32,13 +34,14 @@ USER = """<script>
   await document.getElementById("why-map").decode();
   document.getElementById("eps").value = 8;
   await attack();
-  await Promise.all([...document.images].filter(image => image.src).map(image => image.decode()));
+  const images = [...document.images].filter(image => image.src && !image.hidden);
+  await Promise.all(images.map(image => image.decode()));
   const text = document.body.innerText, wide = document.documentElement.scrollWidth > innerWidth;
   const body = JSON.stringify({text, wide, active: document.activeElement.id});
   await fetch("/said", {method: "POST", body});
 })();
 </script>"""
-"""What a user does, added to the page."""
+"""What a user does, added to the page, whose picture is taken once that is done."""
 
 
 class Visited:
@@ -54,12 +57,20 @@ class Visited:
         async def picture(_: Request) -> Response:
             return Response(photo, media_type="image/jpeg")
 
+        done = asyncio.Event()
+
         async def said(request: Request) -> Response:
             self.said.append(await request.json())
+            done.set()
             return Response()
 
+        async def held(_: Request) -> Response:
+            done.clear()
+            await asyncio.wait_for(done.wait(), 60)
+            return Response(photo, media_type="image/jpeg")
+
         app = Starlette(routes=[
-            Route("/probe", probe), Route("/probe.jpg", picture),
+            Route("/probe", probe), Route("/probe.jpg", picture), Route("/held", held),
             Route("/said", said, methods=["POST"]), Mount("/", make_app(service, beside=beside)),
         ])  # fmt: skip
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
