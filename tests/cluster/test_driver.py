@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowerray.cluster.driver import cpus_of_a_worker, train_run
+from flowerray.cluster.driver import check_run, cpus_of_a_worker, train_run
 from flowerray.cluster.session import ray_session
 from flowerray.cluster.trainer import innermost
 from flowerray.cluster.watch import Watcher
@@ -248,3 +248,18 @@ def test_no_worker_spans_two_nodes() -> None:
             cpus_of_a_worker(nodes, workers, use_gpu=False)
     with pytest.raises(UserError, match="with a GPU each"):
         cpus_of_a_worker(gpus, 3, use_gpu=True)
+
+
+def test_synchronised_batchnorm_needs_gpus_that_may_be_a_clusters(
+    small_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = small(small_set)
+    several = run.resources.model_copy(update={"workers": 2, "device": "auto"})
+    embedder = run.embedder.model_copy(update={"freeze_bn": False})
+    run = run.model_copy(update={"resources": several, "embedder": embedder})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match="needs GPUs"):
+        check_run(run, quiet=True)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")  # its driver's machine has none
+    assert check_run(run, quiet=True)[1] > 0

@@ -1,5 +1,6 @@
 """Small seeded pictures on disk for the tests of the readers."""
 
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,25 @@ def save_picture(path: Path, seed: int, height: int = 12, width: int = 16) -> Pa
     path.parent.mkdir(parents=True, exist_ok=True)
     picture(seed, height, width).save(path)
     return path
+
+
+def jpeg(image: Image.Image, **options: object) -> bytes:
+    """Its bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+SHAPES = [(20, 30), (30, 20), (25, 25), (16, 16), (9, 40), (200, 31)]
+"""Height and width."""
+
+
+def six_pictures(folder: Path) -> list[Path]:
+    """JPEGs of different shapes."""
+    return [
+        save_picture(folder / f"{i}.jpg", i, height, width)
+        for i, (height, width) in enumerate(SHAPES)
+    ]
 
 
 def class_folders(root: Path, sizes: Mapping[str, int]) -> Path:

@@ -1,5 +1,5 @@
-"""What is read as an image, and the map over decoding processes; what an image becomes is tested
-with the store.
+"""What is read as an image, and the map over decoding processes; test_photographs has what a
+photograph becomes.
 """
 
 import os

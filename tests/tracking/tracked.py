@@ -1,6 +1,7 @@
 """RUN folders under tracking, and what MLflow has of them."""
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,10 @@ def logged(run_dir: Path, metric: str = "train/loss") -> list[tuple[int, float]]
 
 def curve(steps: range) -> list[tuple[int, float]]:
     return [(step, 1 / step) for step in steps]
+
+
+def closed_port() -> str:
+    """Where no server listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
