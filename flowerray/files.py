@@ -53,6 +53,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         yield temporary
         to_disk(temporary)
         os.replace(temporary, path)
+        to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -50,6 +50,16 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_file_and_its_new_name_wait_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino))
+    with atomic_file(tmp_path / "file") as temporary:
+        temporary.write_text("x")
+    assert synced == [(tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino]
+
+
 def test_what_a_kill_left_long_ago_is_removed(tmp_path: Path) -> None:
     old, new, other = (tmp_path / f".{name}" for name in ("a[1].png.0123abcd", "a[1].png.89abcdef",
                                                           "b.png.0123abcd"))  # fmt: skip
