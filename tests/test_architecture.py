@@ -30,8 +30,8 @@ FLOORS = [
     "training: config rundir harden progress checkpoint optimizer loop run curves table",
     "tracking: address server registry state sync",
     "opening",
-    "retrieval: search pairs decisions embed views measure floor pictures table command",
-    "index: cells contents table command",
+    "retrieval: search neighbours pairs decisions embed views measure floor pictures table command",
+    "index: contents table command",
     "robustness: config journal victim verification gallery attack checks score audit guard"
     " record table pictures command",
     "explain: layers baselines decompose cam faithfulness localise sanity judge concepts tcav"

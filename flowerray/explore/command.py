@@ -1,12 +1,11 @@
 """`explore`: reads a data set, embeds it, and writes what was found as a page, tables, pictures."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from flowerray.data import folder, listing, oxford
@@ -21,7 +20,7 @@ from flowerray.explore.scan import take_survey
 from flowerray.files import atomic_folder, refuse_unwritable, write_json, writing
 from flowerray.model.embedder import Embedder, EmbedderConfig
 from flowerray.opening import open_model
-from flowerray.retrieval.embed import embed
+from flowerray.retrieval.embed import embed_crops
 from flowerray.tracking import sync
 
 
@@ -64,10 +63,8 @@ def explore_dataset(
         title = f"{network.config.backbone}, frozen, {network.image_size} px"
     dataset, note = open_for_exploring(data)
 
-    def embed_crops(crops_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return embed(network, Crops(crops_BHWC), frozen=run is None)
-
-    survey = take_survey(dataset, network.image_size, embed_crops, progress=not quiet)
+    embedding = partial(embed_crops, network, frozen=run is None)
+    survey = take_survey(dataset, network.image_size, embedding, progress=not quiet)
     if (
         oxford.is_oxford(data.root)
         or listing.is_listing(data.root)
@@ -140,21 +137,6 @@ def _refuse_out(out: Path, root: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"`out` {out} exists already: choose a new folder.")
     refuse_unwritable(out)
-
-
-class Crops:
-    """Images in memory, as `embed` takes them."""
-
-    def __init__(self, crops_BHWC: NDArray[np.uint8]) -> None:
-        self.crops_BHWC = crops_BHWC
-
-    def __len__(self) -> int:
-        return len(self.crops_BHWC)
-
-    def centre(self, indices: NDArray[np.int64], size: int) -> torch.Tensor:
-        """See `Store.centre`."""
-        assert self.crops_BHWC.shape[1] == size
-        return torch.from_numpy(self.crops_BHWC[indices]).permute(0, 3, 1, 2)
 
 
 def _metrics(facts: dict[str, Any]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flowerray.index.cells import partners
+from flowerray.retrieval.neighbours import partners
 
 SHOWN = 4
 """Images of each class that stand for it."""

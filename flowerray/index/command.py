@@ -15,16 +15,14 @@ from tqdm import tqdm
 from flowerray.calibration import PRIOR
 from flowerray.data.images import decode, decoding_map, eval_crop, read_image
 from flowerray.data.listing import is_listing
-from flowerray.data.store import floats
 from flowerray.errors import UserError
 from flowerray.index import contents
-from flowerray.index.cells import recall
 from flowerray.index.contents import Index, Photograph, open_index
 from flowerray.model.embedder import Embedder
-from flowerray.model.modes import evaluating, full_precision
 from flowerray.opening import Model, open_model
 from flowerray.retrieval.command import gallery_of
-from flowerray.retrieval.embed import refuse_damaged
+from flowerray.retrieval.embed import embed_crops
+from flowerray.retrieval.neighbours import recall
 from flowerray.statistics import mean_interval
 from flowerray.tracking.registry import resolve
 from flowerray.training.checkpoint import export_file
@@ -120,22 +118,6 @@ def batches(
 def _read(path: Path, size: int) -> tuple[bytes, NDArray[np.uint8] | str]:
     digest, image = read_image(path)
     return bytes.fromhex(digest), image if isinstance(image, str) else eval_crop(image, size)
-
-
-def embed_crops(embedder: Embedder, crops: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-    """Unit embeddings (B, D) of evaluation crops (HWC), as `evaluate` has them.
-
-    Raises:
-        UserError: the model gives numbers that are not finite.
-    """
-    if not crops:
-        return np.empty((0, embedder.dim), np.float32)
-    device = next(embedder.parameters()).device
-    images_BCHW = floats(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2), device)
-    with evaluating(embedder), torch.inference_mode(), full_precision():
-        emb_BD: NDArray[np.float32] = embedder(images_BCHW).float().cpu().numpy()
-    refuse_damaged(emb_BD)
-    return emb_BD
 
 
 def model_of(index: Index, device: torch.device) -> Model:

@@ -2,24 +2,27 @@
 
     index.json                 the manifest, which is replaced last: it names the folder that counts
     model.pth                  the exported model
-    parts-<8 hex>/vectors.npy  float32 (N, D), unit vectors; above `EXACT` rows sorted by cell
-                  entries.npy  where each path ends in names.npy, content hash, label (-1: none)
+    parts-<8 hex>/vectors.npy  float32 (N, D), unit vectors
+                  entries.npy  where each path ends in names.npy, content hash, label (-1: none),
+                               cell
                   names.npy    uint8, the paths one after the other
-                  cells.npy    float32 (C, D), centroids of the cells; none for exact search
-                  ends.npy     int64 (C,), the row after the last of each cell
+                  cells.npy    float32 (C, D), centroids of the cells; C = 0: search is exact
 
-A kill at any moment leaves the old content or the new. Nothing is unpickled, and no file of an
-INDEX makes us read one outside of it.
+A kill at any moment leaves the old content or the new. Nothing is unpickled, faiss reads no file,
+and no file of an INDEX makes us read one outside of it.
 
 Letters: N photographs, D dimensions, C cells, A added ones.
 """
 
+import mmap
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired
@@ -29,13 +32,13 @@ from numpy.typing import NDArray
 from typing_extensions import TypedDict
 
 from flowerray.errors import UserError
-from flowerray.files import atomic_folder, locked, read_json, to_disk, write_json, writing
-from flowerray.index.cells import EXACT, Cells, cell_of, enough, nearest_rows, partition
+from flowerray.files import atomic_folder, locked, read_json, write_json, writing
+from flowerray.retrieval.neighbours import EXACT, cell_of, filled, nearest_rows, partition
 
 MANIFEST = "index.json"
 MODEL = "model.pth"
 AGAIN = "build it again"
-_ENTRY = np.dtype([("end", "<i8"), ("digest", "u1", (16,)), ("label", "<i4")])
+_ENTRY = np.dtype([("end", "<i8"), ("digest", "u1", (16,)), ("label", "<i4"), ("cell", "<i4")])
 _PARTS = re.compile("parts-[0-9a-f]{8}")
 _BLOCK = 8192
 
@@ -58,7 +61,7 @@ class Manifest(TypedDict):
     parts: str
     checksums: dict[str, str]
     probes: int
-    """Cells that a query looks into; 0: search is exact."""
+    """Cells that a query looks into."""
     partitioned: int
     """Rows when the cells were made."""
     recall: NotRequired[dict[str, Any]]
@@ -83,7 +86,18 @@ class Index:
     vectors_ND: NDArray[np.float32]
     entries_N: NDArray[Any]
     names: NDArray[np.uint8]
-    cells: Cells | None
+    centroids_CD: NDArray[np.float32]
+
+    @cached_property
+    def cells(self) -> Any:
+        """The vectors as faiss searches them; None: every row is looked at."""
+        if not len(self.centroids_CD):
+            return None
+        where_N, probes = self.entries_N["cell"], self.manifest["probes"]
+        found = filled(self.vectors_ND, self.centroids_CD, where_N, probes)
+        with suppress(AttributeError):  # Windows cannot: the pages that were read are there twice
+            self.vectors_ND.base._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[union-attr]
+        return found
 
     def __len__(self) -> int:
         return len(self.entries_N)
@@ -165,18 +179,13 @@ def _open(folder: Path, manifest: Manifest) -> Index:
     entries_N = _mapped(parts / "entries.npy", _ENTRY, (None,))
     names = _mapped(parts / "names.npy", np.dtype("u1"), (None,))
     vectors_ND = _mapped(parts / "vectors.npy", np.dtype("<f4"), (len(entries_N), dim))
+    centroids_CD = _mapped(parts / "cells.npy", np.dtype("<f4"), (None, dim))
     rising_N = np.diff(entries_N["end"], prepend=0, append=len(names))
-    label_N = entries_N["label"]
-    if (rising_N < 0).any() or (len(label_N) and label_N.max() >= len(manifest["classes"])):
+    outside = entries_N["label"] >= len(manifest["classes"])
+    outside |= (entries_N["cell"] < 0) | (entries_N["cell"] >= max(1, len(centroids_CD)))
+    if (rising_N < 0).any() or outside.any():
         raise ValueError("entries.npy does not fit the other files")
-    cells = None
-    if manifest["probes"] > 0:
-        centroids_CD = _mapped(parts / "cells.npy", np.dtype("<f4"), (None, dim))
-        ends_C = _mapped(parts / "ends.npy", np.dtype("<i8"), (len(centroids_CD),))
-        if (np.diff(ends_C, prepend=0) < 0).any() or ends_C[-1] != len(entries_N):
-            raise ValueError("ends.npy does not fit the other files")
-        cells = Cells(centroids_CD, ends_C, manifest["probes"])
-    return Index(folder, manifest, vectors_ND, entries_N, names, cells)
+    return Index(folder, manifest, vectors_ND, entries_N, names, centroids_CD)
 
 
 def _mapped(file: Path, kind: np.dtype, shape: tuple[int | None, ...]) -> NDArray[Any]:
@@ -234,9 +243,10 @@ def create(folder: Path, model: Path, name: str, dim: int) -> None:
     with writing(folder), atomic_folder(folder) as temporary:
         shutil.copyfile(model, temporary / MODEL)
         made = IndexModel(name=name, fingerprint=checksum(temporary / MODEL), dim=dim)
-        nothing = np.empty((0, dim), np.float32), np.empty(0, _ENTRY), np.empty(0, np.uint8)
+        none_ND, names = np.empty((0, dim), np.float32), np.empty(0, np.uint8)
         manifest = Manifest(model=made, classes=[], parts="", checksums={}, probes=0, partitioned=0)
-        _write(Index(temporary, manifest, *nothing, None), np.empty(0, bool), ())
+        empty = Index(temporary, manifest, none_ND, np.empty(0, _ENTRY), names, none_ND)
+        _write(empty, np.empty(0, bool), ())
 
 
 def change(
@@ -271,86 +281,46 @@ def note(folder: Path, **facts: Any) -> None:
 def _write(index: Index, left_N: NDArray[np.bool_], added: Sequence[Photograph]) -> None:
     """New parts beside the old ones, then the manifest that names them."""
     manifest, dim = index.manifest, index.manifest["model"]["dim"]
+    partitioned = manifest["partitioned"]
     old = np.flatnonzero(left_N)
     classes = list(dict.fromkeys([*manifest["classes"], *(photo.label for photo in added)]))
     number = {label: n for n, label in enumerate(classes)}
     known = index.paths()
     names = [known[row] for row in old] + [os.fsencode(photo.path) for photo in added]
-    entries = np.empty(len(names), _ENTRY)
-    for field, of_added in (
-        ("digest", [np.frombuffer(photo.digest, np.uint8) for photo in added]),
-        ("label", [number[photo.label] for photo in added]),
-    ):
-        entries[field][: len(old)] = index.entries_N[field][old]
-        if added:
-            entries[field][len(old) :] = of_added
-    rows = _Rows(index.vectors_ND, old, np.array([photo.emb_D for photo in added], np.float32))
-    centroids_CD, cell_N, partitioned = _cells(index, rows)
-    order_N = np.argsort(cell_N, kind="stable")
-    entries = entries[order_N]
-    names = [names[n] for n in order_N]
+    new = np.zeros(len(added), _ENTRY)
+    for entry, photo in zip(new, added, strict=True):
+        entry["digest"] = np.frombuffer(photo.digest, np.uint8)
+        entry["label"] = number[photo.label]
+    entries = np.concatenate([index.entries_N[old], new])
     entries["end"] = np.cumsum([len(name) for name in names])
+    added_AD = np.array([photo.emb_D for photo in added], np.float32).reshape(-1, dim)
     parts = index.folder / f"parts-{uuid.uuid4().hex[:8]}"
     with atomic_folder(parts) as temporary:
-        np.save(temporary / "entries.npy", entries)
-        np.save(temporary / "names.npy", np.frombuffer(b"".join(names), np.uint8))
         header = {"descr": "<f4", "fortran_order": False, "shape": (len(names), dim)}
         with (temporary / "vectors.npy").open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for start in range(0, len(names), _BLOCK):
-                file.write(rows[order_N[start : start + _BLOCK]].tobytes())
-        probes = 0
-        if centroids_CD is not None:
-            ends_C = np.cumsum(np.bincount(cell_N, minlength=len(centroids_CD)))
-            np.save(temporary / "cells.npy", centroids_CD)
-            np.save(temporary / "ends.npy", ends_C)
-            probes = manifest["probes"]
-            if index.cells is None or centroids_CD is not index.cells.centroids_CD:
-                vectors_ND = np.load(temporary / "vectors.npy", mmap_mode="r")
-                probes = enough(vectors_ND, Cells(centroids_CD, ends_C, 1)).probes
+            for start in range(0, len(old), _BLOCK):
+                file.write(index.vectors_ND[old[start : start + _BLOCK]].tobytes())
+            file.write(added_AD.tobytes())
+        centroids_CD, probes = index.centroids_CD, manifest["probes"]
+        if len(names) <= EXACT:
+            centroids_CD, partitioned, entries["cell"] = centroids_CD[:0], 0, 0
+        elif not partitioned / 2 <= len(names) <= partitioned * 2:
+            vectors_ND = np.load(temporary / "vectors.npy", mmap_mode="r")
+            centroids_CD, partitioned = partition(vectors_ND), len(names)
+            entries["cell"] = cell_of(vectors_ND, centroids_CD)
+            probes = filled(vectors_ND, centroids_CD, entries["cell"]).nprobe
+        elif added:
+            entries["cell"][len(old) :] = cell_of(added_AD, centroids_CD)  # others have theirs
+        np.save(temporary / "entries.npy", entries)
+        np.save(temporary / "names.npy", np.frombuffer(b"".join(names), np.uint8))
+        np.save(temporary / "cells.npy", centroids_CD)
         checksums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
-    new = Manifest(
+    changed = Manifest(
         model=manifest["model"], classes=classes, parts=parts.name, checksums=checksums,
         probes=probes, partitioned=partitioned,
     )  # fmt: skip
-    write_json(index.folder / MANIFEST, new)
-    to_disk(index.folder)
-
-
-class _Rows:
-    """Vectors that stay, and added ones, as one array that is never in memory as a whole."""
-
-    def __init__(
-        self, kept_ND: NDArray[np.float32], old: NDArray[np.int64], added_AD: NDArray[np.float32]
-    ) -> None:
-        self.kept_ND, self.old, self.added_AD = kept_ND, old, added_AD
-
-    def __len__(self) -> int:
-        return len(self.old) + len(self.added_AD)
-
-    def __getitem__(self, which: Any) -> NDArray[np.float32]:
-        rows = np.arange(len(self))[which]
-        found = np.empty((len(rows), self.kept_ND.shape[1]), np.float32)
-        kept = rows < len(self.old)
-        found[kept] = self.kept_ND[self.old[rows[kept]]]
-        if not kept.all():
-            found[~kept] = self.added_AD[rows[~kept] - len(self.old)]
-        return found
-
-
-def _cells(index: Index, rows: _Rows) -> tuple[NDArray[np.float32] | None, NDArray[np.int64], int]:
-    """Centroids, the cell of each row, and of how many rows the centroids were made; new ones where
-    the INDEX has grown to twice or shrunk to half of that.
-    """
-    count, cells, partitioned = len(rows), index.cells, index.manifest["partitioned"]
-    if count <= EXACT:
-        return None, np.zeros(count, np.int64), 0
-    if cells is None or not partitioned / 2 <= count <= partitioned * 2:
-        centroids_CD = partition(rows)
-        return centroids_CD, cell_of(rows, centroids_CD), count
-    of_kept_N = np.repeat(np.arange(len(cells.ends_C)), np.diff(cells.ends_C, prepend=0))
-    of_added_A = cell_of(rows.added_AD, cells.centroids_CD)
-    return cells.centroids_CD, np.concatenate([of_kept_N[rows.old], of_added_A]), partitioned
+    write_json(index.folder / MANIFEST, changed)
 
 
 def _sweep(folder: Path) -> None:

@@ -36,6 +36,7 @@ from flowerray.retrieval.measure import (
     measure,
     split_names,
 )
+from flowerray.retrieval.neighbours import nearest_rows
 from flowerray.retrieval.pairs import PAIR_SEED, Pairs, load_pairs, save_pairs
 from flowerray.retrieval.pictures import (
     Neighbour,
@@ -44,7 +45,6 @@ from flowerray.retrieval.pictures import (
     measurement_rows,
     retrieval_sheet,
 )
-from flowerray.retrieval.search import nearest
 from flowerray.tracking import sync
 from flowerray.tracking.state import State
 from flowerray.training.run import Run
@@ -358,12 +358,9 @@ def search(
     query_D = embed(model.embedder, [query])[0].double().numpy()  # first: a gallery takes its time
     store = build_store(dataset.paths, resize_side(model.embedder.image_size), progress=not quiet)
     with tqdm(total=len(store), unit="img", desc="embed", disable=quiet or None) as bar:
-        gallery_GD = kept_embeddings(model.embedder, store, progress=bar.update).astype(np.float64)
+        gallery_GD = kept_embeddings(model.embedder, store, progress=bar.update)
     others = np.array([g for g, path in enumerate(dataset.paths) if not path.samefile(query)], int)
-    if not len(others):
-        return []
-    found = others[nearest(query_D[None], gallery_GD[others], k=top)[0]]
-    cosines = [float(gallery_GD[g] @ query_D) for g in found]
+    rows, cosines = nearest_rows(gallery_GD[others], query_D, top)
     return [
         Neighbour(
             dataset.paths[g],
@@ -371,7 +368,7 @@ def search(
             cosine,
             model.probability(cosine, prior),
         )
-        for g, cosine in zip(found, cosines, strict=True)
+        for g, cosine in zip(others[rows].tolist(), cosines.tolist(), strict=True)
     ]
 
 

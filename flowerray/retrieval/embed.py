@@ -4,7 +4,7 @@ Letters: N images, B of a batch, C H W an image, D embedding dimensions, F backb
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Protocol
@@ -46,6 +46,21 @@ class Rows:
     def centre(self, indices: NDArray[np.int64], size: int) -> Tensor:
         """See `Store.centre`."""
         return self.store.centre(self.rows[indices], size)
+
+
+class Crops:
+    """Images in memory, as `embed` takes them."""
+
+    def __init__(self, crops_BHWC: NDArray[np.uint8]) -> None:
+        self.crops_BHWC = crops_BHWC
+
+    def __len__(self) -> int:
+        return len(self.crops_BHWC)
+
+    def centre(self, indices: NDArray[np.int64], size: int) -> Tensor:
+        """See `Store.centre`."""
+        assert self.crops_BHWC.shape[1] == size
+        return torch.from_numpy(self.crops_BHWC[indices]).permute(0, 3, 1, 2)
 
 
 def embed_together(
@@ -102,6 +117,19 @@ def embed(
             if progress is not None:
                 progress(len(pixels_BCHW))
     return np.concatenate(rows) if rows else np.empty((0, embedder.dim), np.float32)
+
+
+def embed_crops(
+    embedder: Embedder, crops: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], frozen: bool = False
+) -> NDArray[np.float32]:
+    """`embed` of evaluation crops, each HWC.
+
+    Raises:
+        UserError: the model gives numbers that are not finite.
+    """
+    emb_BD = embed(embedder, Crops(np.asarray(crops, np.uint8)), frozen=frozen)
+    refuse_damaged(emb_BD)
+    return emb_BD
 
 
 def _batches(store: Images, size: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:

@@ -11,9 +11,10 @@ import torch
 
 from flowerray.cli import dispatch
 from flowerray.data.images import eval_image
-from flowerray.index import cells, command, contents
+from flowerray.index import command, contents
 from flowerray.index.contents import open_index
 from flowerray.opening import open_model
+from flowerray.retrieval import neighbours
 
 Say = Callable[..., tuple[str, str]]
 CPU = torch.device("cpu")
@@ -111,7 +112,7 @@ def test_check_notes_the_recall_and_finds_a_flipped_bit(
     say: Say, index: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(contents, "EXACT", 5)
-    monkeypatch.setattr(cells, "_ROWS_PER_CELL", 4)
+    monkeypatch.setattr(neighbours, "_ROWS_PER_CELL", 4)
     contents.change(index, gone=lambda path: path.endswith(b"/0.jpg"))
     found = json.loads(say("index", "check", index, "--json")[0])
     assert not found["exact"] and found["recall_at_10"]["mean"] > 0.9
