@@ -62,8 +62,7 @@ def join_state(embedder: dict[str, Tensor], method: dict[str, Tensor]) -> dict[s
 
 def save_state(folder: Path, state: dict[str, Any], run: dict[str, Any]) -> None:
     """Writes a checkpoint into an existing folder (the caller makes the folder atomic)."""
-    with (folder / STATE).open("wb") as file:  # of a path torch hides that the disk is full
-        torch.save(state, file)
+    _save(state, folder / STATE)
     (folder / RUN).write_text(as_json(run))
 
 
@@ -109,8 +108,19 @@ def export(
         "threshold": float(threshold),
         "classes": list(classes),
     }
-    with saving(path.parent), atomic_file(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
+    with saving(path.parent), atomic_file(path) as temporary:
+        _save(content, temporary)
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    """`torch.save`, whose own error would hide that the disk is full."""
+    try:
+        with path.open("wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def export_file(path: Path) -> Path:

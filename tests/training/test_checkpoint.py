@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,21 @@ def test_a_start_that_does_not_fit_is_one_sentence(
         (name,) = change
         with pytest.raises(UserError, match=rf"has embedder.{name} .* give `embedder.{name}`"):
             checkpoint.initialise(own, own.embedder, file, CLASSES)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("room", [100, 5000, 200_000])
+def test_a_disk_that_gets_full_is_said(room: int, method: Method, run: Run, tmp_path: Path) -> None:
+    """torch ends its file all the same, and fails with an error of its own."""
+    state = {"weights": torch.randn(300, 300), "more": [torch.randn(50) for _ in range(20)]}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            checkpoint.save_state(tmp_path, state, {})
+        with pytest.raises(UserError, match=r"no longer be written \(File too large\): make room"):
+            write(tmp_path / "best.pth", method, run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_state_survives_exactly(tmp_path: Path) -> None:
