@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Any, NamedTuple, NoReturn
 
 from flowerray.errors import UserError
@@ -83,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if sys.platform == "win32":
         sys.exit("flowerray: Windows is not supported: use WSL2, which is Linux.")
     take_all_cores()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal may not know all letters of a name
+            stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
     keep_freed_memory()
     ignore_pillow()

@@ -3,6 +3,7 @@
 Letters: N images.
 """
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -192,10 +193,13 @@ def class_files(root: Path) -> dict[str, list[Path]]:
             path.name.encode()
         except UnicodeEncodeError as error:
             name = path.relative_to(root).as_posix().encode(errors="replace").decode()
-            raise UserError(
-                f"{root} holds {name}, whose name is not UTF-8, as tables and MLflow need it: "
-                "rename it."
-            ) from error
+            try:
+                os.fsencode(path.name).decode()
+            except UnicodeDecodeError:
+                why = "whose name is not UTF-8, as tables and MLflow need it: rename it"
+            else:
+                why = "whose name this locale cannot read: export LC_ALL=C.UTF-8"
+            raise UserError(f"{root} holds {name}, {why}.") from error
     return found
 
 

@@ -26,6 +26,15 @@ from tests.small import small, words
 Say = Callable[..., tuple[str, str]]
 
 
+def test_a_terminal_that_lacks_a_letter_gets_its_number() -> None:
+    program = "from flowerray import cli; cli.dispatch = lambda _: print('r\u00e9'); cli.main([])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("r\\xe9\n", "")
+
+
 def test_a_disk_that_is_full_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

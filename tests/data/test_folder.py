@@ -1,6 +1,8 @@
 """Class folders: names, suffixes, stratified splits, protocols, refusals."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +116,20 @@ def test_names_that_cannot_be_written_down_are_refused(tmp_path: Path, place: st
         with pytest.raises(UserError, match=r"holds .*gr\?n.* is not UTF-8") as caught:
             read(root)
         str(caught.value).encode()
+
+
+def test_a_locale_that_cannot_read_a_name_is_named(tmp_path: Path) -> None:
+    root = class_folders(tmp_path, {"a": 1, "ros\u00e9": 1})
+    program = (
+        "import sys; from pathlib import Path; from flowerray.data.folder import class_files\n"
+        "class_files(Path(sys.argv[1]))"
+    )
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(root)], capture_output=True, text=True,
+        env=os.environ | plain,
+    )  # fmt: skip
+    assert "ros??, whose name this locale cannot read: export LC_ALL=C.UTF-8." in done.stderr
 
 
 def test_tags_follow_names_and_splits(root: Path, tmp_path: Path) -> None:
