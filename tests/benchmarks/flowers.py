@@ -192,13 +192,15 @@ def unpacked(text: str, number: int) -> NDArray[np.float64]:
 
 
 def head() -> str:
-    """The commit that is measured, with a + where files differ from it."""
+    """The commit that is measured, with a + where code differs from it."""
 
     def git(*what: str) -> str:
         done = subprocess.run(["git", *what], capture_output=True, text=True, cwd=RESULTS.parent)
         return done.stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
+    code = ":(top)", ":(top,exclude)docs"
+    changed = git("status", "--porcelain", "-uno", "--", *code)
+    return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
 
 
 def anonymous(argv: list[str]) -> list[str]:
