@@ -39,13 +39,13 @@ FLOORS = [
     "explore: align scan counts duplicates likeness leaks maps exploration pictures results"
     " chapters command",
     "report: gather numbers sections attacked evidence command",
-    "cluster: session worker trainer watch driver tasks",
+    "cluster: session worker trainer watch driver tasks embedding",
     "tuning: space pictures trial config database study searcher heads confirm command",
     "comparison: plan pictures command",
     "backbones: bench remote pictures command",
     "export: portable card command",
     "serve: pyfunc service app deployment",
-    "cli: options attack backbones cache compare data explain explore export index report"
+    "cli: options attack backbones cache compare data embed explain explore export index report"
     " retrieval review serve training tune",
     "api",
 ]

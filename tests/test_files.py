@@ -145,7 +145,7 @@ def test_all_json_is_written_here() -> None:
     }
     assert dumps <= {
         "files.py", "data/oxford.py", "data/splits.py", "report/attacked.py", "report/command.py",
-        "export/card.py", "export/portable.py",
+        "cluster/embedding.py", "export/card.py", "export/portable.py",
         "robustness/audit.py", "robustness/journal.py",
         "report/gather.py", "tracking/server.py", "training/checkpoint.py", "training/rundir.py",
     }  # fmt: skip

@@ -68,6 +68,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "index": Command("index", "index", "photographs embedded once, to be searched; it grows"),
     "serve": Command("serve", "serve", "an index over HTTP, with a page to try it on"),
+    "embed": Command("embed", "embed", "embeddings of many photographs as parquet, by Ray Data"),
     "explain": Command("explain", "explain", "why two photographs are alike, by maps and concepts"),
     "export": Command("export", "export", "a trained model for other programs: ONNX, torch.export"),
     "report": Command("report", "report", "one HTML page on a set of runs"),

@@ -5,7 +5,7 @@ Letters: H W C an image. Pillow and numpy are all it imports, so that decoding p
 
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import blake2b
@@ -136,6 +136,12 @@ def load_or_fault(path: Path, shorter_side: int) -> NDArray[np.uint8] | str:
     return image if isinstance(image, str) else _resize(image, shorter_side)
 
 
+def crop_or_fault(data: bytes, size: int) -> NDArray[np.uint8] | str:
+    """`eval_crop` of a file's bytes, or why they are not a whole image."""
+    image = _decode(data)
+    return image if isinstance(image, str) else eval_crop(image, size)
+
+
 def centre_crop(image_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """The middle square of `size` pixels, a view; an odd pixel stays at the bottom or right."""
     height, width = image_HWC.shape[:2]
@@ -189,12 +195,10 @@ def decoding_map(count: int, processes: int | None = None) -> Iterator[Callable]
     with spawned(
         processes, "decodes images", ignore_pillow
     ) as pool:  # Pillow holds the GIL: no threads
-        yield partial(_map_ahead, pool, 64 * processes)
+        yield partial(map_ahead, pool, 64 * processes)
 
 
-def _map_ahead(
-    pool: ProcessPoolExecutor, ahead: int, function: Callable, items: Iterable
-) -> Iterator:
+def map_ahead(pool: Executor, ahead: int, function: Callable, items: Iterable) -> Iterator:
     """`pool.map` that is at most two parts of `ahead` items before its reader: decoded images of a
     large set would fill the memory where the disk is slower than the cores.
     """

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowerray.data.images import _map_ahead, decode, decoding_map, examine
+from flowerray.data.images import decode, decoding_map, examine, map_ahead
 from flowerray.errors import UserError
 
 
@@ -30,11 +30,11 @@ class Pool:
 def test_decoding_does_not_run_far_ahead_of_its_reader() -> None:
     pool: Any = Pool()
     read = []
-    for number in _map_ahead(pool, 8, lambda n: n * n, iter(range(100))):
+    for number in map_ahead(pool, 8, lambda n: n * n, iter(range(100))):
         read.append(number)
         assert pool.done <= len(read) + 2 * 8
     assert read == [n * n for n in range(100)]
-    assert list(_map_ahead(pool, 8, str, [])) == []
+    assert list(map_ahead(pool, 8, str, [])) == []
 
 
 def test_processes_keep_the_order() -> None:
