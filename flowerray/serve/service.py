@@ -195,23 +195,26 @@ class Service:
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device
         self._seen = self._state()
-        index = open_index(folder)
-        self.now = Served(index, model_of(index, device))
+        self.now = self._open()
 
     def refresh(self) -> None:
         """Takes over what has changed; an INDEX that cannot be read leaves the old one."""
         if (state := self._state()) != self._seen:
             with suppress(UserError):
-                index, before = open_index(self.folder), self.now
-                same = index.manifest["model"] == before.index.manifest["model"]
-                self.now = Served(index, before.model if same else model_of(index, self.device))
-                self._seen = state
+                self.now, self._seen = self._open(self.now), state
 
     def follow(self) -> NoReturn:
         """Refreshes for ever."""
         while True:
             time.sleep(FOLLOW_SECONDS)
             self.refresh()
+
+    def _open(self, before: Served | None = None) -> Served:
+        index = open_index(self.folder)
+        _ = index.cells  # which take a while, before anybody waits for them
+        if before and before.index.manifest["model"] == index.manifest["model"]:
+            return Served(index, before.model)
+        return Served(index, model_of(index, self.device))
 
     def _state(self) -> tuple[int, int]:
         with suppress(OSError):
