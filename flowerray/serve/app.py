@@ -218,13 +218,11 @@ def make_app(
     @api.get("/healthz")
     async def healthz() -> Health:
         """That the service is up, and what it serves."""
-        served = [one.now.index.manifest["model"]["name"] for one in (service, beside) if one]
-        own, second = [*(name.rstrip("/").rpartition("/")[2] for name in served), None][:2]
         return {
             "status": "ok",
             "photographs": len(service.now.index),
-            "model": own or "",
-            "beside": second,
+            "model": service.now.name,
+            "beside": beside.now.name if beside else None,
         }
 
     @api.get("/metrics")

@@ -69,6 +69,11 @@ class Served:
     index: Index
     model: Model
 
+    @property
+    def name(self) -> str:
+        """Of the model, without its folder."""
+        return self.index.manifest["model"]["name"].rstrip("/").rpartition("/")[2]
+
     def read(self, data: bytes, name: str = "image") -> Upload:
         """A photograph's bytes, decoded.
 
