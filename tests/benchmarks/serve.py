@@ -37,7 +37,7 @@ from flowerray.tracking.registry import resolve
 from flowerray.training.checkpoint import export_file
 from tests.benchmarks.command import about
 
-INDEXED, ASKED = 500, 1200
+INDEXED, ASKED = 300, 300
 """Photographs that the index holds, and others that are asked for."""
 AT_ONCE = 24
 """Requests that are under way at a time: below what the service takes."""
@@ -113,7 +113,7 @@ def batches(model: Path, paths: Sequence[Path], seconds: float) -> float:
     """Photographs a second, from their files, by batches in one process."""
     embedder = open_model(str(model), torch.device("cpu")).embedder
     done, start = -command.BATCH, 0.0  # from the second batch on, when all has started
-    for batch in command.batches(list(paths) * 50, embedder.image_size):
+    for batch in command.batches(list(paths) * 200, embedder.image_size):
         command.embed_crops(embedder, [crop for *_, crop in batch if not isinstance(crop, str)])
         start, done = start or time.perf_counter(), done + len(batch)
         if done and time.perf_counter() > start + seconds:
