@@ -73,8 +73,10 @@ class Client:
         content = json.loads(answer.read())
         return answer.status, [n["similarity"] for n in content.get("neighbours", ())]
 
-    def load(self, seconds: float, rate: float | None, threads: int) -> list[Answer]:
-        """Asks for so long: so many times a second, or as fast as the threads come to it."""
+    def load(self, seconds: float, rate: float | None, threads: int) -> tuple[list[Answer], float]:
+        """Asks for so long: so many times a second, or as fast as the threads come to it; also the
+        seconds until the last answer.
+        """
         numbers, lock, start = count(), Lock(), time.perf_counter()
 
         def due() -> Iterator[tuple[int, float]]:
@@ -97,7 +99,8 @@ class Client:
             return answers
 
         with ThreadPoolExecutor(threads) as pool:
-            return [answer for part in pool.map(work, range(threads)) for answer in part]
+            answers = [answer for part in pool.map(work, range(threads)) for answer in part]
+        return answers, time.perf_counter() - start
 
 
 def summary(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
@@ -163,20 +166,20 @@ def measure(model: Path, size: int, options: argparse.Namespace) -> dict[str, An
             found["start_seconds"] = time.perf_counter() - begin
             client = Client(port, [path.read_bytes() for path in asked])
             seconds, tree = options.seconds, psutil.Process(process.pid)
-            answers: list[Answer] = []
+            answers, took = [], 0.0
             for _ in range(ROUNDS):
                 part = seconds / ROUNDS
                 found["batches_per_second"].append(batches(opened.embedder, asked, part))
-                answers += client.load(part, None, AT_ONCE)
-            found["sustained"] = summary(answers, seconds)
+                more, elapsed = client.load(part, None, AT_ONCE)
+                answers, took = answers + more, took + elapsed
+            found["sustained"] = summary(answers, took)
             capacity = found["sustained"]["answered_per_second"]
             found["memory_mib"].append(memory(tree))
-            found["half"] = summary(client.load(seconds, capacity / 2, AT_ONCE), seconds)
+            found["half"] = summary(*client.load(seconds, capacity / 2, AT_ONCE))
             found["twice"] = []
             for _ in range(ROUNDS):
-                part = options.overload / ROUNDS
-                answers = client.load(part, 2 * capacity, 4 * AT_ONCE)
-                found["twice"].append(summary(answers, part))
+                load = client.load(options.overload / ROUNDS, 2 * capacity, 4 * AT_ONCE)
+                found["twice"].append(summary(*load))
                 found["memory_mib"].append(memory(tree))
         finally:
             process.terminate()
