@@ -166,7 +166,8 @@ def measure(model: Path, size: int, options: argparse.Namespace) -> dict[str, An
             found["start_seconds"] = time.perf_counter() - begin
             client = Client(port, [path.read_bytes() for path in asked])
             seconds, tree = options.seconds, psutil.Process(process.pid)
-            answers, took = [], 0.0
+            answers: list[Answer] = []
+            took = 0.0
             for _ in range(ROUNDS):
                 part = seconds / ROUNDS
                 found["batches_per_second"].append(batches(opened.embedder, asked, part))
