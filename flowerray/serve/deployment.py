@@ -150,6 +150,8 @@ def run(serving: Serving, host: str, port: int, ready: Callable[[], None]) -> No
         finally:
             before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C cuts nothing
             try:
-                serve.shutdown()
+                serve.delete(NAME)
+                if not serve.status().applications:  # of others, on a cluster
+                    serve.shutdown()
             finally:
                 signal.signal(signal.SIGINT, before)
