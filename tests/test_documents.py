@@ -23,6 +23,7 @@ NOT_RUN = {
     "attack": "takes minutes; tests/robustness runs it small",
     "explain": "judges a split or fits concepts; tests/explain runs it small",
     "index": "needs the command before it; tests/index runs it",
+    "serve": "serves until Ctrl-C; tests/serve runs it",
     "report": "measures frozen backbones; tests/report runs it small",
 }
 """Commands that are only parsed here (test_house_rules), and why."""
