@@ -43,6 +43,8 @@ class Model:
     """Fingerprint of what it was trained on; None: not known."""
     calibration: Calibration | None = None
     """Probabilities and false-match rates of its cosine; None: an older model, or no val."""
+    seen: NDArray[np.uint32] | None = None
+    """Checksums of the images of train and val, see `Store.checks_N`; None: an older model."""
 
     def calibrated(self) -> Calibration:
         """Its calibration.
@@ -101,6 +103,7 @@ def open_model(name: str, device: torch.device) -> Model:
         threshold=content["threshold"],
         dataset=content["dataset"],
         calibration=content["calibration"],
+        seen=content["seen"],
     )
 
 

@@ -24,7 +24,7 @@ from flowerray.cluster.worker import (
     split_store,
     train_worker,
 )
-from flowerray.data.source import open_dataset
+from flowerray.data.source import open_dataset, refuse_inside
 from flowerray.errors import UserError
 from flowerray.files import only_driver, refuse_unwritable
 from flowerray.training import checkpoint
@@ -57,6 +57,7 @@ def train_run(
     if not resume:
         folder.refuse_existing()
         refuse_unwritable(folder.path)
+        refuse_inside(folder.path, run.data.root)
     tags, steps = check_run(run, quiet, resume)
     if resume:
         folder.read()

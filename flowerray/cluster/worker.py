@@ -123,6 +123,8 @@ def _train(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str
     val_store = None
     if "val" in dataset.splits:
         val_store = split_store(dataset, "val", run.embedder.image_size)
+    stores = [train_store] if val_store is None else [train_store, val_store]
+    seen = np.unique(np.concatenate([store.checks_N for store in stores]))
     method, embedder = build_method(run, len(trained_classes))
     if run.init is not None and (saved is None or head):  # a head's checkpoint has no backbone
         names = class_names(dataset, trained_classes)
@@ -149,8 +151,9 @@ def _train(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str
         return {}
     known_QF = kept and kept.val_QF
     return finish(
-        run, reporter.dir, method, embedder, dataset, trained_classes, val_store, known_QF, result
-    )
+        run, reporter.dir, method, embedder, dataset, trained_classes, val_store, known_QF, result,
+        seen,
+    )  # fmt: skip
 
 
 def too_large(run: Run) -> str:
@@ -269,12 +272,14 @@ def finish(
     val_store: Store | None,
     known_QF: NDArray[np.float32] | None,
     result: Result,
+    seen: NDArray[np.uint32],
 ) -> dict[str, Any]:
     """Fits threshold and calibration on val, writes pairs.json and thresholds.json, exports the
     model; returns a summary.
 
     Args:
         known_QF: features of val, where they are kept.
+        seen: checksums of the images of train and val, see `Store.checks_N`.
     """
     device = next(method.parameters()).device
     source = folder.newest(folder.best) if val_store is not None else folder.checkpoint()
@@ -305,7 +310,7 @@ def finish(
     classes = class_names(dataset, trained_classes)
     used = run.train.model_copy(update={"precision": result.precision})  # what auto came to
     facts = noted(run.model_copy(update={"train": used}), dataset)
-    facts["calibration"] = calibration
+    facts["calibration"], facts["seen"] = calibration, seen.astype(">u4").tobytes().hex()
     checkpoint.export(model, method, embedder.state_dict(), facts, threshold, classes)
     best = result.best if val_store is not None else None
     summary = {

@@ -27,7 +27,7 @@ from flowerray.comparison.pictures import (
 )
 from flowerray.comparison.plan import CompareConfig, PlannedRun, plan
 from flowerray.data.dataset import Dataset
-from flowerray.data.source import open_dataset
+from flowerray.data.source import open_dataset, refuse_inside
 from flowerray.description import VERSION, flatten
 from flowerray.errors import UserError
 from flowerray.files import only_driver, read_json, read_kept, write_json, writing
@@ -63,6 +63,7 @@ def compare(
             failed, named.
         KeyboardInterrupt: the user's; `resume` goes on.
     """
+    refuse_inside(out, config.data.root)
     entries, trials, notes = plan(config)
     if resume:
         entries = as_begun(entries, out, notes)

@@ -81,6 +81,17 @@ def open_all(root: Path, beside: bool = False) -> Dataset:
     return replace(dataset, splits={"test": np.arange(len(dataset.paths))})
 
 
+def refuse_inside(out: Path, root: Path | None) -> None:
+    """Raises UserError where `out` lies in a set that is told by its folders."""
+    if root is None or oxford.is_oxford(root):
+        return
+    if root.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UserError(
+            f"`out` {out} lies in the data set {root} and would become a part of it: "
+            "choose a folder elsewhere."
+        )
+
+
 def check_dataset(
     root: Path, progress: bool = True, examined: Mapping[Path, tuple[str, str | None]] | None = None
 ) -> list[str]:

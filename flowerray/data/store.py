@@ -88,7 +88,8 @@ class Store:
         """Hash of the source files' bytes in their order, the side and the version."""
         self._index_N3 = np.load(self.folder / "index.npy")
         self._pixels = np.asarray(np.memmap(self.folder / "pixels.bin", np.uint8, "r"))
-        self._checks_N = self._read_checks()
+        self.checks_N = self._read_checks()
+        """CRC-32 of each image's pixels, by which it is known again."""
         self._unchecked_N = np.ones(len(self), bool)
         touch(self.folder / "meta.json")
 
@@ -122,7 +123,7 @@ class Store:
         offset, height, width = (int(value) for value in self._index_N3[i])
         pixels = self._pixels[offset : offset + height * width * 3]
         if self._unchecked_N[i]:
-            if zlib.crc32(pixels.data) != self._checks_N[i]:
+            if zlib.crc32(pixels.data) != self.checks_N[i]:
                 (self.folder / "meta.json").unlink(missing_ok=True)  # so that it is built again
                 raise UserError(
                     f"{self.folder} is damaged (a failing disk?): call the command again, which "

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from flowerray.data import folder, listing, oxford
 from flowerray.data.dataset import Dataset
-from flowerray.data.source import DataConfig, check_dataset, open_all, open_dataset
+from flowerray.data.source import DataConfig, check_dataset, open_all, open_dataset, refuse_inside
 from flowerray.errors import UserError
 from flowerray.explore.chapters import build_page
 from flowerray.explore.exploration import explore
@@ -128,12 +128,7 @@ def open_for_exploring(data: DataConfig) -> tuple[Dataset, str | None]:
 
 
 def _refuse_out(out: Path, root: Path) -> None:
-    inside = root.resolve() in (out.resolve(), *out.resolve().parents)
-    if inside:
-        raise UserError(
-            f"`out` {out} lies in the data set {root} and would become a part of it: "
-            "choose a folder elsewhere."
-        )
+    refuse_inside(out, root)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"`out` {out} exists already: choose a new folder.")
     refuse_unwritable(out)

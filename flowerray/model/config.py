@@ -19,7 +19,7 @@ class EmbedderConfig(Config):
     """Any timm model name, with or without a pretrained tag."""
     dim: int = Field(128, ge=2, le=4096)
     """Length of the embedding, in dimensions."""
-    image_size: int = Field(128, ge=32)
+    image_size: int = Field(128, ge=32, le=4096)
     """Side of the square input, in pixels."""
     weights: str = "bundled"
     """Source of the backbone's weights: "bundled" (no network: tf_efficientnet_lite0; with the

@@ -88,6 +88,8 @@ def evaluate_model(
     )
     measurement = replace(measurement, frozen=floor_of(model, dataset, config, quiet))
     measurement = with_decisions(measurement, model, pairs, threshold)
+    if not same:
+        measurement = with_seen(measurement, model)
     usual = config.gallery in (None, default_gallery(dataset, config.split))
     if own and usual and config.far is None:
         try:
@@ -113,6 +115,22 @@ def with_decisions(
         print(warning, file=sys.stderr)
     metrics = measurement.metrics | found.metrics | ({"warning": warning} if warning else {})
     return replace(measurement, metrics=metrics, decisions=found)
+
+
+def with_seen(measurement: Measurement, model: Model) -> Measurement:
+    """A measurement on another set than the model's own, with the number of its queries that are
+    images of the training all the same, and a warning of them.
+    """
+    if model.seen is None:
+        return measurement
+    store = store_builder(model.embedder.image_size, quiet=True)(measurement.query_paths)
+    if seen := int(np.isin(store.checks_N, model.seen).sum()):
+        print(
+            f"{seen} of the {len(store)} queries are images that {model.name} was trained or "
+            "chosen on, so that the figures are too good: take them out.",
+            file=sys.stderr,
+        )
+    return replace(measurement, metrics=measurement.metrics | {"queries_seen_in_training": seen})
 
 
 def not_kept(name: str, error: Exception) -> None:
@@ -361,14 +379,10 @@ def search(
         gallery_GD = kept_embeddings(model.embedder, store, progress=bar.update)
     others = np.array([g for g, path in enumerate(dataset.paths) if not path.samefile(query)], int)
     rows, cosines = nearest_rows(gallery_GD[others], query_D, top)
+    names, label_N = dataset.classes, dataset.labels_N
     return [
-        Neighbour(
-            dataset.paths[g],
-            dataset.classes[dataset.labels_N[g]],
-            cosine,
-            model.probability(cosine, prior),
-        )
-        for g, cosine in zip(others[rows].tolist(), cosines.tolist(), strict=True)
+        Neighbour(dataset.paths[g], names[label_N[g]], c, model.probability(c, prior))
+        for g, c in zip(others[rows].tolist(), cosines.tolist(), strict=True)
     ]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NotRequired
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -96,7 +97,7 @@ def export(
         method: whose loss parameters are kept beside the embedder.
         embedder_state: the weights to export (the moving average's where there is one).
         run: the Run as a plain dict, with "dataset", the fingerprint of what it was trained on, and
-            "calibration", of its cosine.
+            "calibration", of its cosine, and "seen", checksums of its images in hexadecimal.
         threshold: cosine from which two photographs count as the same class, fitted on val.
         classes: names of the training classes, in the order of the method's targets.
     """
@@ -148,7 +149,8 @@ def export_file(path: Path) -> Path:
 
 def load_export(run_or_file: str | Path) -> dict[str, Any]:
     """The content of an export: "embedder", "method", "run" (as a dict), "threshold", "classes",
-    "dataset", the fingerprint of the training's data, and its "calibration" (None: not known).
+    "dataset", the fingerprint of the training's data, "seen", checksums of its images, and its
+    "calibration" (None: not known).
 
     Raises:
         UserError: nothing there, or not a flowerray export.
@@ -161,11 +163,13 @@ def load_export(run_or_file: str | Path) -> dict[str, Any]:
         run = dict(json.loads(content["run"]))
         known = run.pop("calibration", None)
         calibration = None if known is None else Calibration(**known)
+        known = run.pop("seen", None)
+        seen = None if known is None else np.frombuffer(bytes.fromhex(known), ">u4")
     except (UserError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is not a flowerray model: its run cannot be read.") from error
     _refuse_infinite(file, content["embedder"], content["threshold"])
     dataset = run.pop("dataset", None)
-    return {**content, "dataset": dataset, "calibration": calibration, "run": run}
+    return {**content, "dataset": dataset, "calibration": calibration, "seen": seen, "run": run}
 
 
 def initialise(method: Method, embedder: Embedder, source: Path, classes: tuple[str, ...]) -> None:

@@ -10,29 +10,29 @@ from flowerray.config import Config
 class TrainConfig(Config):
     """The optimisation of one run."""
 
-    epochs: int = Field(15, ge=1)
+    epochs: int = Field(15, ge=1, le=100_000)
     """Passes over the training images."""
-    images: int = Field(0, ge=0)
+    images: int = Field(0, ge=0, le=10**12)
     """Images drawn, repeats included, after which the training ends, also in mid-epoch and
     whatever `epochs` says: trainings of other batches are then equally long; 0 = after `epochs`."""
     max_repeats: int = Field(0, ge=0)
     """Times that an epoch shows an image on average at most, where classes are very unequal;
     epochs are then shorter, and show a part of the large classes; 0 = as often as full batches of
     distinct classes need."""
-    classes_per_batch: int = Field(12, ge=2)
+    classes_per_batch: int = Field(12, ge=2, le=10_000)
     """P: distinct classes of a global batch."""
-    images_per_class: int = Field(4, ge=2)
+    images_per_class: int = Field(4, ge=2, le=10_000)
     """K: images of each class in a global batch; a batch holds P x K images over all workers."""
     lr: float = Field(1e-4, gt=0, le=1)
     """AdamW's peak learning rate for the backbone; for the default one each method has its own."""
-    head_lr_factor: float = Field(10.0, gt=0)
+    head_lr_factor: float = Field(10.0, gt=0, le=1e4)
     """The projection's and the loss parameters' learning rate, as a multiple of `lr`."""
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Learning rate of each of the backbone's layers as a multiple of the next one's, so that early
     ones change less; 1 = all alike, 0.65 to 0.9 suit transformers."""
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(1e-4, ge=0, le=100)
     """AdamW's decoupled decay on matrices and kernels; never on biases, norms or centers."""
-    warmup_epochs: float = Field(1.0, ge=0)
+    warmup_epochs: float = Field(1.0, ge=0, le=100_000)
     """Linear warm-up, in epochs, before the cosine to zero."""
     grad_clip: float = Field(5.0, ge=0)
     """Largest global L2 norm of the gradient; 0 = no clipping."""

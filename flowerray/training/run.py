@@ -26,7 +26,7 @@ class ResourcesConfig(Config):
 
     workers: int = Field(1, ge=0, le=1024)
     """Ray Train workers; 0 trains in this process, without Ray."""
-    cpus_per_worker: int = Field(0, ge=0)
+    cpus_per_worker: int = Field(0, ge=0, le=4096)
     """CPU cores (and threads) of a worker; 0 = the cores of the cluster divided by the workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = a GPU for each worker where the cluster has as many, else the CPU."""

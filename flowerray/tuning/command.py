@@ -18,7 +18,7 @@ from flowerray.cluster.session import own_signals, ray_session, require_gpus, sl
 from flowerray.cluster.watch import Ending, Watcher
 from flowerray.cluster.worker import refuse_changed
 from flowerray.config import Config
-from flowerray.data.source import open_dataset
+from flowerray.data.source import open_dataset, refuse_inside
 from flowerray.errors import UserError
 from flowerray.files import only_driver, refuse_unwritable
 from flowerray.tracking.state import State
@@ -107,6 +107,7 @@ def new_study(
     """
     refuse_existing(out)
     refuse_unwritable(out)
+    refuse_inside(out, run.data.root)
     check_resources(run, resources)
     if config.then_all and run.embedder.train != "head":
         raise UserError("`then_all` follows a search of heads: add `embedder.train` head.")

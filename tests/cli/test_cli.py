@@ -21,6 +21,7 @@ from flowerray.text import typed
 from flowerray.training.checkpoint import load_export
 from flowerray.training.run import Run
 from flowerray.training.rundir import RunDir
+from tests.data.pictures import class_folders
 from tests.small import small, words
 
 Say = Callable[..., tuple[str, str]]
@@ -33,6 +34,17 @@ def test_a_terminal_that_lacks_a_letter_gets_its_number() -> None:
         env=os.environ | {"PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("r\\xe9\n", "")
+
+
+@pytest.mark.parametrize("command", ["train triplet", "tune triplet", "compare"])
+def test_results_do_not_become_a_class(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = class_folders(tmp_path / "set", {"a": 4, "b": 4})
+    place = root / "a" / "mine"
+    assert dispatch([*command.split(), "--data.root", str(root), "--out", str(place)]) == 2
+    said = capsys.readouterr().err
+    assert f"--out {place} lies in the data set {root}" in said and not place.exists()
 
 
 def test_a_disk_that_is_full_is_one_sentence(
@@ -108,8 +120,8 @@ def test_the_surface_is_frozen() -> None:
     """Scripts and jobs use these words: a new one is added here on purpose, none disappears."""
     assert list(cli.COMMANDS) == [
         "demo", "data", "explore", "backbones", "methods", "train", "tune", "compare", "evaluate",
-        "attack", "similar", "search", "index", "serve", "explain", "export", "report", "cache",
-        "track",
+        "attack", "similar", "search", "index", "serve", "embed", "explain", "export", "report",
+        "cache", "track",
     ]  # fmt: skip
     assert all(len(line) <= 80 for line in usage().splitlines())
 

@@ -319,6 +319,27 @@ def test_a_copy_of_the_set_is_measured_and_not_kept(
     assert found.metrics["gallery"] == "train" and run.metrics.read_bytes() == before
 
 
+def test_images_of_the_training_are_known_in_any_set(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Moved, renamed, and among others that are new."""
+    own, moved = model.own_dataset(quiet=True), tmp_path / "moved"
+    chosen = {name: own.splits[name][:n] for name, n in (("train", 12), ("val", 8), ("test", 20))}
+    for n, i in enumerate(np.concatenate(list(chosen.values()))):
+        (moved / f"c{n % 3}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(own.paths[i], moved / f"c{n % 3}" / f"new-{n}.jpg")
+    data, config = DataConfig(root=moved), EvaluateConfig()
+    found = measuring.evaluate_model(model, data, True, config, quiet=True).metrics
+    assert (found["queries_seen_in_training"], found["num_queries"]) == (20, 40)
+    assert "20 of the 40 queries are images that" in capsys.readouterr().err
+    shutil.rmtree(moved / "c0")
+    older = replace(model, seen=None)
+    assert (
+        "queries_seen_in_training"
+        not in measuring.evaluate_model(older, data, True, config, quiet=True).metrics
+    )
+
+
 def test_what_mlflow_holds_is_no_folder_to_keep_results_in(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:

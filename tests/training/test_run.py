@@ -8,9 +8,11 @@ import pytest
 
 from flowerray import methods
 from flowerray.cli.options import parse_run
+from flowerray.config import Config
 from flowerray.errors import UserError
 from flowerray.model.embedder import EmbedderConfig
 from flowerray.training.config import TrainConfig
+from flowerray.training.harden import HardenConfig
 from flowerray.training.run import PRESETS, ResourcesConfig, Run, differences, own_defaults
 from tests.small import small
 
@@ -98,3 +100,21 @@ def test_a_method_has_defaults_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert parsed("--embedder.backbone", "resnet18") == parsed("--preset", "gpu")[:1] + (15,)
     shared = own_defaults(TrainConfig(epochs=4), "center", EmbedderConfig())
     assert (shared.lr, shared.epochs) == (7e-4, 4)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        (TrainConfig, "warmup_epochs", float("inf")),
+        (TrainConfig, "head_lr_factor", float("inf")),
+        (TrainConfig, "weight_decay", float("nan")),
+        (TrainConfig, "epochs", 10**6),
+        (TrainConfig, "images", 10**19),
+        (EmbedderConfig, "image_size", 100_000),
+        (ResourcesConfig, "cpus_per_worker", 10_000),
+        (HardenConfig, "beta", float("inf")),
+    ],
+)
+def test_numbers_that_cannot_be_meant(part: type[Config], field: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"^`{field}` = .*: input should be"):
+        part(**{field: value})
