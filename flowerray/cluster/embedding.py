@@ -111,8 +111,8 @@ def embed_source(
     todo = pieces(names, known)
     added = 0
     if todo:
-        cpus = 1 if gpus else config.cpus
-        with ray_session(min_cpus=cpus) as ray:
+        cpus = 0 if gpus else config.cpus  # beside a GPU all cores decode
+        with ray_session(min_cpus=config.cpus) as ray:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             workers = config.workers or max(1, slots(nodes, cpus, gpus))
             decode = partial(decoded, filesystem=filesystem, size=embedder.image_size)
@@ -157,9 +157,10 @@ def listed(where: str) -> tuple[Any, list[str], dict[str, str]]:
     names, faults = [], {}
     for info in infos:
         hidden, suffix = info.base_name.startswith("."), Path(info.base_name).suffix.lower()
-        if info.type != fs.FileType.File or hidden or suffix not in (*SUFFIXES, SHARD):
+        shard = info.path.endswith(SHARD)
+        if info.type != fs.FileType.File or hidden or not (shard or suffix in SUFFIXES):
             continue
-        if suffix != SHARD and info.size > MAX_BYTES:
+        if not shard and info.size > MAX_BYTES:
             faults[info.path] = f"it has more than {MAX_BYTES // 2**20} MB"
         else:
             names.append(info.path)
@@ -172,9 +173,11 @@ def pieces(names: Sequence[str], known: set[str]) -> list[Piece]:
     """The work, without what is known."""
     files = [name for name in names if not name.endswith(SHARD) and name not in known]
     members: dict[str, list[str]] = {name: [] for name in names if name.endswith(SHARD)}
-    for name in known:
-        shard = name[: name.find(f"{SHARD}/") + len(SHARD)]
-        members.get(shard, []).append(name)
+    for name in known if members else ():
+        place = name
+        while place and place not in members:
+            place = place.rpartition("/")[0]
+        members.get(place, []).append(name)
     starts = range(0, len(files), PIECE)
     work = [Piece(shard="", names=files[start : start + PIECE]) for start in starts]
     return work + [Piece(shard=shard, names=names) for shard, names in members.items()]
@@ -210,11 +213,12 @@ def contents(filesystem: Any, piece: Piece) -> Iterator[tuple[str, bytes, str]]:
             tarfile.open(fileobj=stream, mode="r|") as members,
         ):
             for member in members:
-                name = f"{shard}/{member.name}"
+                name = f"{shard}/{member.name}".encode(errors="backslashreplace").decode()
                 suffix = Path(name).suffix.lower()
                 if member.isfile() and suffix in SUFFIXES and name not in known:
                     whole = member.size <= MAX_BYTES and members.extractfile(member)
-                    yield (name, whole.read(), "") if whole else (name, b"", "it is too large")
+                    data = whole.read() if whole else b""
+                    yield name, data, "" if data else "it is empty, or too large"
         with filesystem.open_input_file(shard) as file:
             file.seek(max(0, file.size() - 1024))
             if any(file.read()):  # a whole one ends with zeros
@@ -273,12 +277,12 @@ def stream_of(
     context.target_max_block_size = BLOCK
     rows = [{"piece": json.dumps(piece)} for piece in todo]
     data: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
-    if gpus:  # all other cores decode
+    if gpus:
         data = data.map_batches(decode, batch_size=1)
     device = "cuda" if gpus else "cpu"
     data = data.map_batches(
         Worker, batch_size=4 * BATCH if gpus else 1, concurrency=workers,
-        fn_constructor_args=(embedder, None if gpus else decode, device, cpus),
+        fn_constructor_args=(embedder, None if gpus else decode, device, max(1, cpus)),
         num_cpus=cpus, num_gpus=gpus or None,
     )  # fmt: skip
     found: Iterable[Batch] = data.iter_batches(batch_size=None)
@@ -301,7 +305,7 @@ def begin(out: Path, made: Manifest) -> set[str]:
                 f"{out} holds embeddings of {before['source']} by {before['model']}: choose "
                 "another `out`."
             )
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(not entry.name.startswith(".") for entry in out.iterdir()):
         raise UserError(f"{out} exists already: choose another `out`.")
     else:
         with writing(out):

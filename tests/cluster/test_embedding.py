@@ -43,6 +43,8 @@ def source(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             shard.add(picture, f"{n}.jpg")
             label = tarfile.TarInfo(f"{n}.cls")
             shard.addfile(label, io.BytesIO(b""))
+        odd = tarfile.TarInfo("\udcff.jpg")
+        shard.addfile(odd)
         broken = tarfile.TarInfo("5.jpg")
         broken.size = 4
         shard.addfile(broken, io.BytesIO(b"none"))
@@ -102,6 +104,7 @@ def test_everything_is_embedded_once(small_run: Path, source: Path, tmp_path: Pa
         "note.jpg": "no known image format",
         "empty.png": "the file is empty",
         "5.jpg": "no known image format",
+        "\\udcff.jpg": "it is empty, or too large",
     }
     (part,) = out.glob("part-*.parquet")
     part.unlink()
