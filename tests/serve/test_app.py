@@ -146,6 +146,20 @@ def test_an_attack_makes_others_the_nearest(
     assert answer.status_code == 404 and "no second index" in answer.json()["error"]
 
 
+def test_without_other_classes_an_attack_leads_away(
+    photographs: Path, small_run: Path, photo: bytes, tmp_path: Path
+) -> None:
+    model = open_model(str(small_run), CPU)
+    command.build(model, photographs / "a", tmp_path / "index", quiet=True)
+    served = Service(tmp_path / "index", CPU).now
+    upload = served.read(photo)
+    (emb_D,) = served.embed([upload.crop_SSC])
+    moved = [
+        1 - float(emb_D @ served.embed([served.attack(emb_D, upload, eps)])[0]) for eps in (0, 2, 8)
+    ]
+    assert moved[0] == pytest.approx(0, abs=1e-6) and moved[0] + 1e-4 < moved[1] < moved[2]
+
+
 def test_a_sample_is_a_photograph_of_the_index(client: TestClient) -> None:
     """Which then does not find itself."""
     found = client.get("/sample")
