@@ -38,9 +38,9 @@ from flowerray.tracking.registry import resolve
 from flowerray.training.checkpoint import export_file
 from tests.benchmarks.command import about
 
-INDEXED, ASKED = 300, 300
+INDEXED, ASKED = 300, 200
 """Photographs that the index holds, and others that are asked for."""
-ROUNDS = 4
+ROUNDS = 3
 AT_ONCE = 24
 """Requests that are under way at a time: below what the service takes."""
 
@@ -116,14 +116,14 @@ def summary(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
     }
 
 
-def batches(embedder: Embedder, paths: Sequence[Path], seconds: float) -> float:
+def batches(embedder: Embedder, stream: Iterator[list[tuple[Any, ...]]], seconds: float) -> float:
     """Photographs a second, from their files, by batches in one process."""
-    done, start = -command.BATCH, 0.0  # from the second batch on, when all has started
-    for batch in command.batches(list(paths) * 200, embedder.image_size):
-        command.embed_crops(embedder, [crop for *_, crop in batch if not isinstance(crop, str)])
-        start, done = start or time.perf_counter(), done + len(batch)
-        if done and time.perf_counter() > start + seconds:
-            break
+    next(stream)  # decoded while something else was measured
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() < start + seconds:
+        crops = [crop for *_, crop in next(stream)]
+        command.embed_crops(embedder, crops)
+        done += len(crops)
     return done / (time.perf_counter() - start)
 
 
@@ -166,13 +166,16 @@ def measure(model: Path, size: int, options: argparse.Namespace) -> dict[str, An
             found["start_seconds"] = time.perf_counter() - begin
             client = Client(port, [path.read_bytes() for path in asked])
             seconds, tree = options.seconds, psutil.Process(process.pid)
+            stream: Any = command.batches(list(asked) * 500, size)
+            next(stream)  # its processes have started
             answers: list[Answer] = []
             took = 0.0
             for _ in range(ROUNDS):
                 part = seconds / ROUNDS
-                found["batches_per_second"].append(batches(opened.embedder, asked, part))
+                found["batches_per_second"].append(batches(opened.embedder, stream, part))
                 more, elapsed = client.load(part, None, AT_ONCE)
                 answers, took = answers + more, took + elapsed
+            stream.close()
             found["sustained"] = summary(answers, took)
             capacity = found["sustained"]["answered_per_second"]
             found["memory_mib"].append(memory(tree))
