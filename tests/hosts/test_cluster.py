@@ -297,16 +297,13 @@ def test_a_full_shared_folder(cluster: Cluster, calm: Any) -> None:
 
 
 def test_down_ends_everything(cluster: Cluster) -> None:
-    left = "pgrep -af '[r]aylet|[g]cs_server|[r]ay::'"
+    """With the other commands that docs/cluster.md names for one's own hosts."""
     cluster.do("ray down -y cluster.yaml")
+    for host in WORKERS:
+        cluster.do(f"ssh -o StrictHostKeyChecking=no ubuntu@{host} ray stop")
+    end = "sudo systemctl stop mlflow; sudo docker rm -f flowerray-postgres"
+    cluster.do(f"ssh -o StrictHostKeyChecking=no ubuntu@head '{end}'")
+    time.sleep(5)
     for host in ("head", *WORKERS):
-        until(lambda host=host: not cluster.hosts.run(host, left).stdout, 90, f"Ray ends on {host}")  # type: ignore[misc]
-    done = cluster.hosts.run(
-        "head", "sudo systemctl stop mlflow; sudo docker rm -f flowerray-postgres"
-    )
-    assert done.returncode == 0, done.stdout
-    until(
-        lambda: not cluster.hosts.run("head", "pgrep -af '[m]lflow|[p]ostgres:'").stdout,
-        30,
-        "MLflow",
-    )
+        left = "[r]aylet|[g]cs_server|[r]ay::|[r]ay/dashboard|[m]lflow|[p]ostgres"
+        assert cluster.hosts.run(host, f"pgrep -af '{left}'").stdout == ""
