@@ -55,7 +55,9 @@ case $(basename $0)-$1 in
   mount--t) exec /usr/bin/mount --bind /nfs "${@: -1}" ;;
   mount-*) exec /usr/bin/mount "$@" ;;
   systemctl-is-active) kill -0 -- -$(cat /run/$3.unit) 2> /dev/null ;;
-  systemctl-stop) kill -- -$(cat /run/$2.unit); rm /run/$2.unit ;;
+  systemctl-stop)
+    kill -- -$(cat /run/$2.unit); rm /run/$2.unit
+    pkill -f "/$2[ /]|$2[.]" || true ;;  # a control group holds those of other sessions too
   systemd-run-*)
     unit=${1#--unit=}
     while [[ $1 == --* ]]; do shift; done

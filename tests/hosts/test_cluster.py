@@ -3,7 +3,7 @@ this order: a study with a worker on each of two hosts, a killed raylet, a pause
 worker, a rebooted host, hosts without /shared, a cable that is out for two minutes, a full /shared,
 `ray down`.
 
-Half an hour on two cores: `uv run pytest -n 0 -m hosts`.
+Half an hour on two idle cores: `uv run pytest -n 0 -m hosts`.
 """
 
 import json
@@ -303,7 +303,6 @@ def test_down_ends_everything(cluster: Cluster) -> None:
         cluster.do(f"ssh -o StrictHostKeyChecking=no ubuntu@{host} ray stop")
     end = "sudo systemctl stop mlflow; sudo docker rm -f flowerray-postgres"
     cluster.do(f"ssh -o StrictHostKeyChecking=no ubuntu@head '{end}'")
-    time.sleep(5)
-    for host in ("head", *WORKERS):
-        left = "[r]aylet|[g]cs_server|[r]ay::|[r]ay/dashboard|[m]lflow|[p]ostgres"
-        assert cluster.hosts.run(host, f"pgrep -af '{left}'").stdout == ""
+    left = "pgrep -af '[r]aylet|[g]cs_server|[r]ay::|[r]ay/dashboard|[m]lflow|[p]ostgres'"
+    hosts = ("head", *WORKERS)
+    until(lambda: not any(cluster.hosts.run(host, left).stdout for host in hosts), 60, left, 2)
