@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from tests.hosts.namespaces import NEEDED, Hosts
+from tests.hosts.namespaces import NEEDED, VARIABLES, Hosts
 from tests.small import OPTIONS
 from tests.test_cluster_yaml import ROOT, instead
 
@@ -192,7 +192,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     fill_the_cache(tmp_path_factory.mktemp("cache"))
     with Hosts(tmp_path_factory.mktemp("hosts"), ["head", *WORKERS, "laptop"]) as hosts:
         cluster = Cluster(hosts)
-        copy_of_the_repository(hosts.path("laptop", "/home/ubuntu/flowerray"))
+        copy_of_the_repository(hosts.path("laptop", VARIABLES["HOME"]) / "flowerray")
         python = platform.python_version()
         done = hosts.run("laptop", f"cd ~/flowerray && ~/.local/bin/uv sync -q --python {python}")
         assert done.returncode == 0, done.stdout
