@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from pyarrow.fs import LocalFileSystem
 
-from flowerray.cluster.embedding import PIECE, decoded, pieces, stream_of
+from flowerray.cluster import embedding
+from flowerray.cluster.embedding import decoded, pieces, stream_of
 from flowerray.cluster.session import ray_session
 from flowerray.data.folder import images
 from flowerray.index.command import batches
@@ -57,7 +58,7 @@ def workers(embedder: Embedder, paths: Sequence[Path]) -> float:
     begin = count = 0.0
     for batch in stream_of(embedder, decode, todo, cores(), 1, 0):
         count += len(batch["name"])
-        if not begin and count >= cores() * PIECE:
+        if not begin and count >= cores() * embedding.PIECE:
             begin, count = time.perf_counter(), 0
     return count / (time.perf_counter() - begin)
 
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)
     embedder = load(options.run)
+    embedding.PIECE = 64  # the first ones of each worker are not counted
     torch.set_num_threads(cores())
     paths = sorted(images(options.folder))[: options.photographs]
     crops: list[Any] = []
@@ -83,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rates["model alone"].append(alone(embedder, crops))
             rates["decoded here"].append(decoding(embedder, paths))
             rates["Ray Data"].append(workers(embedder, paths))
+            print(rates, flush=True)
     ratios = {
         name: statistics.median(np.divide(rates["Ray Data"], rates[name]).tolist())
         for name in ("model alone", "decoded here")
