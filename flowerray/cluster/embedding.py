@@ -111,6 +111,7 @@ def embed_source(
     todo = pieces(names, known)
     added = 0
     if todo:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # an error that is none: ray#53727
         cpus = 0 if gpus else config.cpus  # beside a GPU all cores decode
         with ray_session(min_cpus=config.cpus) as ray:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -271,7 +272,7 @@ def stream_of(
     """The embeddings of all pieces, as they are ready; where they are not fetched, work waits."""
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK
@@ -281,9 +282,10 @@ def stream_of(
         data = data.map_batches(decode, batch_size=1)
     device = "cuda" if gpus else "cpu"
     data = data.map_batches(
-        Worker, batch_size=4 * BATCH if gpus else 1, concurrency=workers,
+        Worker, batch_size=4 * BATCH if gpus else 1,
+        compute=ray.data.ActorPoolStrategy(size=workers),
         fn_constructor_args=(embedder, None if gpus else decode, device, max(1, cpus)),
-        num_cpus=cpus, num_gpus=gpus or None,
+        **({"num_gpus": gpus} if gpus else {"num_cpus": cpus}),
     )  # fmt: skip
     found: Iterable[Batch] = data.iter_batches(batch_size=None)
     return found
