@@ -23,6 +23,7 @@ NOT_RUN = {
     "attack": "takes minutes; tests/robustness runs it small",
     "explain": "judges a split or fits concepts; tests/explain runs it small",
     "index": "needs the command before it; tests/index runs it",
+    "embed": "starts Ray; tests/cluster/test_embedding.py runs it",
     "serve": "serves until Ctrl-C; tests/serve runs it",
     "report": "measures frozen backbones; tests/report runs it small",
 }

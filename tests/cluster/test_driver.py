@@ -153,7 +153,9 @@ def test_a_diverged_loss_reaches_the_user_without_retries(
     ray_up: None, small_set: Path, small_run: Path
 ) -> None:
     out = small_run.parent / "diverged"
-    run = small(small_set, "center", lr=1.0, grad_clip=0, head_lr_factor=1e30, epochs=4)
+    run = small(
+        small_set, "center", lr=1.0, grad_clip=0, head_lr_factor=1e4, epochs=4, weight_decay=100
+    )
     with pytest.raises(UserError, match=r"^the loss became nan at step \d+ \(epoch 1\): .*\.$"):
         train_run(with_workers(run, 1), out, quiet=True)
     state = json.loads((out / "mlflow.json").read_text())

@@ -241,7 +241,7 @@ def test_scores() -> None:
         ({"attacks": ()}, "none given"),
         ({"eps": (-1,)}, "0 or more"),
         ({"eps": ()}, "0 or more"),
-        ({"eps": (float("inf"),), "norm": "l2"}, "0 or more"),
+        ({"eps": (float("inf"),), "norm": "l2"}, "finite number"),
         ({"eps": (256,)}, "more than 255"),
         ({"norm": "l1"}, "norm"),
     ],

@@ -153,7 +153,8 @@ def test_a_diverged_loss_stops_the_run_and_names_the_step(
         "images_per_class": 2,
         "lr": 1.0,
         "grad_clip": 0,
-        "head_lr_factor": 1e30,
+        "head_lr_factor": 1e4,
+        "weight_decay": 100.0,
     }
     with pytest.raises(DivergedError, match=r"became nan at step \d+ \(epoch \d\)"):
         train_small({**job, "method": "center", "out": str(tmp_path / "run"), "train": options})

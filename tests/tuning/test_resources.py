@@ -155,7 +155,7 @@ def test_options_are_looked_at_before_photographs(
     said: str,
 ) -> None:
     monkeypatch.setattr("flowerray.tuning.command.open_dataset", lambda *_, **__: pytest.fail("no"))
-    words = tune_words(tmp_path, out=tmp_path / "study")
+    words = tune_words(tmp_path / "set", out=tmp_path / "study")
     given = [word.format(here=tmp_path) for word in wrong]
     assert dispatch(["tune", "triplet", *words, *given]) == 2
     assert said in capsys.readouterr().err
