@@ -111,7 +111,6 @@ def embed_source(
     todo = pieces(names, known)
     added = 0
     if todo:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # an error that is none: ray#53727
         cpus = 0 if gpus else config.cpus  # beside a GPU all cores decode
         with ray_session(min_cpus=config.cpus) as ray:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
