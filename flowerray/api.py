@@ -109,7 +109,7 @@ class Evaluation:
         """95 % intervals over queries of those metrics that are means of queries."""
         from flowerray.retrieval.table import intervals
 
-        return intervals(self)
+        return intervals(self.metrics, self.per_query)
 
     def __str__(self) -> str:
         from flowerray.retrieval.table import LABELS

@@ -22,7 +22,8 @@ from flowerray.data.store import Store
 from flowerray.methods._base import Method
 from flowerray.model.embedder import Embedder, EmbedderConfig, Head
 from flowerray.model.modes import deterministic
-from flowerray.retrieval.measure import validation
+from flowerray.retrieval.embed import embed_together
+from flowerray.retrieval.measure import validation_metrics
 from flowerray.retrieval.views import Views, kept_views
 from flowerray.training import loop
 from flowerray.training.config import TrainConfig
@@ -64,10 +65,10 @@ def train_small(job: dict[str, Any]) -> Method:
     config = TrainConfig(**{"precision": "fp32", "log_every_steps": 1, **job["train"]})
     method, embedder, targets_N = small_method(job)
     method.to(job.get("device", "cpu"))
-    store = Store.open(Path(job["store"]))
+    store = Store(Path(job["store"]))
 
     def validate(embedder: Embedder) -> dict[str, float]:
-        return validation(embedder, store, targets_N, store, targets_N, self_gallery=True)
+        return validation_metrics(embed_together(embedder, store), targets_N, None)
 
     reporter = DyingReporter(Path(job["out"]), job.get("rank", 0), job.get("world", 1))
     reporter.die_at = job.get("die_at", 0)

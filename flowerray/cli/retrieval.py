@@ -65,7 +65,7 @@ def evaluate(words: list[str]) -> int:
     hardened = model is not None and model.run.harden.on
     if options.as_json:
         decided = measurement.decisions
-        known = table.intervals(measurement) | decided.intervals
+        known = table.intervals(measurement.metrics, measurement.per_query) | decided.intervals
         more = {
             "run": None if options.frozen else options.run,
             "intervals": {name: found.to_dict() for name, found in known.items()},

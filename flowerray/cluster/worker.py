@@ -25,7 +25,7 @@ from flowerray.memory import keep_freed_memory
 from flowerray.methods._base import Method
 from flowerray.model.embedder import Embedder, Head, projected, start_from_pca
 from flowerray.model.modes import deterministic, own_draws
-from flowerray.retrieval.embed import embed, embed_together, frozen_features
+from flowerray.retrieval.embed import embed, embed_together, kept_embeddings
 from flowerray.retrieval.measure import frozen_pairs, split_names, validation_metrics
 from flowerray.retrieval.pairs import (
     PAIR_SEED,
@@ -226,7 +226,7 @@ def keep_features(run: Run, embedder: Embedder, dataset: Dataset, progress: bool
         views_NVF = kept_views(embedder, stores["train"], run.augment, views, progress=bar.update)
         val_QF = None
         if "val" in stores:
-            val_QF = frozen_features(embedder, stores["val"], progress=bar.update)
+            val_QF = kept_embeddings(embedder, stores["val"], frozen=True, progress=bar.update)
     trained_classes, targets_N = np.unique(dataset.split_labels("train"), return_inverse=True)
     return Kept(
         dataset.tags["dataset/fingerprint"],
@@ -292,10 +292,10 @@ def finish(
     threshold, calibration = run.threshold, None
     if val_store is not None:
         untrained = Embedder(run.embedder, seed=run.train.seed).to(device)
-        pairs = frozen_pairs(untrained, val_store, dataset.split_labels("val"), seed=PAIR_SEED)
+        pairs = frozen_pairs(untrained, val_store, dataset.split_labels("val"))
         save_pairs(folder.pairs, {"val": (pairs, split_names(dataset, "val"))}, seed=PAIR_SEED)
         if known_QF is None:
-            emb_ND = embed(embedder, val_store, device=device)
+            emb_ND = embed(embedder, val_store)
         else:
             features_QF = torch.from_numpy(known_QF).to(device)
             emb_ND = projected(embedder.projection, features_QF).detach().cpu().numpy()

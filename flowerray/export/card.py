@@ -9,10 +9,10 @@ from timm.models import get_pretrained_cfg
 
 from flowerray.description import VERSION
 from flowerray.opening import Model
+from flowerray.retrieval.floor import SCORES
 from flowerray.show.interval import words
 from flowerray.statistics import Interval, mean_interval
 
-SCORES = {"recall_at_1": "hit", "map_at_r": "average_precision"}
 LABELS = {
     "recall_at_1": "R@1",
     "map_at_r": "MAP@R",

@@ -61,7 +61,6 @@ def evaluate_model(
     Args:
         data: the run's own data, or another set.
         whole: take every image of the set as query and gallery.
-        quiet: no progress bars.
     """
     if data == model.run.data:
         dataset, same = model.own_dataset(quiet), True
@@ -74,11 +73,7 @@ def evaluate_model(
         if not (whole or same):
             refuse_trained(model, data.root, dataset, config.split)
     own = same and model.folder is not None
-    pairs = (
-        stored_pairs(model, dataset, config.split)
-        if own
-        else new_pairs(model, dataset, config.split)
-    )
+    pairs = (stored_pairs if own else new_pairs)(model, dataset, config.split)
     threshold = model.threshold
     if config.far is not None:
         threshold = model.calibrated().threshold(config.far).cosine
@@ -257,7 +252,7 @@ def new_pairs(model: Model, dataset: Dataset, split: str) -> Pairs | None:
     paths = [dataset.paths[i] for i in dataset.splits[split]]
     store = build_store(paths, resize_side(run.embedder.image_size), progress=False)
     device = next(model.embedder.parameters()).device
-    return frozen_pairs(untrained.to(device), store, labels_N, seed=PAIR_SEED)
+    return frozen_pairs(untrained.to(device), store, labels_N)
 
 
 def stored_pairs(model: Model, dataset: Dataset, split: str) -> Pairs | None:
@@ -267,30 +262,18 @@ def stored_pairs(model: Model, dataset: Dataset, split: str) -> Pairs | None:
     assert model.folder is not None
     path = model.folder.pairs
     with locked(path):
-        kept = (
-            {s: load_pairs(path, s, split_names(dataset, s)) for s in dataset.splits}
-            if path.exists()
-            else {}
-        )
+        names = {s: split_names(dataset, s) for s in dataset.splits}
+        kept = {s: load_pairs(path, s, names[s]) for s in names} if path.exists() else {}
         if kept.get(split) is None:
             kept[split] = new_pairs(model, dataset, split)
-            known: dict[str, tuple[Pairs, Sequence[str]]] = {
-                s: (pairs, split_names(dataset, s))
-                for s, pairs in kept.items()
-                if pairs is not None
-            }
+            known = {s: (pairs, names[s]) for s, pairs in kept.items() if pairs is not None}
             with suppress(OSError, UserError):  # `keep` says that the RUN cannot be written
-                save_pairs(path, known, seed=PAIR_SEED)
+                save_pairs(path, known, PAIR_SEED)
     return kept[split]
 
 
 def keep(model: Model, measurement: Measurement, root: Path, seconds: float) -> None:
-    """Notes an evaluation of the run's own data in the RUN folder and in MLflow.
-
-    Args:
-        root: the data's folder.
-        seconds: what the evaluation took.
-    """
+    """Notes an evaluation of the run's own data in the RUN folder and in MLflow."""
     assert model.folder is not None
     split, folder = measurement.metrics["split"], model.folder
     numbers = {

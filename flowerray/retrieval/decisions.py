@@ -148,10 +148,6 @@ def best_cosines(
     gallery: tuple[NDArray, NDArray[np.int64]] | None,
 ) -> tuple[NDArray, NDArray]:
     """Of each query the best cosine within its class and outside it; -inf where there is none."""
-
-    def unit(emb: NDArray) -> NDArray:
-        return emb / np.maximum(np.linalg.norm(emb, axis=1, keepdims=True), 1e-12)
-
     query_QD = unit(query_QD)
     gallery_GD, gallery_labels_G = (
         (query_QD, query_labels_Q) if gallery is None else (unit(gallery[0]), gallery[1])
@@ -167,6 +163,11 @@ def best_cosines(
         parts.append([np.where(kept, cosine_BG, -np.inf).max(1) for kept in (same_BG, ~same_BG)])
     known_Q, other_Q = (np.concatenate(side) for side in zip(*parts, strict=True))
     return known_Q, other_Q
+
+
+def unit(emb_ND: NDArray) -> NDArray:
+    """Vectors at unit length."""
+    return emb_ND / np.maximum(np.linalg.norm(emb_ND, axis=1, keepdims=True), 1e-12)
 
 
 def misfit(found: Decisions, threshold: float, calibration: Calibration | None) -> str | None:

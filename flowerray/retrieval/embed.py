@@ -63,23 +63,34 @@ class Crops:
         return torch.from_numpy(self.crops_BHWC[indices]).permute(0, 3, 1, 2)
 
 
-def embed_together(
-    embedder: Embedder, store: Images, *, batch_size: int = 64
-) -> NDArray[np.float32]:
+def in_group() -> bool:
+    """Whether this process is a worker of several."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def own_part(count: int) -> NDArray[np.int64]:
+    """Of so many images those that this worker of a process group takes."""
+    world, rank = (dist.get_world_size(), dist.get_rank()) if in_group() else (1, 0)
+    bounds = np.linspace(0, count, world + 1).astype(int)
+    return np.arange(bounds[rank], bounds[rank + 1])
+
+
+def gathered(own: object) -> list:
+    """What every worker has, by rank."""
+    if not in_group():
+        return [own]
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
+
+
+def embed_together(embedder: Embedder, store: Images) -> NDArray[np.float32]:
     """`embed` with the images shared out over the workers of a process group.
 
     Every worker gets all N rows, the same ones to the bit, so that what each decides from them
     (best so far, early stop) cannot differ.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return embed(embedder, store, batch_size=batch_size)
-    world, rank = dist.get_world_size(), dist.get_rank()
-    bounds = np.linspace(0, len(store), world + 1).astype(int)
-    part = Rows(store, np.arange(bounds[rank], bounds[rank + 1]))
-    own_MD = embed(embedder, part, batch_size=batch_size)
-    parts: list[NDArray[np.float32]] = [own_MD] * world
-    dist.all_gather_object(parts, own_MD)
-    return np.concatenate(parts)
+    return np.concatenate(gathered(embed(embedder, Rows(store, own_part(len(store))))))
 
 
 def embed(
@@ -87,7 +98,6 @@ def embed(
     store: Images,
     *,
     batch_size: int = 64,
-    device: str | torch.device | None = None,
     frozen: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> NDArray[np.float32]:
@@ -95,19 +105,17 @@ def embed(
 
     Args:
         embedder: in eval mode meanwhile; each of its submodules is as before afterwards.
-        store: images to embed; row n of the result is image n.
         batch_size: images at a time; changes nothing beyond rounding.
-        device: where the images go; by default where the embedder is, and it must be there.
         frozen: pooled backbone features, L2-normalised, instead: the floor that training must beat.
         progress: called with the number of images done after each batch (a tqdm bar's `update`).
 
     Returns:
         float32 (N, D) unit vectors, or (N, F) with `frozen`.
     """
-    device = next(embedder.parameters()).device if device is None else device
+    device = next(embedder.parameters()).device
     rows: list[NDArray[np.float32]] = []
     with evaluating(embedder), torch.inference_mode(), full_precision():
-        for pixels_BCHW in _batches(store, embedder.image_size, batch_size, torch.device(device)):
+        for pixels_BCHW in _batches(store, embedder.image_size, batch_size, device):
             images_BCHW = floats(pixels_BCHW, device)
             if frozen:
                 emb_BD = F.normalize(embedder.features(images_BCHW).float(), dim=1)
@@ -152,36 +160,17 @@ def _batches(store: Images, size: int, batch_size: int, device: torch.device) ->
             yield ahead.popleft().result()
 
 
-def frozen_features(
-    embedder: Embedder,
-    store: Store,
-    *,
-    batch_size: int = 64,
-    progress: Callable[[int], object] | None = None,
-) -> NDArray[np.float32]:
-    """`embed(..., frozen=True)`, kept beside the store, since floor and pairs ask for it often."""
-    return _kept(embedder, store, batch_size, True, progress)
-
-
 def kept_embeddings(
     embedder: Embedder,
     store: Store,
     *,
+    frozen: bool = False,
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
 ) -> NDArray[np.float32]:
-    """`embed`, kept beside the store for the next search in it."""
-    return _kept(embedder, store, batch_size, False, progress)
-
-
-def _kept(
-    embedder: Embedder,
-    store: Store,
-    batch_size: int,
-    frozen: bool,
-    progress: Callable[[int], object] | None,
-) -> NDArray[np.float32]:
-    """The file's name holds a hash of what decides its content; see `cache.key`."""
+    """`embed`, kept beside the store: the next search asks for it again, as floor and pairs do for
+    the frozen features. The file's name holds a hash of what decides its content; see `cache.key`.
+    """
     device = next(embedder.parameters()).device
     normalised = (embedder.mean.flatten().tolist(), embedder.std.flatten().tolist())
     facts = embedder.config.backbone, *normalised, embedder.image_size

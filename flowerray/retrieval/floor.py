@@ -37,12 +37,7 @@ def gains(per_query: Mapping[str, Any], floor: Floor | None) -> dict[str, Paired
 
 
 def warning(name: str, gain: PairedTest | None, hardened: bool = False) -> str | None:
-    """A sentence about a model that its backbone's features do as well without; None of another.
-
-    Args:
-        gain: of R@1.
-        hardened: it was trained against attacks.
-    """
+    """A sentence about a model that its backbone's features do as well without; None of another."""
     if gain is None or gain.low > 0:
         return None
     how = "is worse than" if gain.high < 0 else "is not shown to be better than"

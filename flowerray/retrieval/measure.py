@@ -20,9 +20,9 @@ from flowerray.data.source import open_all
 from flowerray.data.store import Store
 from flowerray.errors import UserError
 from flowerray.model.embedder import Embedder
-from flowerray.retrieval.decisions import Decisions
-from flowerray.retrieval.embed import embed, embed_together, frozen_features
-from flowerray.retrieval.pairs import PAIRS_PER_KIND, Pairs, make_pairs, pair_metrics
+from flowerray.retrieval.decisions import Decisions, unit
+from flowerray.retrieval.embed import embed, kept_embeddings
+from flowerray.retrieval.pairs import PAIR_SEED, PAIRS_PER_KIND, Pairs, make_pairs, pair_metrics
 from flowerray.retrieval.search import retrieval_metrics, retrieval_per_query, summarise
 
 BuildStore = Callable[[Sequence[Path]], Store]
@@ -108,14 +108,11 @@ def measure(
     """Embeds queries and gallery, then ranks them and scores the verification pairs.
 
     Args:
-        embedder: the model, on its device.
         dataset: holds the queries' split; a folder read whole is its own gallery.
         build_store: see `BuildStore`.
-        config: split and gallery.
         pairs: fixed pairs of that split; None: no pair metrics.
         threshold: the run's, fitted on val when it was trained; None: no pair accuracy.
         frozen: measure the frozen backbone's features instead: the floor.
-        progress: called with the number of images done after each batch.
 
     Raises:
         UserError: no such split or gallery; a gallery with the queries or without their classes.
@@ -123,16 +120,15 @@ def measure(
     config = config or EvaluateConfig()
 
     def emb(paths: Sequence[Path]) -> NDArray[np.float32]:
-        store = build_store(paths)
-        size = config.batch_size
+        store, size = build_store(paths), config.batch_size
         if frozen:
-            return frozen_features(embedder, store, batch_size=size, progress=progress)
+            return kept_embeddings(embedder, store, frozen=True, batch_size=size, progress=progress)
         return embed(embedder, store, batch_size=size, progress=progress)
 
     query_paths, query_labels = split_images(dataset, config.split)
-    gallery_name = (
-        default_gallery(dataset, config.split) if config.gallery is None else config.gallery
-    )
+    gallery_name = config.gallery
+    if gallery_name is None:
+        gallery_name = default_gallery(dataset, config.split)
     # The gallery is checked before anything is embedded.
     parts, classes = gallery_images(dataset, config.split, gallery_name, query_paths)
     query_emb = emb(query_paths)
@@ -174,14 +170,10 @@ def as_record(measurement: Measurement, root: Path, seconds: float) -> dict[str,
 
     Args:
         root: image files below it are named relative to it.
-        seconds: what the evaluation took.
     """
     per_query, m = measurement.per_query, measurement
     nearest = per_query["nearest"][:, 0]
-    emb = [
-        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-        for x in (m.query_emb.astype(np.float64), m.gallery_emb[nearest].astype(np.float64))
-    ]
+    emb = [unit(x.astype(np.float64)) for x in (m.query_emb, m.gallery_emb[nearest])]
 
     def name(path: Path) -> str:
         return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
@@ -206,44 +198,17 @@ def as_record(measurement: Measurement, root: Path, seconds: float) -> dict[str,
     }
 
 
-def validation(
-    embedder: Embedder,
-    train_store: Store,
-    train_labels_N: ArrayLike,
-    val_store: Store,
-    val_labels_Q: ArrayLike,
-    self_gallery: bool = False,
-    batch_size: int = 64,
-) -> dict[str, float]:
-    """The retrieval metrics after an epoch, `val/map_at_r` and so on: val queries, train gallery.
-
-    Called by every worker: they share the images out, and each gets the same metrics.
-
-    Args:
-        embedder: on its device; in its modes again afterwards.
-        train_store: the gallery.
-        train_labels_N: its classes.
-        val_store: the queries.
-        val_labels_Q: their classes.
-        self_gallery: search val in itself (`disjoint`: its val classes are not in train).
-        batch_size: images at a time.
-
-    Raises:
-        UserError: embeddings that are not finite; no val image with another of its class to find.
-    """
-    query_emb = embed_together(embedder, val_store, batch_size=batch_size)
-    gallery = None
-    if not self_gallery:
-        gallery = embed_together(embedder, train_store, batch_size=batch_size), train_labels_N
-    return validation_metrics(query_emb, val_labels_Q, gallery)
-
-
 def validation_metrics(
     query_emb: NDArray[np.float32],
     val_labels_Q: ArrayLike,
     gallery: tuple[NDArray[np.float32], ArrayLike] | None,
 ) -> dict[str, float]:
-    """The metrics of `validation` from embeddings; `gallery` is None where val searches itself."""
+    """The retrieval metrics after an epoch, `val/map_at_r` and so on; `gallery` is None where val
+    searches itself (`disjoint`: its classes are not in train).
+
+    Raises:
+        UserError: embeddings that are not finite; no val image with another of its class to find.
+    """
     metrics = _with_queries(
         retrieval_metrics(query_emb, val_labels_Q, *(gallery or ())), "train" if gallery else "val"
     )
@@ -251,20 +216,13 @@ def validation_metrics(
 
 
 def frozen_pairs(
-    embedder: Embedder,
-    store: Store,
-    labels_N: ArrayLike,
-    seed: int = 0,
-    num_per_kind: int = PAIRS_PER_KIND,
-    progress: Callable[[int], object] | None = None,
+    embedder: Embedder, store: Store, labels_N: ArrayLike, num_per_kind: int = PAIRS_PER_KIND
 ) -> Pairs:
-    """`make_pairs` with hard negatives by the backbone's features.
-
-    Args:
-        embedder: untrained, as its backbone came, so that the pairs favour no method.
+    """`make_pairs` with hard negatives by the features of an embedder that is untrained, as its
+    backbone came, so that the pairs favour no method.
     """
-    features_ND = frozen_features(embedder, store, progress=progress)
-    return make_pairs(labels_N, seed, num_per_kind, features_ND)
+    features_ND = kept_embeddings(embedder, store, frozen=True)
+    return make_pairs(labels_N, PAIR_SEED, num_per_kind, features_ND)
 
 
 def split_names(dataset: Dataset, split: str) -> list[str]:

@@ -45,7 +45,6 @@ def nearest_rows(
     """The `k` rows nearest to a query, nearest first, equal ones by row, and their cosines.
 
     Args:
-        vectors_ND: unit vectors.
         cells: of these rows (see `filled`); None looks at every row.
     """
     query_32 = query_D.astype(np.float32)

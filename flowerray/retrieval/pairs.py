@@ -3,7 +3,7 @@
 Letters: N images, D embedding dimensions, P pairs, K neighbours of a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,9 +56,6 @@ def make_pairs(
     are no more.
 
     Args:
-        labels_N: class of each image of the split.
-        seed: of the draw.
-        num_per_kind: pairs of each kind.
         hard_features_ND: features by whose cosine hard negatives are chosen; None: no hard
             negatives.
 
@@ -167,13 +164,12 @@ def _hard(
     return np.sort(found[:number])
 
 
-def save_pairs(path: Path, splits: dict[str, tuple[Pairs, Sequence[str]]], seed: int) -> None:
+def save_pairs(path: Path, splits: Mapping[str, tuple[Pairs, Sequence[str]]], seed: int) -> None:
     """Writes the pairs of several splits, by file name, atomically.
 
     Args:
         splits: split -> its pairs and the names of its images relative to the data's root, in
             order.
-        seed: noted beside them.
     """
     value: dict[str, object] = {"seed": seed}
     for split, (pairs, names) in splits.items():
@@ -242,8 +238,6 @@ def pair_metrics(
     """How well the cosine tells pairs of one class from others. Nothing is fitted here.
 
     Args:
-        emb_ND: embeddings of the split.
-        pairs: of that split.
         threshold: cosine from which two images count as the same class, fitted on val beforehand.
 
     Returns:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from numpy.typing import NDArray
 
@@ -35,12 +35,8 @@ PER_QUERY = {"recall_at_1": "hit", "r_precision": "r_precision", "map_at_r": "av
 def measurement(title: str, result: Measurement, hardened: bool = False) -> str:
     """The metrics of one evaluation, with 95 % intervals over queries where they are means of
     queries, and the frozen floor.
-
-    Args:
-        title: what was measured.
-        hardened: it was trained against attacks.
     """
-    m, known = result.metrics, intervals(result)
+    m, known = result.metrics, intervals(result.metrics, result.per_query)
     rows = [[label, words(known.get(key, m[key]))] for key, label in LABELS.items() if key in m]
     lines = [
         title,
@@ -84,28 +80,13 @@ def decisions(found: Decisions) -> list[str]:
     return lines
 
 
-class Scored(Protocol):
-    """Metrics and the scores of each query that they are means of."""
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """As `summarise` gives them."""
-
-    @property
-    def per_query(self) -> dict[str, NDArray]:
-        """As `retrieval_per_query` gives them."""
-
-
-def intervals(result: Scored) -> dict[str, Interval]:
-    """The metrics that are means over queries, with their intervals."""
-    counted = result.per_query["num_relevant"] > 0
+def intervals(metrics: dict[str, Any], per_query: dict[str, NDArray]) -> dict[str, Interval]:
+    """The metrics that are means over queries, with their intervals; see `retrieval_per_query`."""
+    counted = per_query["num_relevant"] > 0
     return {
-        key: replace(
-            mean_interval(result.per_query[name][counted].astype(float)),
-            mean=result.metrics[key],
-        )
+        key: replace(mean_interval(per_query[name][counted].astype(float)), mean=metrics[key])
         for key, name in PER_QUERY.items()
-        if key in result.metrics
+        if key in metrics
     }
 
 

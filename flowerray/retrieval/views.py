@@ -20,6 +20,7 @@ from flowerray.data.store import Store, floats
 from flowerray.model.embedder import Embedder
 from flowerray.model.modes import evaluating, full_precision
 from flowerray.model.precision import device_name
+from flowerray.retrieval.embed import gathered, in_group, own_part
 
 VIEW_SEED = 0
 """Of the views: the same for every run, so that trials and seeds share what is kept."""
@@ -61,8 +62,6 @@ def kept_views(
     beside the store; the workers of a process group share the work.
 
     Args:
-        embedder: on its device; nothing of it changes.
-        config: of the augmentation.
         progress: called with a number of views that are done; N x (1 + V) in all.
     """
     weights, device = embedder.backbone.state_dict(), next(embedder.parameters()).device
@@ -71,18 +70,14 @@ def kept_views(
     key = cache.key(weights, device_name(device), *facts, *own_facts)
     file = store.folder / f"views-{key}.npz"
     kept = cache.read_arrays(file)
-    if all(_together(kept is not None and "features" in kept)):
+    if all(gathered(kept is not None and "features" in kept)):
         assert kept is not None
         if progress is not None:
             progress(len(store) * (1 + views))
         return kept["features"]
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    bounds = np.linspace(0, len(store), world + 1).astype(int)
-    own = np.arange(bounds[rank], bounds[rank + 1])
-    own_MVF = _features(embedder, store, config, views, own, progress)
-    features_NVF = np.concatenate(_together(own_MVF))
-    if rank == 0:
+    own_MVF = _features(embedder, store, config, views, own_part(len(store)), progress)
+    features_NVF = np.concatenate(gathered(own_MVF))
+    if not in_group() or dist.get_rank() == 0:
         with suppress(OSError):  # it only saves time
             cache.write_arrays(file, features=features_NVF)
     return features_NVF
@@ -116,12 +111,3 @@ def _features(
                 if progress is not None:
                     progress(len(batch))
     return features_MVF
-
-
-def _together(own: object) -> list:
-    """What every worker has, by rank."""
-    if not dist.is_initialized():
-        return [own]
-    found: list = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found

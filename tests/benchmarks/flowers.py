@@ -34,7 +34,7 @@ from flowerray.model.embedder import Embedder
 from flowerray.opening import open_model
 from flowerray.retrieval.command import evaluate_frozen, evaluate_model
 from flowerray.retrieval.measure import EvaluateConfig, Measurement, frozen_pairs
-from flowerray.retrieval.pairs import PAIR_SEED, pair_metrics
+from flowerray.retrieval.pairs import pair_metrics
 from flowerray.training.run import Run
 from tests.benchmarks.command import about, flowerray
 
@@ -158,7 +158,7 @@ def frozen(run: Run, config: EvaluateConfig, device: torch.device) -> Measuremen
     found = evaluate_frozen(run.embedder, run.data, config, device, quiet=True)
     store = build_store(found.query_paths, resize_side(run.embedder.image_size), progress=False)
     embedder = Embedder(run.embedder, seed=run.train.seed).to(device)
-    pairs = frozen_pairs(embedder, store, found.query_labels, seed=PAIR_SEED)
+    pairs = frozen_pairs(embedder, store, found.query_labels)
     found.metrics.update(pair_metrics(found.query_emb, pairs))
     return found
 

@@ -24,7 +24,8 @@ from torchvision import transforms as tv
 from flowerray.cluster.worker import split_store
 from flowerray.data.dataset import Dataset
 from flowerray.model.embedder import Embedder
-from flowerray.retrieval.measure import validation
+from flowerray.retrieval.embed import embed
+from flowerray.retrieval.measure import validation_metrics
 from flowerray.training.loop import Schedule
 from flowerray.training.run import Run
 
@@ -224,6 +225,8 @@ def validated(model: nn.Module, embedder: Embedder, dataset: Dataset) -> tuple[f
     """R@1 and MAP@R of a peer's model by flowerray's validation: `embedder` takes its weights."""
     embedder.load_state_dict(model.state_dict())
     labels = {split: dataset.split_labels(split) for split in ("train", "val")}
-    stores = {split: split_store(dataset, split, embedder.image_size) for split in labels}
-    found = validation(embedder, stores["train"], labels["train"], stores["val"], labels["val"])
+    emb = {
+        split: embed(embedder, split_store(dataset, split, embedder.image_size)) for split in labels
+    }
+    found = validation_metrics(emb["val"], labels["val"], (emb["train"], labels["train"]))
     return found["val/recall_at_1"], found["val/map_at_r"]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from flowerray import cache
 from flowerray.errors import UserError
-from flowerray.retrieval.embed import embed, frozen_features, kept_embeddings
+from flowerray.retrieval.embed import embed, kept_embeddings
 from tests.robustness.fakes import SIZE, store_of, tiny_embedder
 
 
@@ -86,14 +86,14 @@ def test_modes_come_back_after_an_error(images: NDArray[np.uint8]) -> None:
 def test_frozen_features_are_kept_for_these_weights_only(images: NDArray[np.uint8]) -> None:
     store = store_of(images)
     embedder = tiny_embedder()
-    first = frozen_features(embedder, store)
+    first = kept_embeddings(embedder, store, frozen=True)
     assert np.array_equal(first, embed(embedder, store, frozen=True))
     cast(Any, store).centre = None  # the kept file is read, not the images
-    assert np.array_equal(frozen_features(embedder, store), first)
+    assert np.array_equal(kept_embeddings(embedder, store, frozen=True), first)
     with torch.no_grad():
         cast(Any, embedder).backbone[0].weight.add_(0.1)
     with pytest.raises(TypeError):
-        frozen_features(embedder, store)
+        kept_embeddings(embedder, store, frozen=True)
 
 
 def test_kept_arrays_that_are_damaged_are_made_again(
@@ -146,11 +146,11 @@ def test_features_of_another_model_with_equal_weights(what: str, images: NDArray
     """As of two variants of an architecture that differ in padding or normalisation only."""
     store = store_of(images)
     embedder = tiny_embedder()
-    frozen_features(embedder, store)
+    kept_embeddings(embedder, store, frozen=True)
     cast(Any, store).centre = None
     if what == "mean":
         embedder.mean = embedder.mean + 0.1
     else:
         embedder.config = embedder.config.model_copy(update={"backbone": "another"})
     with pytest.raises(TypeError):  # it looks at the images again
-        frozen_features(embedder, store)
+        kept_embeddings(embedder, store, frozen=True)

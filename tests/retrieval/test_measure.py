@@ -15,7 +15,7 @@ from flowerray.retrieval.measure import (
     frozen_pairs,
     measure,
     split_names,
-    validation,
+    validation_metrics,
 )
 from flowerray.retrieval.pairs import fit_threshold, pair_cosines, pair_metrics
 from flowerray.retrieval.search import retrieval_metrics
@@ -161,17 +161,14 @@ def test_frozen_measures_the_backbone() -> None:
 
 
 @pytest.mark.parametrize("self_gallery", [False, True])
-def test_validation(self_gallery: bool) -> None:
-    data, embedder = dataset(), tiny_embedder().train()
-    stores = [coloured_store([data.paths[i] for i in data.splits[s]]) for s in ("train", "val")]
-    labels = [data.split_labels(split) for split in ("train", "val")]
-    result = validation(embedder, stores[0], labels[0], stores[1], labels[1], self_gallery)
-    gallery = () if self_gallery else emb_of(data, "train")
-    expected = retrieval_metrics(*emb_of(data, "val"), *gallery)
+def test_validation_metrics(self_gallery: bool) -> None:
+    data = dataset()
+    (query, labels), gallery = emb_of(data, "val"), emb_of(data, "train")
+    result = validation_metrics(query, labels, None if self_gallery else gallery)
+    expected = retrieval_metrics(query, labels, *(() if self_gallery else gallery))
     assert result == pytest.approx({f"val/{name}": value for name, value in expected.items()})
-    assert embedder.training
     with pytest.raises(UserError, match="None of the 18 queries"):
-        validation(embedder, stores[0], labels[0] + 10, stores[1], labels[1])
+        validation_metrics(query, labels, (gallery[0], gallery[1] + 10))
 
 
 def test_names_are_relative() -> None:

@@ -38,7 +38,8 @@ def test_a_measurement_shows_its_metrics_and_their_intervals() -> None:
     line = next(line for line in text.splitlines() if "R@1" in line)
     low, high = (float(v) for v in line.split("[")[1].rstrip("]").split(","))
     assert 0.0 <= low < 0.75 < high <= 1.0  # the query without a match does not count
-    found = table.intervals(make_measurement())
+    made = make_measurement()
+    found = table.intervals(made.metrics, made.per_query)
     assert set(found) == {"recall_at_1", "map_at_r"} and found["recall_at_1"].n == 4
     assert f"{found['recall_at_1'].low:.3f}" == f"{low:.3f}"
     assert max(map(len, text.splitlines())) <= 80

@@ -11,7 +11,7 @@ from flowerray.data.augment import AugmentConfig, augment, draw
 from flowerray.data.batches import Batch
 from flowerray.data.store import Store
 from flowerray.model.embedder import Embedder, EmbedderConfig
-from flowerray.retrieval.embed import frozen_features
+from flowerray.retrieval.embed import kept_embeddings
 from flowerray.retrieval.views import VIEW_SEED, Views, kept_views
 
 SIZE = 32
@@ -24,7 +24,7 @@ def embedder() -> Embedder:
 
 @pytest.fixture(scope="module")
 def store(job: dict[str, str]) -> Store:
-    return Store.open(Path(job["store"]))
+    return Store(Path(job["store"]))
 
 
 def test_each_view_is_that_of_its_own_numbers(embedder: Embedder, store: Store) -> None:
@@ -33,7 +33,7 @@ def test_each_view_is_that_of_its_own_numbers(embedder: Embedder, store: Store) 
     features_NVF = kept_views(embedder, store, config, 3)
     assert features_NVF.shape == (len(store), 4, embedder.num_features) and embedder.training
     assert all(torch.equal(before[k], v) for k, v in embedder.state_dict().items())
-    np.testing.assert_array_equal(features_NVF[:, 0], frozen_features(embedder, store))
+    np.testing.assert_array_equal(features_NVF[:, 0], kept_embeddings(embedder, store, frozen=True))
     embedder.eval()
     for image, view in ((0, 0), (17, 2), (49, 1)):
         pixels, sizes = store.padded([image])
