@@ -2,6 +2,7 @@
 
 import os
 import textwrap
+from collections.abc import Sequence
 from hashlib import blake2b
 
 WIDTH = 80
@@ -56,3 +57,9 @@ def file_name(text: str, most: int = 100) -> str:
 def counted(number: int, noun: str) -> str:
     """`1 run`, `2 runs`."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def some(names: Sequence[str], most: int) -> str:
+    """`a, b and 3 more`: the first of many names."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

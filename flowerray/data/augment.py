@@ -100,8 +100,6 @@ def augment(
         images_BCHW: uint8 RGB, each in the upper left of its (H, W); the rest is never read.
         sizes_B2: int64 (height, width) of each image, both at least `size` where `strength` is 0.
         uniforms_BU: rows of `draw`.
-        size: S, in pixels.
-        config: how strong.
 
     Returns:
         float32 images_BCSS in [0,1], on the images' device.
@@ -126,13 +124,8 @@ def _centre(images_BCHW: Tensor, sizes_B2: Tensor, size: int) -> Tensor:
     rows_BS1 = (corner_B2[:, :1] + cells_S).unsqueeze(2)
     columns_B1S = (corner_B2[:, 1:] + cells_S).unsqueeze(1)
     batch_B11 = torch.arange(len(images_BCHW), device=images_BCHW.device).view(-1, 1, 1)
-    return (
-        images_BCHW.permute(0, 2, 3, 1)[batch_B11, rows_BS1, columns_B1S]
-        .permute(0, 3, 1, 2)
-        .contiguous()
-        .float()
-        / 255
-    )
+    cut_BSSC = images_BCHW.permute(0, 2, 3, 1)[batch_B11, rows_BS1, columns_B1S]
+    return cut_BSSC.permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 def _crop(
@@ -187,13 +180,9 @@ _TURNED = np.linalg.inv(_YIQ) @ np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ _
 
 
 @functools.cache
-def _matrices(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _matrices(device: torch.device) -> list[Tensor]:
     """Copied once: each copy to a GPU waits for all that was asked of it before."""
-    return (
-        torch.from_numpy(_GREY).to(device),
-        torch.from_numpy(_CHROMA).to(device),
-        torch.from_numpy(_TURNED).to(device),
-    )
+    return [torch.from_numpy(matrix).to(device) for matrix in (_GREY, _CHROMA, _TURNED)]
 
 
 def _recolour(pixels_BCSS: Tensor, draws: _Draws, config: AugmentConfig) -> Tensor:

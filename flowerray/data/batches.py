@@ -38,9 +38,6 @@ class PKSampler:
 
         Args:
             targets_N: class of each image; any integers.
-            p: classes of a batch.
-            k: images of a class.
-            seed: not negative.
             max_repeats: times that an epoch shows an image on average at most, beyond one chunk of
                 each class: it ends earlier then, and shows a part of large classes; 0 = no bound.
 
@@ -191,11 +188,8 @@ class Batches:
         Args:
             store: the split's images, in the order of `targets_N`.
             targets_N: labels that the loss sees.
-            sampler: the global batches.
             draw: (epoch, step, B) -> uniforms_BU of the global batch.
             rank: takes rows rank*b .. (rank+1)*b.
-            world: number of workers.
-            device: where the tensors are put.
 
         Raises:
             UserError: P x K is not a multiple of `world`.

@@ -29,10 +29,8 @@ def download(url: str, target: Path, md5: str, progress: bool = True) -> None:
     """Downloads a file, unless it is there already; goes on from `target.part` where that exists.
 
     Args:
-        url: where it lies.
         target: the file to write; it appears only when it is whole.
         md5: its sum, hexadecimal.
-        progress: show a progress bar.
 
     Raises:
         UserError: no network, the server refuses, or the sum is wrong (the download is then

@@ -5,6 +5,7 @@ Letters: N images.
 
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,9 @@ from PIL import Image
 
 from flowerray.data.dataset import Dataset
 from flowerray.data.images import HEIC, unlike_file
-from flowerray.data.splits import SPLITS, Protocol, arrange, stratified, tags
+from flowerray.data.splits import SPLITS, Protocol, arrange, stratified, tagged
 from flowerray.errors import UserError
-from flowerray.text import counted
+from flowerray.text import counted, some
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", *[".heic", ".heif"] * HEIC)
 """Files that count as photographs, in any case."""
@@ -41,10 +42,6 @@ def read_folder(
     train, val (or valid, validation) and test with the class folders inside, those are the splits.
 
     Args:
-        root: the folder of the class folders.
-        train_per_class: images of each class that train.
-        val_per_class: images of each class that validate; the rest tests.
-        seed: of the draw.
         protocol: "official" is this draw; see `arrange`. "notebooks" exists for Oxford only.
 
     Raises:
@@ -69,23 +66,21 @@ def read_folder(
     least = train_per_class + val_per_class + 1
     small = [f"{name} ({len(files)})" for name, files in found.items() if len(files) < least]
     if small and protocol != "disjoint":  # which uses every image of a class
-        more = f" and {len(small) - _NAMED} more" if len(small) > _NAMED else ""
         raise UserError(
             f"Each class in {root} needs at least {least} images ({train_per_class} to train, "
             f"{val_per_class} to validate, 1 to test), and these have fewer: "
-            f"{', '.join(small[:_NAMED])}{more}; add images, or lower `data.train_per_class` or "
+            f"{some(small, _NAMED)}; add images, or lower `data.train_per_class` or "
             "`data.val_per_class`."
         )
     if empty := [name for name, files in found.items() if not files]:
         raise UserError(
-            f"These class folders in {root} hold no image: {', '.join(empty[:_NAMED])}"
-            f"{f' and {len(empty) - _NAMED} more' if len(empty) > _NAMED else ''}; remove them, or "
+            f"These class folders in {root} hold no image: {some(empty, _NAMED)}; remove them, or "
             "fill them."
         )
     paths, labels_N = _flatten(found)
     whole = stratified(labels_N, train_per_class, val_per_class, seed)
     splits = arrange(protocol, whole, labels_N, seed)
-    return _dataset(root, protocol, paths, labels_N, tuple(found), splits)
+    return tagged(Dataset(root, "folder", protocol, paths, labels_N, tuple(found), splits))
 
 
 def read_all(root: Path, beside: bool = False) -> Dataset:
@@ -103,27 +98,21 @@ def read_all(root: Path, beside: bool = False) -> Dataset:
     root = Path(root)
     if parts := given_parts(root):
         dataset = _read_parts(root, parts, "official", 0)
-        return _dataset(
-            root, "official", dataset.paths, dataset.labels_N, dataset.classes,
-            {"test": np.arange(len(dataset.paths))},
-        )  # fmt: skip
+        return tagged(replace(dataset, splits={"test": np.arange(len(dataset.paths))}))
     found = class_files(root)
     if not images(root):
         _refuse_deeper(root, found)
     found = {name: files for name, files in found.items() if files}
-    if beside or not found:
-        loose = images(root)
-        if loose:
-            found[root.name] = sorted([*found.get(root.name, ()), *loose])
+    if (beside or not found) and (loose := images(root)):
+        found[root.name] = sorted([*found.get(root.name, ()), *loose])
     paths, labels_N = _flatten(found)
     if not paths:
         raise UserError(
             f"{root} holds no images, neither in folders per class nor itself; accepted are "
             f"{', '.join(SUFFIXES)}."
         )
-    return _dataset(
-        root, "official", paths, labels_N, tuple(found), {"test": np.arange(len(paths))}
-    )
+    splits = {"test": np.arange(len(paths))}
+    return tagged(Dataset(root, "folder", "official", paths, labels_N, tuple(found), splits))
 
 
 def given_parts(root: Path) -> dict[str, Path] | None:
@@ -153,11 +142,10 @@ def _read_parts(root: Path, parts: dict[str, Path], protocol: Protocol, seed: in
     ]
     labels_N = np.array([label for _, label, _ in rows])
     of_N = np.array([part for _, _, part in rows])
-    splits = arrange(
-        protocol, {part: np.flatnonzero(of_N == part) for part in found}, labels_N, seed
-    )
+    whole = {part: np.flatnonzero(of_N == part) for part in found}
+    splits = arrange(protocol, whole, labels_N, seed)
     paths = tuple(path for path, _, _ in rows)
-    return _dataset(root, protocol, paths, labels_N, tuple(classes), splits)
+    return tagged(Dataset(root, "folder", protocol, paths, labels_N, tuple(classes), splits))
 
 
 def _deeper(folder: Path) -> bool:
@@ -209,9 +197,9 @@ def faults(root: Path, found: dict[str, list[Path]]) -> list[str]:
     empty = [
         f"{name} has no image ({', '.join(SUFFIXES)})" for name, files in found.items() if not files
     ]
-    overlooked = []
-    for path in images(root):
-        overlooked.append(f"{path.name} is left out: it lies beside the class folders")
+    overlooked = [
+        f"{path.name} is left out: it lies beside the class folders" for path in images(root)
+    ]
     for name in found:
         other: Counter[str] = Counter()
         for entry in sorted((root / name).iterdir()):
@@ -234,20 +222,15 @@ def faults(root: Path, found: dict[str, list[Path]]) -> list[str]:
             elif kind is None and suffix not in SUFFIXES and suffix in {"", *_OTHERS}:
                 other[suffix] += 1
         for suffix, count in sorted(other.items()):
-            what = f"{counted(count, f'{suffix} file') if suffix else counted(count, 'file')}"
-            overlooked.append(
-                f"{name}: {what}{' without extension' * (not suffix)} left out: accepted are "
-                f"{', '.join(SUFFIXES)}"
-                + " (.heic where pillow-heif is installed)"
-                * (suffix in (".heic", ".heif"))
-            )
+            what = counted(count, f"{suffix} file".strip()) + " without extension" * (not suffix)
+            heic = " (.heic where pillow-heif is installed)" * (suffix in (".heic", ".heif"))
+            overlooked.append(f"{name}: {what} left out: accepted are {', '.join(SUFFIXES)}{heic}")
     return few + empty + overlooked
 
 
 def images(folder: Path) -> list[Path]:
     """The image files in a folder itself, sorted."""
-    files = (entry for entry in folder.iterdir() if entry.suffix.lower() in SUFFIXES)
-    return sorted(file for file in files if file.is_file() and _is_shown(file))
+    return sorted(entry for entry in folder.iterdir() if _is_image(entry) and _is_shown(entry))
 
 
 def _is_image(path: Path) -> bool:
@@ -262,23 +245,3 @@ def _flatten(found: dict[str, list[Path]]) -> tuple[tuple[Path, ...], NDArray[np
     paths = tuple(path for files in found.values() for path in files)
     counts = [len(files) for files in found.values()]
     return paths, np.repeat(np.arange(len(counts)), counts)
-
-
-def _dataset(
-    root: Path,
-    protocol: str,
-    paths: tuple[Path, ...],
-    labels_N: NDArray[np.int64],
-    classes: tuple[str, ...],
-    splits: dict[str, NDArray[np.int64]],
-) -> Dataset:
-    return Dataset(
-        root=root,
-        kind="folder",
-        protocol=protocol,
-        paths=paths,
-        labels_N=labels_N,
-        classes=classes,
-        splits=splits,
-        tags=tags(root, "folder", protocol, paths, labels_N, splits, {}),
-    )

@@ -118,7 +118,6 @@ def load_image(source: Path | bytes, shorter_side: int) -> NDArray[np.uint8]:
     """Decoded, cut to at most 1 : 2 around its centre, resized (bicubic, antialiased).
 
     Args:
-        source: a file or its bytes.
         shorter_side: of the result, pixels.
 
     Returns:

@@ -6,7 +6,8 @@ genus above a species). Others are not read. Letters: N images.
 """
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from flowerray.data.dataset import Dataset
 from flowerray.data.folder import SUFFIXES
-from flowerray.data.splits import SPLITS, Protocol, arrange, stratified, tags
+from flowerray.data.splits import SPLITS, Protocol, arrange, stratified, tagged
 from flowerray.errors import UserError
 
 COLUMNS = ("path", "label", "split", "group", "parent")
@@ -56,39 +57,29 @@ def read_listing(
     if protocol == "notebooks":
         raise UserError(f"The protocol notebooks has no meaning for {file}; choose official.")
     classes, labels_N = _classes(rows)
+    of_N = np.array([row.split for row in rows])
+    fault = None
     if rows[0].split:
-        of_N = np.array([row.split for row in rows])
         parts = {name: np.flatnonzero(of_N == name) for name in ("train", "val", "test")}
+        if empty := [name for name, part in parts.items() if not len(part)]:
+            fault = f"no image for {' and '.join(empty)} in its column split."
     else:
         groups = [row.group or f"\0{row.line}" for row in rows]
         _, groups_N = np.unique(groups, return_inverse=True)
         parts = stratified(labels_N, train_per_class, val_per_class, seed, groups_N)
-    if protocol != "disjoint":
-        _refuse_lacking(file, parts, classes, labels_N, bool(rows[0].split))
+        whole = set.intersection(*(set(labels_N[part].tolist()) for part in parts.values()))
+        if small := set(range(len(classes))) - whole:
+            fault = (
+                f"too few images (or groups) of {len(small)} classes to train, validate and test "
+                f"(the first is {classes[min(small)]}): add some, or lower `data.train_per_class` "
+                "or `data.val_per_class`."
+            )
+    if fault is not None and protocol != "disjoint":
+        raise UserError(f"{file} has {fault}")
     splits = arrange(protocol, parts, labels_N, seed)
-    if rows[0].split and len(gallery := np.flatnonzero(of_N == "gallery")):
+    if len(gallery := np.flatnonzero(of_N == "gallery")):
         splits["gallery"] = gallery
-    return _dataset(file, rows, classes, labels_N, splits, protocol)
-
-
-def _refuse_lacking(
-    file: Path,
-    parts: Mapping[str, NDArray[np.int64]],
-    classes: tuple[str, ...],
-    labels_N: NDArray[np.int64],
-    given: bool,
-) -> None:
-    if given and (empty := [name for name, part in parts.items() if not len(part)]):
-        raise UserError(f"{file} has no image for {' and '.join(empty)} in its column split.")
-    small = set(range(len(classes))) - set.intersection(
-        *(set(labels_N[part].tolist()) for part in parts.values())
-    )
-    if small and not given:
-        raise UserError(
-            f"{file} has too few images (or groups) of {len(small)} classes to train, validate and "
-            f"test (the first is {classes[min(small)]}): add some, or lower `data.train_per_class` "
-            "or `data.val_per_class`."
-        )
+    return _dataset(file, rows, splits, protocol)
 
 
 def read_all_listed(file: Path) -> Dataset:
@@ -98,12 +89,11 @@ def read_all_listed(file: Path) -> Dataset:
         UserError: see `read_listing`.
     """
     rows = _usable(file)
-    classes, labels_N = _classes(rows)
     of_N = np.array([row.split for row in rows])
     splits = {"test": np.arange(len(rows))}
     if (of_N == "gallery").any() and (of_N == "test").any():
         splits = {name: np.flatnonzero(of_N == name) for name in ("test", "gallery")}
-    return _dataset(file, rows, classes, labels_N, splits, "official")
+    return _dataset(file, rows, splits, "official")
 
 
 def listed(file: Path) -> tuple[list[Row], list[str]]:
@@ -227,24 +217,11 @@ def _classes(rows: list[Row]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
 
 
 def _dataset(
-    file: Path,
-    rows: list[Row],
-    classes: tuple[str, ...],
-    labels_N: NDArray[np.int64],
-    splits: Mapping[str, NDArray[np.int64]],
-    protocol: str,
+    file: Path, rows: list[Row], splits: dict[str, NDArray[np.int64]], protocol: str
 ) -> Dataset:
-    root, paths = file.parent, tuple(row.path for row in rows)
+    paths, (classes, labels_N) = tuple(row.path for row in rows), _classes(rows)
+    found = Dataset(file.parent, "table", protocol, paths, labels_N, classes, splits, table=file)
     parents = {row.label: row.parent for row in rows}
-    return Dataset(
-        root=root,
-        kind="table",
-        protocol=protocol,
-        paths=paths,
-        labels_N=labels_N,
-        classes=classes,
-        splits=dict(splits),
-        tags=tags(root, "table", protocol, paths, labels_N, splits, {}),
-        table=file,
-        parents=tuple(parents[name] for name in classes) if any(parents.values()) else None,
-    )
+    if any(parents.values()):
+        found = replace(found, parents=tuple(parents[name] for name in classes))
+    return tagged(found)

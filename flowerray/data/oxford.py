@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from scipy.io import loadmat
 
 from flowerray.data.dataset import Dataset
 from flowerray.data.download import download, md5_of, unpack
-from flowerray.data.splits import Protocol, arrange, tags
+from flowerray.data.splits import Protocol, arrange, tagged
 from flowerray.errors import UserError
 from flowerray.files import read_json
 
@@ -89,11 +90,6 @@ def is_oxford(root: Path) -> bool:
 def read_oxford(root: Path, protocol: Protocol = "official", seed: int = 0) -> Dataset:
     """Reads and checks a set in the Oxford layout.
 
-    Args:
-        root: the folder that holds jpg/ and the two .mat files.
-        protocol: see `arrange`.
-        seed: of the classes that `disjoint` holds out.
-
     Returns:
         A data set of kind "oxford", or "synthetic" where synthetic.json lies beside the files.
 
@@ -122,17 +118,8 @@ def read_oxford(root: Path, protocol: Protocol = "official", seed: int = 0) -> D
             or (f"class_{label + 1:03d}" for label in range(int(labels_N.max()) + 1))
         )
         facts["synthetic"] = json.dumps(tables.synthetic.get("config"), sort_keys=True)
-    return Dataset(
-        root=root,
-        kind=kind,
-        protocol=protocol,
-        paths=paths,
-        labels_N=labels_N,
-        classes=classes,
-        splits=splits,
-        masks=masks,
-        tags=tags(root, kind, protocol, paths, labels_N, splits, facts),
-    )
+    found = Dataset(root, kind, protocol, paths, labels_N, classes, splits, masks)
+    return tagged(found, facts)
 
 
 def fetch(
@@ -142,12 +129,6 @@ def fetch(
 
     A broken download goes on where it stopped, also in a later call. The archives are removed once
     they are unpacked.
-
-    Args:
-        out: folder, made if absent.
-        progress: show progress bars.
-        base_url: where the files of `md5` lie.
-        md5: file -> its sum.
 
     Returns:
         `out`, which `read_oxford` reads.
@@ -168,9 +149,8 @@ def fetch(
             download(f"{base_url}/{archive}", out / archive, md5[archive], progress)
             unpack(out / archive, out / folder)
             if lacking := _lacking(out / folder, total):
-                raise UserError(
-                    f"{out / archive} lacks {lacking[0]}; delete it and fetch it again."
-                )
+                what = f"{out / archive} lacks {lacking[0]}"
+                raise UserError(f"{what}; delete it and fetch it again.")
             (out / archive).unlink()
     except OSError as error:
         raise UserError(
@@ -221,11 +201,7 @@ def read_tables(root: Path) -> Tables:
     synthetic = None
     if (root / "synthetic.json").exists():
         synthetic = read_json(root / "synthetic.json", advice="render the set again")
-    return Tables(
-        labels_N=labels_N,
-        parts={name: setid[key] for name, key in PARTS.items()},
-        synthetic=synthetic,
-    )
+    return Tables(labels_N, {name: setid[key] for name, key in PARTS.items()}, synthetic)
 
 
 def faults(root: Path, tables: Tables) -> list[str]:
@@ -320,18 +296,17 @@ def _split_faults(setid: Path, tables: Tables) -> list[str]:
     outside = everything[(everything < 1) | (everything > total)]
     if len(outside):
         found.append(f"{setid} names image {outside[0]} and the set has images 1..{total:,}")
-    names = list(tables.parts)
-    for i, name in enumerate(names):
-        ids, counts = np.unique(tables.parts[name], return_counts=True)
+    for name, part in tables.parts.items():
+        ids, counts = np.unique(part, return_counts=True)
         if (counts > 1).any():
             found.append(f"{setid} names {image_name(ids[counts > 1][0])} twice in {name}")
-        for other in names[i + 1 :]:
-            shared = np.intersect1d(ids, tables.parts[other])
-            if len(shared):
-                found.append(
-                    f"{setid} has {len(shared):,} images in both {name} and {other}, the first "
-                    f"{image_name(shared[0])}"
-                )
+    for name, other in combinations(tables.parts, 2):
+        shared = np.intersect1d(tables.parts[name], tables.parts[other])
+        if len(shared):
+            found.append(
+                f"{setid} has {len(shared):,} images in both {name} and {other}, the first "
+                f"{image_name(shared[0])}"
+            )
     left_out = np.setdiff1d(np.arange(1, total + 1), everything)
     if len(left_out):
         found.append(

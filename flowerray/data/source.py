@@ -54,13 +54,8 @@ def open_dataset(config: DataConfig, progress: bool = True) -> Dataset:
         root = _synthetic_root(config.synthetic, progress)
     if oxford.is_oxford(root):
         return oxford.read_oxford(root, config.protocol, config.seed)
-    if listing.is_listing(root):
-        return listing.read_listing(
-            root, config.train_per_class, config.val_per_class, config.seed, config.protocol
-        )
-    return folder.read_folder(
-        root, config.train_per_class, config.val_per_class, config.seed, config.protocol
-    )
+    read = listing.read_listing if listing.is_listing(root) else folder.read_folder
+    return read(root, config.train_per_class, config.val_per_class, config.seed, config.protocol)
 
 
 def open_all(root: Path, beside: bool = False) -> Dataset:
@@ -102,8 +97,6 @@ def check_dataset(
     chance, any file that is there twice, and images that are overlooked.
 
     Args:
-        root: a set in the Oxford layout, class folders, or a table.
-        progress: show a progress bar.
         examined: what `examine` found in files that were read before.
 
     Raises:
@@ -140,12 +133,11 @@ def remarks(root: Path) -> list[str]:
     pairs = [
         f"{a.stem} ({split[a]}) = {b.stem} ({split[b]})" for a, b in oxford.twins(root, tables)
     ]
-    if not pairs:
-        return []
-    return [
+    text = (
         f"as every copy of Oxford's set, this one has {len(pairs)} pairs of equal files in two "
         f"splits, {', '.join(pairs)}: too few to be felt, and nothing is to be done."
-    ]
+    )
+    return [text] if pairs else []
 
 
 def _file_problems(

@@ -5,13 +5,14 @@ Letters: N images, C classes.
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from hashlib import blake2b
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flowerray.data.dataset import Dataset
 from flowerray.errors import UserError
 
 Protocol = Literal["official", "trainval", "disjoint", "notebooks"]
@@ -37,10 +38,8 @@ def arrange(
     comparison with tables that were made so.
 
     Args:
-        protocol: which.
         parts: "train", "val", "test" -> indices of images.
         labels_N: 0-based class of each image, each of 0..C-1 present.
-        seed: of the held-out classes.
 
     Returns:
         split -> ascending indices.
@@ -102,35 +101,28 @@ def stratified(
     return {name: np.array(part, np.int64) for name, part in parts.items()}
 
 
-def tags(
-    root: Path,
-    kind: str,
-    protocol: str,
-    paths: tuple[Path, ...],
-    labels_N: NDArray[np.int64],
-    splits: Mapping[str, NDArray[np.int64]],
-    facts: Mapping[str, str],
-) -> dict[str, str]:
-    """What identifies a data set, as MLflow tags `dataset/...`.
+def tagged(dataset: Dataset, facts: Mapping[str, str] | None = None) -> Dataset:
+    """A data set with what identifies it, as MLflow tags `dataset/...`.
 
     The fingerprint covers relative paths, labels, splits and `facts`, not the pixels (a store's
     fingerprint does).
     """
+    facts, splits = facts or {}, dataset.splits
     content = [
-        [path.relative_to(root).as_posix() for path in paths],
-        labels_N.tolist(),
+        [path.relative_to(dataset.root).as_posix() for path in dataset.paths],
+        dataset.labels_N.tolist(),
         {name: indices.tolist() for name, indices in splits.items()},
         # A .mat file holds the time when it was written; a set rendered again is the same.
-        {k: v for k, v in facts.items() if kind != "synthetic" or k != "setid_md5"},
+        {k: v for k, v in facts.items() if dataset.kind != "synthetic" or k != "setid_md5"},
     ]
     fingerprint = blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
     values = {
         "fingerprint": fingerprint,
-        "kind": kind,
-        "protocol": protocol,
-        "images": str(len(paths)),
-        "classes": str(len(np.unique(labels_N))),
+        "kind": dataset.kind,
+        "protocol": dataset.protocol,
+        "images": str(len(dataset.paths)),
+        "classes": str(len(np.unique(dataset.labels_N))),
         **{name: str(len(indices)) for name, indices in splits.items()},
         **facts,
     }
-    return {f"dataset/{name}": value for name, value in values.items()}
+    return replace(dataset, tags={f"dataset/{name}": value for name, value in values.items()})

@@ -35,12 +35,14 @@ from flowerray.data.images import (
     eval_image,
     load_image,
     load_or_fault,
+    read_file,
     resize_side,
 )
 from flowerray.errors import UserError
 from flowerray.files import atomic_file, atomic_folder, home, read_kept, write_json
 from flowerray.gpu import to_device
 from flowerray.pool import leave_unguarded
+from flowerray.text import some
 
 __all__ = ["Store", "build_store", "eval_image", "load_image", "resize_side"]
 
@@ -77,7 +79,11 @@ class Store:
     """One list of decoded images; an index is the position in that list. Read-only."""
 
     def __init__(self, folder: Path) -> None:
-        """Maps a finished store; see `open`."""
+        """Maps a finished store.
+
+        Raises:
+            UserError: absent, of another version, or files of other sizes than it was built with.
+        """
         self.folder = Path(folder)
         meta = _read_meta(self.folder)
         if meta is None:
@@ -92,15 +98,6 @@ class Store:
         """CRC-32 of each image's pixels, by which it is known again."""
         self._unchecked_N = np.ones(len(self), bool)
         touch(self.folder / "meta.json")
-
-    @classmethod
-    def open(cls, folder: Path) -> "Store":
-        """A finished store.
-
-        Raises:
-            UserError: absent, of another version, or files of other sizes than it was built with.
-        """
-        return cls(folder)
 
     def __len__(self) -> int:
         return len(self._index_N3)
@@ -185,7 +182,6 @@ def build_store(
     Args:
         paths: N image files, at least one.
         shorter_side: of the decoded images, pixels; `resize_side(size)` for a model of `size`.
-        progress: show a progress bar while decoding.
         processes: how many decode; None = one per core.
 
     Raises:
@@ -276,10 +272,8 @@ def _content_key(paths: list[Path], shorter_side: int, progress: bool) -> str:
 
 def _digest(path: Path) -> bytes | str:
     """Hash of a file's bytes, or why it cannot be read."""
-    try:
-        return blake2b(path.read_bytes(), digest_size=16).digest()
-    except OSError as error:
-        return (error.strerror or "unreadable").lower()
+    data = read_file(path)
+    return data if isinstance(data, str) else blake2b(data, digest_size=16).digest()
 
 
 def _write(
@@ -323,10 +317,9 @@ def _write(
 def _refuse_bad(paths: list[Path], faults: list[str | None]) -> None:
     bad = [f"{p} ({fault})" for p, fault in zip(paths, faults, strict=True) if fault is not None]
     if bad:
-        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         raise UserError(
-            f"{len(bad)} of {len(paths)} images cannot be read: {', '.join(bad[:_NAMED])}{more}; "
-            "replace or remove them."
+            f"{len(bad)} of {len(paths)} images cannot be read: {some(bad, _NAMED)}; replace or "
+            "remove them."
         )
 
 

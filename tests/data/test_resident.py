@@ -15,7 +15,7 @@ from flowerray.data.store import Store
 @pytest.fixture
 def store(job: dict[str, Any]) -> Store:
     """50 images of five shapes."""
-    return Store.open(Path(job["store"]))
+    return Store(Path(job["store"]))
 
 
 def test_it_gives_what_the_store_gives(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,7 +175,7 @@ def test_a_damaged_store_is_found_and_built_again(paths: list[Path], damage: str
     else:
         flip(store.folder / ("index.npy" if "index" in damage else "checks.npy"), -1)
     with pytest.raises(UserError, match="no complete store"):
-        Store.open(store.folder)
+        Store(store.folder)
     assert (build(paths).folder / "pixels.bin").read_bytes() == expected
 
 
@@ -235,7 +235,7 @@ def test_a_store_of_another_version_is_not_opened(paths: list[Path]) -> None:
     meta = build(paths).folder / "meta.json"
     meta.write_text(json.dumps({**json.loads(meta.read_text()), "version": 0}))
     with pytest.raises(UserError, match="no complete store"):
-        Store.open(meta.parent)
+        Store(meta.parent)
 
 
 def test_pickling_sends_the_path_not_the_pixels(paths: list[Path]) -> None:

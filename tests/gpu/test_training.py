@@ -67,7 +67,7 @@ def test_it_hardens_as_the_cpu_does(
 
 def test_augmentation_is_the_cpus(device: torch.device, job: dict[str, Any]) -> None:
     """To the rounding of float32, but for pixels that lie on an edge."""
-    store = Store.open(Path(job["store"]))
+    store = Store(Path(job["store"]))
     images_BCHW, sizes_B2 = store.padded(np.arange(40))
     uniforms_BU = draw(0, 0, 0, 40)
     for config in (AugmentConfig(), AugmentConfig(strength=0)):
@@ -79,7 +79,7 @@ def test_augmentation_is_the_cpus(device: torch.device, job: dict[str, Any]) -> 
 @pytest.mark.parametrize("kept_there", [True, False])
 def test_batches_are_the_cpus(device: torch.device, job: dict[str, Any], kept_there: bool) -> None:
     """From photographs in the GPU's memory, and through pinned memory ahead of the step."""
-    store, targets_N = Store.open(Path(job["store"])), np.array(job["targets"])
+    store, targets_N = Store(Path(job["store"])), np.array(job["targets"])
     sampler, ours = PKSampler(targets_N, 4, 4, 0), Resident(store, device) if kept_there else store
     draws = lambda epoch, step, batch: draw(0, epoch, step, batch)  # noqa: E731
     here = Batches(store, targets_N, sampler, draw=draws)

@@ -45,7 +45,7 @@ def on(
     module, _, targets_N = small_method({**job, "method": method, "double": double})
     module.to(device)
     make_run(out)
-    store = Store.open(Path(job["store"]))
+    store = Store(Path(job["store"]))
     data = Data(Resident(store, device), targets_N, None, view)
     train(
         TrainConfig(**config), AugmentConfig(), harden, module, data, reporter(out), {"test": True}
@@ -55,7 +55,7 @@ def on(
 
 def embedded(method: Method, job: dict[str, Any]) -> Tensor:
     """All images' embeddings by a trained model, on the CPU."""
-    pixels, _ = Store.open(Path(job["store"])).padded(range(len(job["targets"])))
+    pixels, _ = Store(Path(job["store"])).padded(range(len(job["targets"])))
     parameter = next(method.parameters())
     images = plain(Batch(0, pixels, *[pixels] * 3)).to(parameter.device, parameter.dtype)
     with torch.no_grad():
