@@ -57,6 +57,16 @@ def small_run(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
+def photographs(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve of `small_set` in two class folders."""
+    root = tmp_path_factory.mktemp("photographs")
+    for n, picture in enumerate(sorted((small_set / "jpg").iterdir())[:12]):
+        (root / "ab"[n % 2]).mkdir(exist_ok=True)
+        shutil.copy(picture, root / "ab"[n % 2] / f"{n}.jpg")
+    return root
+
+
+@pytest.fixture(scope="session")
 def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A decoded store of 50 coloured noise images in 10 classes, as options of
     tests/train_process.py.

@@ -44,10 +44,7 @@ def build(model: Model, gallery: Path, out: Path, quiet: bool = False) -> dict[s
 
 
 def add(
-    folder: Path,
-    places: Sequence[Path],
-    by: Embedder | torch.device,
-    quiet: bool = False,
+    folder: Path, places: Sequence[Path], by: Embedder | torch.device, quiet: bool = False
 ) -> dict[str, Any]:
     """Adds photographs, or every one of a folder; those whose path and content are known stay, and
     a known path with another content is embedded again.
@@ -122,8 +119,7 @@ def _read(path: Path, size: int) -> tuple[bytes, NDArray[np.uint8] | str]:
 
 def model_of(index: Index, device: torch.device) -> Model:
     """The model that made an INDEX, out of its own file."""
-    file = contents.model_file(index.folder, index.manifest)
-    return open_model(str(file), device)
+    return open_model(str(contents.model_file(index.folder, index.manifest)), device)
 
 
 def remove(folder: Path, places: Sequence[Path]) -> dict[str, Any]:
@@ -207,10 +203,9 @@ def check(folder: Path) -> dict[str, Any]:
                 f"{folder / manifest['parts'] / name} is not as it was written (a failing disk?): "
                 f"{contents.AGAIN}."
             )
-    found = (
-        mean_interval(recall(index.vectors_ND, index.cells)).to_dict() if len(index) > 1 else None
-    )
-    if found is not None:
+    found = None
+    if len(index) > 1:
+        found = mean_interval(recall(index.vectors_ND, index.cells)).to_dict()
         contents.note(folder, recall=found)
     return {
         "index": str(folder),

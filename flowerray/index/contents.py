@@ -191,14 +191,9 @@ def _open(folder: Path, manifest: Manifest) -> Index:
 def _mapped(file: Path, kind: np.dtype, shape: tuple[int | None, ...]) -> NDArray[Any]:
     empty = file.stat().st_size < 256 and np.load(file, allow_pickle=False)
     found = empty if empty is not False else np.load(file, mmap_mode="r", allow_pickle=False)
-    fits = (
-        len(found.shape) == len(shape)
-        and found.flags.c_contiguous
-        and all(
-            wanted in (None, length) for length, wanted in zip(found.shape, shape, strict=False)
-        )
-    )
-    if found.dtype != kind or not fits:
+    sides = zip(found.shape, shape, strict=False)
+    fits = found.ndim == len(shape) and all(wanted in (None, side) for side, wanted in sides)
+    if found.dtype != kind or not fits or not found.flags.c_contiguous:
         raise ValueError(f"{file.name} holds {found.dtype} {found.shape}")
     return np.asarray(found)
 

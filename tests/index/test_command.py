@@ -21,12 +21,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def folders(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve photographs in two class folders, and one file that is none."""
-    root = tmp_path_factory.mktemp("photos")
-    for n, picture in enumerate(sorted((small_set / "jpg").iterdir())[:12]):
-        (root / "ab"[n % 2]).mkdir(exist_ok=True)
-        shutil.copy(picture, root / "ab"[n % 2] / f"{n}.jpg")
+def folders(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The twelve photographs, and one file that is none."""
+    root = shutil.copytree(photographs, tmp_path_factory.mktemp("photos") / "root")
     (root / "a" / "note.jpg").write_text("no photograph")
     return root
 

@@ -1,7 +1,6 @@
 """A service on a small INDEX, in this process, without Ray."""
 
 import io
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,6 @@ from flowerray.serve.service import Service
 from tests.small import small
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="session")
-def photographs(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve in two classes."""
-    root = tmp_path_factory.mktemp("photographs")
-    for n, picture in enumerate(sorted((small_set / "jpg").iterdir())[:12]):
-        (root / "ab"[n % 2]).mkdir(exist_ok=True)
-        shutil.copy(picture, root / "ab"[n % 2] / f"{n}.jpg")
-    return root
 
 
 @pytest.fixture(scope="session")
