@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flowerray.errors import UserError
 from flowerray.explain import decompose
-from flowerray.explain.layers import Captured, Norm, capture, similarity
+from flowerray.explain.layers import Captured, Norm, capture
 from flowerray.model.embedder import Embedder
 from flowerray.model.modes import evaluating
 
@@ -28,10 +28,7 @@ HiResCAM (Draelos 2020), XGradCAM (Fu 2020), LayerCAM (Jiang 2021), EigenCAM (Mu
 ignores the target) and EigenGradCAM. ScoreCAM is left out: its softmax over the channels' cosines,
 all within -1..1, gives each channel nearly the same weight at one forward pass a channel."""
 
-MethodName = Literal[
-    "decomposition", "ablationcam", "gradcam", "gradcam++", "hirescam", "xgradcam", "layercam",
-    "eigencam", "eigengradcam",
-]  # fmt: skip
+MethodName = Literal["decomposition", "ablationcam", Cam]
 """The methods of `Cam`, the exact decomposition, and AblationCAM (both in decompose.py)."""
 
 CAMS: tuple[Cam, ...] = get_args(Cam)
@@ -69,8 +66,7 @@ class Explainer:
             return decompose.ablation(embedder, images_BCHW, reference_BD)
         with evaluating(embedder), torch.no_grad():
             check_references(embedder(images_BCHW), reference_BD)
-        names = [self.layer]
-        (captured,) = capture(embedder, images_BCHW, names, similarity(reference_BD), self.norm)
+        (captured,) = capture(embedder, images_BCHW, [self.layer], reference_BD, self.norm)
         if captured is None:
             raise UserError(f"{self.layer} of {embedder.config.backbone} gives no map: choose "
                             "another layer.")  # fmt: skip
@@ -183,9 +179,6 @@ def prototypes(
     """The reference of each image: the mean of its class's gallery embeddings, at unit length.
 
     Args:
-        gallery_GD: unit embeddings.
-        gallery_labels_G: their classes.
-        labels_B: the class of each image to explain.
         own_B: where an image stands in the gallery itself; it is left out of its prototype.
 
     Raises:

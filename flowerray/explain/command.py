@@ -19,7 +19,6 @@ from flowerray.explain.examples import draw_images, make_subjects, progress_bar
 from flowerray.explain.faithfulness import FaithfulnessConfig
 from flowerray.explain.judge import (
     LOCALISATION,
-    Choice,
     Subjects,
     choose,
     choose_gaussian,
@@ -113,13 +112,9 @@ def explain_split(
         beside_sheet(own, other, folder / f"beside_{config.split}.png")
     write_json(folder / "faithfulness.json", result)
     if model.folder is not None and out is None:
-        run = model.folder
-        numbers = {
-            f"explain_{config.split}/{metric}": found.mean
-            for metric, found in own.table["chosen"].items()
-        }
-        run.note(numbers)
-        sync.send(run.path)
+        means = {metric: found.mean for metric, found in own.table["chosen"].items()}
+        model.folder.note({f"explain_{config.split}/{name}": mean for name, mean in means.items()})
+        sync.send(model.folder.path)
     return result
 
 
@@ -132,13 +127,11 @@ def _judge_model(
     quiet: bool,
 ) -> Judged:
     embedder = model.embedder
-    layers = find_layers(embedder)
-    if config.layer is not None:
-        layers = [
-            layer for layer in layers if layer.name == pick_layer(model.embedder, config.layer)
-        ]
-    galleries: dict[str, NDArray[np.float32]] = {}
-    subjects = make_subjects(model, dataset, config.split, judged, quiet, galleries)
+    if config.layer is None:
+        layers = find_layers(embedder)
+    else:
+        layers = [pick_layer(embedder, config.layer)]
+    subjects = make_subjects(model, dataset, config.split, judged, quiet)
     additive = True
     try:
         decompose.parts(embedder, subjects.batch(0, embedder.projection.weight.device)[0][:2])
@@ -150,17 +143,17 @@ def _judge_model(
     choices = options(layers, additive and config.layer is None, config.method)
     tuning = None
     if chosen_on is not None:
-        tuning = make_subjects(model, dataset, "val", chosen_on, quiet, galleries)
+        tuning = make_subjects(model, dataset, "val", chosen_on, quiet)
         with progress_bar(len(tuning), "choose on val", quiet) as bar:
             ranked = choose(embedder, tuning, choices, config.faithfulness, bar.update)
     elif len(choices) == 1:
-        ranked = [Choice(choices[0], float("nan"))]
+        ranked = [(choices[0], float("nan"))]
     else:
         raise UserError(
             f"Protocol {dataset.protocol} has no val images to choose a map on: say which with "
             "`method` decomposition, or `method` eigencam and `layer`."
         )
-    explainer = ranked[0].explainer
+    explainer = ranked[0][0]
     methods = _methods(model, dataset, explainer, layers[0].name, additive, tuning, config)
     with progress_bar(len(subjects), "judge", quiet) as bar:
         scores = judge(embedder, subjects, methods, config.faithfulness, bar.update)
@@ -183,7 +176,7 @@ def _judge_model(
             "free": config.method is None and config.layer is None,
             "images": len(tuning) if tuning else 0,
             "candidates": len(ranked),
-            "ranking": [{"map": str(c.explainer), "score": c.score} for c in ranked if tuning],
+            "ranking": [{"map": str(e), "score": score} for e, score in ranked if tuning],
         },
         "scores": {name: _plain(rows) for name, rows in intervals(scores).items()},
         "gain_over": {name: _plain(rows) for name, rows in gain.items()},

@@ -69,11 +69,6 @@ def fit_concepts(
 ) -> Concepts:
     """Factorises the last maps of images of a store.
 
-    Args:
-        embedder: on its device.
-        store: training images.
-        progress: called with the number of images done after each batch.
-
     Raises:
         UserError: see `last_map`; fewer positions than concepts.
     """
@@ -170,19 +165,6 @@ def from_last_map(embedder: Embedder, maps_BFHW: Tensor) -> Tensor:
         native = from_map(embedder.backbone, maps_BFHW)
         features_BF = embedder.backbone.forward_head(native)  # type: ignore[operator]
         return F.normalize(embedder.projection(features_BF), dim=1, eps=1e-6)
-
-
-def importance(
-    embedder: Embedder, concepts: Concepts, images_BCHW: Tensor, reference_BD: Tensor
-) -> NDArray[np.float64]:
-    """Drop of each image's cosine to its reference when a concept is removed from the image:
-    (B, K); below 0, the concept makes them less alike.
-    """
-    maps_BFHW = last_map(embedder, images_BCHW)
-    without = without_each(embedder, concepts, maps_BFHW, concept_maps(concepts, maps_BFHW))
-    reference_BD = reference_BD.to(without)
-    whole_B = (from_last_map(embedder, maps_BFHW) * reference_BD).sum(1)
-    return (whole_B - torch.einsum("kbd,bd->kb", without, reference_BD)).T.cpu().double().numpy()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from flowerray.explain.cam import prototypes
 from flowerray.explain.judge import Subjects
 from flowerray.explain.localise import read_masks
 from flowerray.opening import Model
-from flowerray.retrieval.embed import embed
+from flowerray.retrieval.embed import kept_embeddings
 from flowerray.retrieval.measure import default_gallery
 
 
@@ -59,26 +59,19 @@ def make_subjects(
     split: str,
     positions: NDArray[np.int64],
     quiet: bool,
-    galleries: dict[str, NDArray[np.float32]],
 ) -> Subjects:
     """Images of a split with the prototypes of their classes: from the train gallery, or, where
     classes are disjoint, from the split itself without the image.
-
-    Args:
-        galleries: embeddings of whole splits by this model; what is missing is added.
     """
     embedder, size = model.embedder, model.embedder.image_size
     own = default_gallery(dataset, split) == "self"
     gallery_split = split if own else "train"
     indices = dataset.splits[split][positions]
     store = build_store([dataset.paths[i] for i in indices], resize_side(size), progress=not quiet)
-    gallery_GD = galleries.get(gallery_split)
-    if gallery_GD is None:
-        gallery_paths = [dataset.paths[i] for i in dataset.splits[gallery_split]]
-        gallery_store = build_store(gallery_paths, resize_side(size), progress=not quiet)
-        with progress_bar(len(gallery_store), "prototypes", quiet) as bar:
-            gallery_GD = embed(embedder, gallery_store, progress=bar.update)
-        galleries[gallery_split] = gallery_GD
+    gallery_paths = [dataset.paths[i] for i in dataset.splits[gallery_split]]
+    gallery_store = build_store(gallery_paths, resize_side(size), progress=not quiet)
+    with progress_bar(len(gallery_store), "prototypes", quiet) as bar:
+        gallery_GD = kept_embeddings(embedder, gallery_store, progress=bar.update)
     labels_N = dataset.labels_N[indices]
     gallery_labels = dataset.split_labels(gallery_split)
     reference = prototypes(

@@ -18,7 +18,7 @@ from flowerray.explain import baselines
 from flowerray.explain.baselines import Saliency
 from flowerray.explain.cam import CAMS, HEAD_METHODS, Explainer, cam_maps, upsample
 from flowerray.explain.faithfulness import METRICS, FaithfulnessConfig, Scores, faithfulness
-from flowerray.explain.layers import Layer, Norm, capture, similarity
+from flowerray.explain.layers import Layer, Norm, capture
 from flowerray.explain.localise import energy, iou, pointing
 from flowerray.model.embedder import Embedder
 from flowerray.statistics import Interval, mean_interval, paired_difference
@@ -68,14 +68,6 @@ class Subjects:
         return np.lexsort((self.labels_N, turn_N))[:count]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A method with its mean score on the images that it was chosen on."""
-
-    explainer: Explainer
-    score: float
-
-
 def options(layers: Sequence[Layer], additive: bool, method: str | None) -> list[Explainer]:
     """What is chosen from: each method at each layer, with the length free and held.
 
@@ -102,8 +94,8 @@ def choose(
     choices: Sequence[Explainer],
     config: FaithfulnessConfig,
     advance: Advance | None = None,
-) -> list[Choice]:
-    """The choices by their mean score on these images, best first.
+) -> list[tuple[Explainer, float]]:
+    """The choices and their mean scores on these images, best first.
 
     With masks the score of an image is the mean of energy in mask and pointing game; without them
     it is insertion minus deletion.
@@ -113,20 +105,27 @@ def choose(
     """
     if not choices:
         raise UserError("There is no layer that this method can be used at: choose another one.")
-    device = embedder.projection.weight.device
+    device, masks_NHW = embedder.projection.weight.device, subjects.masks_NHW
     scores: dict[Explainer, list[float]] = {choice: [] for choice in choices}
     for start in range(0, len(subjects), _BATCH):
-        images, reference = subjects.batch(start, device)
-        for explainer, maps in _many(embedder, images, reference, choices):
+        images, references = subjects.batch(start, device)
+        for explainer, maps in _many(embedder, images, references, choices):
             large = upsample(maps, images.shape[-1])
-            scores[explainer] += [
-                _worth(embedder, subjects, start + i, images[i], reference[i], large[i], config)
-                for i in range(len(images))
-            ]
+            for n, (image, reference, map_HW) in enumerate(
+                zip(images, references, large, strict=True), start
+            ):
+                if masks_NHW is not None:
+                    worth = (energy(map_HW, masks_NHW[n]) + pointing(map_HW, masks_NHW[n])) / 2
+                else:
+                    (score,) = faithfulness(
+                        embedder, image, reference, map_HW[None], config, road=False
+                    )
+                    worth = score.insertion - score.deletion
+                scores[explainer].append(worth)
         if advance is not None:
             advance(len(images))
-    ranked = [Choice(explainer, float(np.mean(values))) for explainer, values in scores.items()]
-    return sorted(ranked, key=lambda choice: -choice.score)
+    ranked = [(explainer, float(np.mean(values))) for explainer, values in scores.items()]
+    return sorted(ranked, key=lambda choice: -choice[1])
 
 
 def choose_gaussian(embedder: Embedder, subjects: Subjects) -> float:
@@ -151,8 +150,10 @@ def judge(
     faithfulness, which take `config.images` images at even distances.
     """
     device = embedder.projection.weight.device
+    masks_NHW = subjects.masks_NHW
+    metrics = (*(LOCALISATION if masks_NHW is not None else ()), *METRICS)
     found: dict[str, dict[str, list[float]]] = {
-        name: {metric: [] for metric in metrics_of(subjects)} for name in methods
+        name: {metric: [] for metric in metrics} for name in methods
     }
     tested = set(faithful_positions(len(subjects), config.images).tolist())
     for start in range(0, len(subjects), _BATCH):
@@ -167,8 +168,10 @@ def judge(
                 scores = faithfulness(embedder, images[i], reference[i], maps[:, i], config)
             for name, map_HW, score in zip(methods, maps[:, i], scores, strict=True):
                 row = {} if score is None else score._asdict()
-                if subjects.masks_NHW is not None:
-                    row |= _localised(map_HW, subjects.masks_NHW[start + i], config.seed)
+                if masks_NHW is not None:
+                    mask = masks_NHW[start + i]
+                    row["energy"], row["pointing"] = energy(map_HW, mask), pointing(map_HW, mask)
+                    row["iou"] = iou(map_HW, mask, config.seed)
                 for metric, value in row.items():
                     found[name][metric].append(value)
             if advance is not None:
@@ -184,11 +187,6 @@ def faithful_positions(count: int, images: int) -> NDArray[np.int64]:
     distances.
     """
     return np.linspace(0, count - 1, min(images, count)).round().astype(np.int64)
-
-
-def metrics_of(subjects: Subjects) -> tuple[str, ...]:
-    """The metrics that these images allow."""
-    return (*(LOCALISATION if subjects.masks_NHW is not None else ()), *METRICS)
 
 
 def intervals(scores: dict[str, dict[str, NDArray]]) -> dict[str, dict[str, Interval]]:
@@ -215,32 +213,6 @@ def gains(
     return found
 
 
-def _localised(map_HW: NDArray, mask_HW: NDArray[np.bool_], seed: int) -> dict[str, float]:
-    return {
-        "energy": energy(map_HW, mask_HW),
-        "pointing": pointing(map_HW, mask_HW),
-        "iou": iou(map_HW, mask_HW, seed),
-    }
-
-
-def _worth(
-    embedder: Embedder,
-    subjects: Subjects,
-    index: int,
-    image_CHW: Tensor,
-    reference_D: Tensor,
-    map_HW: NDArray,
-    config: FaithfulnessConfig,
-) -> float:
-    if subjects.masks_NHW is not None:
-        mask = subjects.masks_NHW[index]
-        return (energy(map_HW, mask) + pointing(map_HW, mask)) / 2
-    score: Scores = faithfulness(
-        embedder, image_CHW, reference_D, map_HW[None], config, road=False
-    )[0]
-    return score.insertion - score.deletion
-
-
 def _many(
     embedder: Embedder, images: Tensor, reference: Tensor, choices: Sequence[Explainer]
 ) -> list[tuple[Explainer, NDArray[np.float32]]]:
@@ -249,8 +221,7 @@ def _many(
     for norm in ("free", "held"):
         own = [e for e in choices if e.method not in HEAD_METHODS and e.norm == norm]
         names = list(dict.fromkeys(e.layer for e in own))
-        target = similarity(reference)
-        caught = dict(zip(names, capture(embedder, images, names, target, norm), strict=True))
+        caught = dict(zip(names, capture(embedder, images, names, reference, norm), strict=True))
         for explainer in own:
             captured = caught[explainer.layer]
             assert captured is not None, "only layers that `find_layers` gave are chosen from"

@@ -16,9 +16,6 @@ from flowerray.errors import UserError
 from flowerray.model.embedder import Embedder
 from flowerray.model.modes import evaluating
 
-Target = Callable[[Tensor], Tensor]
-"""emb_BD (unit norm) -> value_B: what is explained."""
-
 Norm = Literal["free", "held"]
 """free: the gradient of the cosine itself, which is blind to the length of the embedding. held: the
 length is taken as given, as the additive decomposition does, so that a part that makes the
@@ -40,7 +37,7 @@ class Layer:
 
 
 class Captured(NamedTuple):
-    """What a layer put out for some images, and how the target depends on it."""
+    """What a layer put out for some images, and how their cosines depend on it."""
 
     maps_BCHW: Tensor
     grads_BCHW: Tensor
@@ -117,7 +114,9 @@ def find_layers(embedder: Embedder) -> list[Layer]:
     found = []
     with evaluating(embedder):
         emb_BD = embedder(images_BCHW).detach()
-    for name, captured in zip(names, capture(embedder, images_BCHW, names, emb_BD), strict=True):
+    for name, captured in zip(
+        names, capture(embedder, images_BCHW, names, emb_BD.flip(0)), strict=True
+    ):
         if captured is None:
             continue
         channels, *grid = captured.maps_BCHW.shape[1:]
@@ -137,7 +136,7 @@ def capture(
     embedder: Embedder,
     images_BCHW: Tensor,
     names: Sequence[str],
-    target: Target | Tensor,
+    reference_BD: Tensor,
     norm: Norm = "free",
 ) -> list[Captured | None]:
     """One forward and one backward pass; the maps and gradients of several layers.
@@ -147,12 +146,8 @@ def capture(
     filled gradients and live hooks, and needs parameters that are not frozen.)
 
     Args:
-        embedder: on the images' device.
-        images_BCHW: float pixels in [0,1].
-        names: modules of the backbone.
-        target: what is explained; embeddings stand for the likeness of each image to the row in
-            the reversed order (a probe).
-        norm: see `Norm`.
+        reference_BD: what the images' cosines are to, another image's embedding or a class
+            prototype: unit norm, one row an image (or a single row for all).
 
     Returns:
         One entry a name; None where the output is no map.
@@ -179,13 +174,11 @@ def capture(
                 handle.remove()
         length_B1 = raw[0].norm(dim=1, keepdim=True).clamp_min(1e-6)
         emb_BD = F.normalize(raw[0], eps=1e-6) if norm == "free" else raw[0] / length_B1.detach()
-        if isinstance(target, Tensor):
-            target = similarity(target.flip(0))
-        value_B = target(emb_BD)
-        assert value_B.shape == (len(images_BCHW),), "a target gives one value an image"
+        # A clone, since a tensor made in inference mode cannot take part in a backward pass.
+        cosine_B = (emb_BD * reference_BD.to(emb_BD).clone()).sum(1)
         usable = [n for n in outputs if to_map(embedder.backbone, outputs[n]) is not None]
         grads = dict(zip(usable, torch.autograd.grad(
-            value_B.sum(), [outputs[n] for n in usable], allow_unused=True
+            cosine_B.sum(), [outputs[n] for n in usable], allow_unused=True
         ), strict=True)) if usable else {}  # fmt: skip
 
     def entry(name: str) -> Captured | None:
@@ -197,20 +190,6 @@ def capture(
         return Captured(*pair)  # type: ignore[arg-type]
 
     return [entry(name) for name in names]
-
-
-def similarity(reference_BD: Tensor) -> Target:
-    """Cosine of each image to its own reference, another image's embedding or a class prototype.
-
-    Args:
-        reference_BD: unit norm, one row an image (or a single row for all).
-    """
-
-    def value(emb_BD: Tensor) -> Tensor:
-        # A clone, since a tensor made in inference mode cannot take part in a backward pass.
-        return (emb_BD * reference_BD.to(emb_BD).clone()).sum(1)
-
-    return value
 
 
 def _channels_last(backbone: nn.Module) -> bool:

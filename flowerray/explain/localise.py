@@ -4,20 +4,18 @@ Letters: N images, H W pixels.
 """
 
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from flowerray.data.images import centre_crop, decode, load_image, resize_side
+from flowerray.data.images import decode, eval_crop
 from flowerray.explain.faithfulness import ranking
+from flowerray.rendered.synthetic import MASK_BACKGROUND
 
-BACKGROUND = (0, 0, 254)
-"""RGB of what is not flower in Oxford's segmim/."""
 _TOLERANCE = 40
-"""Largest distance of a channel from it: the masks are JPEG files."""
+"""Largest distance of a channel from `MASK_BACKGROUND`: the masks are JPEG files."""
 
 
 def read_masks(paths: Sequence[Path], size: int) -> NDArray[np.bool_]:
@@ -31,13 +29,10 @@ def read_masks(paths: Sequence[Path], size: int) -> NDArray[np.bool_]:
 
 def _read_mask(path: Path, size: int) -> NDArray[np.bool_]:
     pixels = np.asarray(decode(path)).astype(np.int16)
-    flower = (np.abs(pixels - np.array(BACKGROUND)) > _TOLERANCE).any(-1)
+    flower = (np.abs(pixels - np.array(MASK_BACKGROUND)) > _TOLERANCE).any(-1)
     # Told apart at full size, since a resized blue edge is neither flower nor background; then
     # through the reader of photographs itself, so that both are cut alike.
-    file = BytesIO()
-    Image.fromarray(flower.astype(np.uint8) * 255).save(file, "PNG", compress_level=1)
-    image = load_image(file.getvalue(), resize_side(size))
-    return centre_crop(image, size)[..., 0] > 127
+    return eval_crop(Image.fromarray(flower.astype(np.uint8) * 255), size) > 127
 
 
 def energy(map_HW: NDArray, mask_HW: NDArray[np.bool_]) -> float:

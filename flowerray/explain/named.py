@@ -16,7 +16,6 @@ from flowerray.data.images import resize_side
 from flowerray.data.store import build_store, floats
 from flowerray.errors import UserError
 from flowerray.explain.examples import draw_images, make_subjects
-from flowerray.explain.layers import find_layers
 from flowerray.explain.pair import explanations, pick_layer
 from flowerray.explain.tcav import TcavConfig, tcav
 from flowerray.files import write_json
@@ -55,8 +54,7 @@ def explain_concepts(
     folder = explanations(model, out)
     dataset = model.own_dataset(quiet)
     size = model.embedder.image_size
-    known = {found.name: found for found in find_layers(model.embedder)}
-    chosen = known[pick_layer(model.embedder, layer)]
+    chosen = pick_layer(model.embedder, layer)
     examples = read_all(folders)
     concepts = {
         name: _images([examples.paths[i] for i in np.flatnonzero(examples.labels_N == c)], size)
@@ -71,7 +69,7 @@ def explain_concepts(
         if not len(positions):
             raise UserError(f"{class_name} has no {split} images: choose another `split`.")
     positions = np.sort(np.random.default_rng((seed, 3)).permutation(positions)[:max_images])
-    subjects = make_subjects(model, dataset, split, positions, quiet, {})
+    subjects = make_subjects(model, dataset, split, positions, quiet)
     train = dataset.splits["train" if "train" in dataset.splits else split]
     pool = np.random.default_rng((seed, 2)).permutation(train)[:POOL]
     with tqdm(total=len(concepts), unit="concept", desc="tcav", disable=quiet or None) as bar:

@@ -1,6 +1,7 @@
 """`flowerray explain RUN A.jpg B.jpg`: one picture of why two photographs are alike or not."""
 
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from flowerray.explain import decompose
 from flowerray.explain.cam import HEAD_METHODS, METHODS, Explainer, MethodName, Norm
 from flowerray.explain.concepts import Concepts, ConceptsConfig, fit_concepts, shared
 from flowerray.explain.draw import ConceptStrip, Pair, best_matches, draw_pair
-from flowerray.explain.layers import find_layers
+from flowerray.explain.layers import Layer, find_layers
 from flowerray.files import read_json, refuse_unwritable
 from flowerray.model.embedder import Embedder
 from flowerray.model.modes import full_precision
@@ -85,7 +86,12 @@ def explain_pair(
     pixels = [as_pixels(path, embedder.image_size) for path in (first, second)]
     images_2CHW = torch.stack(pixels).to(embedder.projection.weight.device)
     explainer = pick_explainer(model, folder, images_2CHW, method, layer)
-    pair, notes = compare(embedder, images_2CHW, explainer, (_name(first), _name(second)))
+    pair, notes = compare(
+        embedder,
+        images_2CHW,
+        explainer,
+        (f"{first.parent.name}/{first.name}", f"{second.parent.name}/{second.name}"),
+    )
     strips: tuple[ConceptStrip, ...] = ()
     if concepts is not None:
         try:
@@ -104,10 +110,7 @@ def explain_pair(
         "threshold": model.threshold,
         "same": pair.similarity >= model.threshold,
         "method": str(explainer),
-        "matches": [
-            {"first": list(m.first), "second": list(m.second), "share": m.share}
-            for m in pair.matches
-        ],
+        "matches": [asdict(match) for match in pair.matches],
         "concepts": [{"name": s.name, "drop": s.drop, "shares": list(s.shares)} for s in strips],
         "notes": notes,
         "picture": str(picture),
@@ -145,10 +148,9 @@ def explanations(model: Model, out: Path | None) -> Path:
     Raises:
         UserError: a model without a RUN folder, and no --out; a place that cannot be written.
     """
-    if out is None and model.folder is None:
-        raise UserError(f"{model.name} is no RUN folder: say with `out` where the pictures go.")
     if out is None:
-        assert model.folder is not None
+        if model.folder is None:
+            raise UserError(f"{model.name} is no RUN folder: say with `out` where the pictures go.")
         out = model.folder.path / "explanations"
     refuse_unwritable(out)
     return out
@@ -181,35 +183,30 @@ def default_explainer(
     embedder: Embedder, images_BCHW: Tensor, method: str | None, layer: str | None
 ) -> Explainer:
     """`pick_explainer` where no method was chosen on val images."""
-    if method is None:
-        try:
-            if layer is None:
-                decompose.parts(embedder, images_BCHW)
-                return Explainer("decomposition")
-        except UserError:
-            pass
-        method = "hirescam"
-    known = [name for name in METHODS if name == method]
+    if method is None and layer is None:
+        with suppress(UserError):
+            decompose.parts(embedder, images_BCHW)
+            return Explainer("decomposition")
+    known = [name for name in METHODS if name == (method or "hirescam")]
     if not known:
         raise UserError(f"`method` = {method!r}: choose one of {', '.join(METHODS)}.")
-    explainer = Explainer(known[0])
-    if method in HEAD_METHODS:
-        return explainer
-    return Explainer(explainer.method, pick_layer(embedder, layer), "held")
+    if known[0] in HEAD_METHODS:
+        return Explainer(known[0])
+    return Explainer(known[0], pick_layer(embedder, layer).name, "held")
 
 
-def pick_layer(embedder: Embedder, name: str | None) -> str:
-    """A layer's name, checked; the default where none is given.
+def pick_layer(embedder: Embedder, name: str | None) -> Layer:
+    """The layer of that name; the default where none is given.
 
     Raises:
         UserError: no heat map can be taken there.
     """
-    layers = [layer.name for layer in find_layers(embedder)]
+    layers = {layer.name: layer for layer in find_layers(embedder)}
     if name is not None and name not in layers:
         raise UserError(
             f"`layer` {name}: {embedder.config.backbone} has {', '.join(layers)} to choose from."
         )
-    return name or layers[0]
+    return layers[name or next(iter(layers))]
 
 
 def run_concepts(model: Model, folder: Path, config: ConceptsConfig, quiet: bool) -> Concepts:
@@ -238,8 +235,8 @@ def run_concepts(model: Model, folder: Path, config: ConceptsConfig, quiet: bool
 
 def _strips(model: Model, dictionary: Concepts, images_2CHW: Tensor) -> tuple[ConceptStrip, ...]:
     found = shared(model.embedder, dictionary, images_2CHW)
-    both: list[int] = np.argsort(-found.shares.min(0), kind="stable")[:SHOWN].tolist()
-    by_drop: list[int] = np.argsort(-np.abs(found.drop_K), kind="stable").tolist()
+    both = np.argsort(-found.shares.min(0), kind="stable")[:SHOWN].tolist()
+    by_drop = np.argsort(-np.abs(found.drop_K), kind="stable").tolist()
     others = [k for k in by_drop if k not in both][:SHOWN]
     return tuple(
         ConceptStrip(
@@ -251,10 +248,6 @@ def _strips(model: Model, dictionary: Concepts, images_2CHW: Tensor) -> tuple[Co
         )
         for k in (*both, *others)
     )
-
-
-def _name(path: Path) -> str:
-    return f"{path.parent.name}/{path.name}"
 
 
 def _stem(path: Path) -> str:

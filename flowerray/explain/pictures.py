@@ -1,7 +1,7 @@
 """The pictures of `flowerray explain RUN`: scores, maps of images, two models side by side."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ LABELS = {
     "road_morf": "ROAD drop, most relevant (higher)",
     "road_lerf": "ROAD drop, least relevant (lower)",
 }
+ROWS = 9
+"""Images of a sheet: a third of them the best, a third the worst."""
 
 
 @dataclass(frozen=True)
@@ -47,75 +49,78 @@ class Judged:
         """The means of `scores`."""
         return intervals(self.scores)
 
+    @property
+    def key(self) -> str:
+        """The metric that the rows of a sheet are spread over."""
+        return "energy" if "energy" in self.scores["chosen"] else "insertion"
+
+    def heading(self, name: str) -> str:
+        """A method in words."""
+        e = self.explainer
+        chosen = (e.method, e.layer, "held" if e.norm == "held" else "")
+        return ", ".join(filter(None, chosen)) if name == "chosen" else name
+
 
 def scores_chart(judged: Judged, title: str, out_png: Path) -> None:
     """Every metric of every method."""
     labels = {metric: LABELS[metric] for metric in judged.scores["chosen"]}
-    table = {_heading(judged, name): rows for name, rows in judged.table.items()}
+    table = {judged.heading(name): rows for name, rows in judged.table.items()}
     draw_scores(f"{title}, mean and 95 % interval", table, labels, out_png)
 
 
-def maps_sheet(judged: Judged, out_png: Path, title: str, count: int = 9) -> None:
+def maps_sheet(judged: Judged, out_png: Path, title: str) -> None:
     """Best, middle and worst images by energy in mask (by insertion without masks)."""
-    key, places, rows = _shown(judged, count)
-    columns = {_heading(judged, n): _maps(judged, m, rows) for n, m in judged.methods.items()}
-    captions = {
-        _heading(judged, n): [f"{key} {judged.scores[n][key][i]:.2f}" for i in places]
-        for n in judged.methods
-    }
-    title = f"{title}: best, middle and worst {key} of the chosen map; each map on its own scale"
-    _sheet(judged.subjects, rows, columns, captions, out_png, title)
+    columns = {judged.heading(name): (judged, name) for name in judged.methods}
+    about = f"best, middle and worst {judged.key} of the chosen map; each map on its own scale"
+    _sheet(judged, columns, out_png, f"{title}: {about}")
 
 
-def beside_sheet(first: Judged, second: Judged, out_png: Path, count: int = 9) -> None:
+def beside_sheet(first: Judged, second: Judged, out_png: Path) -> None:
     """The chosen and the exact map of both models, on images spread over the first one's scores."""
-    key, places, rows = _shown(first, count)
-    columns, captions = {}, {}
-    for place, judged in (("RUN", first), ("beside", second)):
-        for name in ("chosen", "decomposition"):
-            if name in judged.methods:
-                heading = f"{place}: {_heading(judged, name)}"
-                columns[heading] = _maps(judged, judged.methods[name], rows)
-                captions[heading] = [f"{key} {judged.scores[name][key][i]:.2f}" for i in places]
+    columns = {
+        f"{place}: {judged.heading(name)}": (judged, name)
+        for place, judged in (("RUN", first), ("beside", second))
+        for name in ("chosen", "decomposition")
+        if name in judged.methods
+    }
     names = [Path(judged.model.name).name for judged in (first, second)]
     title = f"RUN = {names[0]}, beside = {names[1]}; each map on its own scale"
-    _sheet(first.subjects, rows, columns, captions, out_png, title)
+    _sheet(first, columns, out_png, title)
 
 
 def _sheet(
-    subjects: Subjects,
-    rows: NDArray[np.int64],
-    columns: dict[str, NDArray[np.float32]],
-    captions: dict[str, list[str]],
-    out_png: Path,
-    title: str,
+    first: Judged, columns: Mapping[str, tuple[Judged, str]], out_png: Path, title: str
 ) -> None:
+    """Columns are methods of a model, under their headings."""
+    places, rows = _shown(first)
+    subjects = first.subjects
     images = subjects.images_NCHW[torch.from_numpy(rows)].permute(0, 2, 3, 1).numpy()
     masks = None if subjects.masks_NHW is None else subjects.masks_NHW[rows]
+    captions = {
+        heading: [f"{first.key} {judged.scores[name][first.key][i]:.2f}" for i in places]
+        for heading, (judged, name) in columns.items()
+    }
+    maps = {
+        heading: _maps(judged, judged.methods[name], rows)
+        for heading, (judged, name) in columns.items()
+    }
     names = [subjects.paths[i].name for i in rows]
-    draw_sheet(title, images, masks, columns, captions, names, out_png)
+    draw_sheet(title, images, masks, maps, captions, names, out_png)
 
 
 def _maps(judged: Judged, method: Saliency, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    device = judged.model.embedder.projection.weight.device
-    subjects = judged.subjects
-    picked = replace(
-        subjects,
-        images_NCHW=subjects.images_NCHW[torch.from_numpy(rows)],
-        reference_ND=subjects.reference_ND[rows],
-    )
-    images, reference = picked.batch(0, device)
-    return upsample(method(judged.model.embedder, images, reference), images.shape[-1])
+    embedder = judged.model.embedder
+    images, reference = judged.subjects.take(rows, embedder.projection.weight.device)
+    return upsample(method(embedder, images, reference), images.shape[-1])
 
 
-def _shown(judged: Judged, count: int) -> tuple[str, NDArray[np.int64], NDArray[np.int64]]:
-    """The metric that the rows of a sheet are spread over, and for each row its place among the
-    metric's values and among the subjects: the metrics of faithfulness have fewer values.
+def _shown(judged: Judged) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each row of a sheet its place among the values of the key metric and among the subjects:
+    the metrics of faithfulness have fewer values.
     """
-    own = judged.scores["chosen"]
-    key = "energy" if "energy" in own else "insertion"
-    places = _spread(own[key], count)
-    return key, places, faithful_positions(len(judged.subjects), len(own[key]))[places]
+    values = judged.scores["chosen"][judged.key]
+    places = _spread(values, ROWS)
+    return places, faithful_positions(len(judged.subjects), len(values))[places]
 
 
 def _spread(values: NDArray, count: int) -> NDArray[np.int64]:
@@ -126,10 +131,3 @@ def _spread(values: NDArray, count: int) -> NDArray[np.int64]:
     return np.array(list(dict.fromkeys(
         [*order[:third], *order[middle : middle + third], *order[-third:]]
     )))  # fmt: skip
-
-
-def _heading(judged: Judged, name: str) -> str:
-    if name != "chosen":
-        return name
-    e = judged.explainer
-    return ", ".join(filter(None, (e.method, e.layer, "held" if e.norm == "held" else "")))

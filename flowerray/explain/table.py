@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from flowerray.retrieval.table import similar
 from flowerray.show.columns import columns
 from flowerray.show.interval import words
 from flowerray.show.style import short
@@ -19,13 +20,9 @@ HEADINGS = {
 }
 
 
-def pair(result: Mapping[str, Any]) -> str:
+def pair(result: dict[str, Any]) -> str:
     """Two photographs: the verdict, what carries it, and where the picture is."""
-    verdict = "same class" if result["same"] else "different classes"
-    lines = [
-        f"similarity {result['similarity']:.3f}, threshold {result['threshold']:.3f}: {verdict}"
-    ]
-    lines.append(f"map       {result['method']}")
+    lines = [similar(result), f"map       {result['method']}"]
     for number, match in enumerate(result["matches"], 1):
         first, second = (
             f"row {m[0] + 1} column {m[1] + 1}" for m in (match["first"], match["second"])
@@ -57,15 +54,13 @@ def split(result: Mapping[str, Any]) -> str:
 def concepts(result: Mapping[str, Any]) -> str:
     """TCAV scores of named concepts."""
     whose = f" of {result['class']}" if result["class"] else ""
-    lines = [
-        f"{result['images']} {result['split']} images{whose}, layer {result['layer']}",
-    ]
+    head = f"{result['images']} {result['split']} images{whose}, layer {result['layer']}"
     table = [["concept", "score", "random", "accuracy", "p (Holm)", ""]]
     for found in result["concepts"]:
         numbers = (f"{found[name]:.2f}" for name in ("score", "random", "accuracy"))
         mark = "depends on it" if found["significant"] else ""
         table.append([short(found["name"]), *numbers, f"{found['p_value']:.2g}", mark])
-    return "\n".join([*lines, *columns(table, "<>>>><", indent=1)])
+    return "\n".join([head, *columns(table, "<>>>><", indent=1)])
 
 
 def _model(result: Mapping[str, Any]) -> list[str]:

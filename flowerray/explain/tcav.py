@@ -10,7 +10,7 @@ Letters: N images, B images of a class, C channels, D embedding dimensions, R ra
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flowerray.config import Config
 from flowerray.errors import UserError
-from flowerray.explain.layers import Layer, capture, similarity
+from flowerray.explain.layers import Layer, capture
 from flowerray.model.embedder import Embedder
 from flowerray.statistics import holm
 
@@ -71,12 +71,9 @@ def tcav(
     """Scores each concept for one class.
 
     Args:
-        layer: whose mean over positions a concept is a direction of.
         concepts: name -> example images, float NCHW in [0,1].
         random_NCHW: images to draw random sets from; none of the concepts' own.
-        images_BCHW: of the class.
         reference_BD: the class prototype, a row an image.
-        progress: called with 1 after each concept.
 
     Raises:
         UserError: a concept with fewer than four images, or too few random images.
@@ -92,7 +89,7 @@ def tcav(
     pool_NC, _ = _pooled(embedder, layer, random_NCHW, None)
     _, slopes_BC = _pooled(embedder, layer, images_BCHW, reference_BD)
     rng = np.random.default_rng(config.seed)
-    rows = []
+    found = []
     chance: dict[int, NDArray[np.float64]] = {}
     for name, images in concepts.items():
         own_NC, _ = _pooled(embedder, layer, images, None)
@@ -105,14 +102,14 @@ def tcav(
             _accuracy(own_NC, rng.permutation(pool_NC)[: len(own_NC)], rng)
             for _ in range(config.repetitions)
         ]))  # fmt: skip
-        p = p_value(alignment, chance_R2[:, 1])
-        rows.append((name, score, float(chance_R2[:, 0].mean()), accuracy, p))
+        p, random = p_value(alignment, chance_R2[:, 1]), float(chance_R2[:, 0].mean())
+        found.append(ConceptScore(name, score, random, accuracy, p, False))
         if progress is not None:
             progress(1)
-    adjusted = holm([row[-1] for row in rows]).tolist()
+    adjusted = holm([one.p_value for one in found]).tolist()
     return [
-        ConceptScore(name, score, random, accuracy, p, p < config.level)
-        for (name, score, random, accuracy, _), p in zip(rows, adjusted, strict=True)
+        replace(one, p_value=p, significant=p < config.level)
+        for one, p in zip(found, adjusted, strict=True)
     ]
 
 
@@ -167,7 +164,7 @@ def _pooled(
             reference = torch.ones(1, embedder.dim, device=images.device)
         else:
             reference = reference_ND[start : start + _BATCH].to(images.device)
-        (captured,) = capture(embedder, images, [layer.name], similarity(reference))
+        (captured,) = capture(embedder, images, [layer.name], reference)
         assert captured is not None, "a layer that `find_layers` gave"
         means.append(captured.maps_BCHW.mean((2, 3)).double().cpu().numpy())
         slopes.append(captured.grads_BCHW.sum((2, 3)).double().cpu().numpy())

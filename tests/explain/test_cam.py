@@ -6,7 +6,7 @@ import torch
 
 from flowerray.errors import UserError
 from flowerray.explain.cam import CAMS, Explainer, cam_maps, prototypes, upsample
-from flowerray.explain.layers import Captured, capture, find_layers, similarity
+from flowerray.explain.layers import Captured, capture, find_layers
 from flowerray.model.embedder import Embedder, EmbedderConfig
 from tests.explain.cases import embed, embedder, images
 
@@ -159,8 +159,8 @@ def test_prototypes_leave_the_image_out() -> None:
 def test_captured_gradients_need_no_batch_of_targets() -> None:
     model, batch = embedder(), images(2)
     one = embed(model, images(1, seed=5))
-    (both,) = capture(model, batch, ["bn2"], similarity(one))
-    (first,) = capture(model, batch[:1], ["bn2"], similarity(one))
+    (both,) = capture(model, batch, ["bn2"], one)
+    (first,) = capture(model, batch[:1], ["bn2"], one)
     assert both is not None and first is not None
     torch.testing.assert_close(both.grads_BCHW[:1], first.grads_BCHW, rtol=1e-4, atol=1e-8)
 

@@ -26,7 +26,7 @@ from flowerray.explain.named import explain_concepts
 from flowerray.explain.pair import explain_pair
 from flowerray.explain.pictures import _shown
 from flowerray.files import read_json
-from flowerray.opening import Model, open_model
+from flowerray.opening import Model, embed, open_model
 from flowerray.training.rundir import RunDir
 from tests.explain.cases import embedder
 
@@ -176,10 +176,10 @@ def test_the_rows_of_a_sheet_are_the_images_whose_scores_they_show() -> None:
     tested = faithful_positions(300, 100)
     values = np.random.default_rng(0).random(300)
     judged: Any = SimpleNamespace(
-        scores={"chosen": {"insertion": values[tested]}}, subjects=range(300)
+        scores={"chosen": {"insertion": values[tested]}}, subjects=range(300), key="insertion"
     )
-    key, places, rows = _shown(judged, 9)
-    assert key == "insertion" and np.array_equal(values[rows], values[tested][places])
+    places, rows = _shown(judged)
+    assert np.array_equal(values[rows], values[tested][places])
     best = tested[np.argsort(-values[tested])[:3]]
     assert np.array_equal(rows[:3], best) and len(set(rows)) == 9
 
@@ -209,7 +209,7 @@ def test_an_image_that_is_alone_in_its_class_is_left_out(model: Model) -> None:
     place = int(np.flatnonzero(cut == rows[alone])[0])
     _, judged = draw_images(dataset, "test", 1000, 7, seed=0)
     assert len(judged) == len(cut) - 1 and place not in judged
-    make_subjects(model, dataset, "test", judged, True, {})
+    make_subjects(model, dataset, "test", judged, True)
     none = replace(dataset, splits={**dataset.splits, "test": cut[[place]]})
     with pytest.raises(UserError, match="two of a class"):
         draw_images(none, "test", 5, 7, seed=0)
@@ -219,14 +219,12 @@ def test_where_classes_are_disjoint_an_image_is_not_in_its_prototype(model: Mode
     data = model.run.data.model_copy(update={"protocol": "disjoint"})
     dataset = open_dataset(data, progress=False)
     positions = np.array([0, 5])
-    found = make_subjects(model, dataset, "test", positions, True, {})
-    galleries: dict[str, np.ndarray] = {}
-    everything = make_subjects(model, dataset, "test", np.arange(24), True, galleries)
-    assert list(galleries) == ["test"] and len(everything) == 24
+    found = make_subjects(model, dataset, "test", positions, True)
+    emb_ND = embed(model.embedder, [dataset.paths[i] for i in dataset.splits["test"]]).numpy()
     labels = dataset.split_labels("test")
     for row, p in enumerate(positions):
         members = (labels == labels[p]) & (np.arange(len(labels)) != p)
-        mean = galleries["test"][members].mean(0)
+        mean = emb_ND[members].mean(0)
         np.testing.assert_allclose(found.reference_ND[row], mean / np.linalg.norm(mean), rtol=1e-4)
 
 

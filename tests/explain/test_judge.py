@@ -55,16 +55,16 @@ def test_the_choice_is_the_best_mean_score() -> None:
     given = subjects()
     choices = options(find_layers(MODEL), True, None)
     found = choose(MODEL, given, choices, CONFIG)
-    assert {c.explainer for c in found} == set(choices)
-    assert [c.score for c in found] == sorted((c.score for c in found), reverse=True)
+    assert {explainer for explainer, _ in found} == set(choices)
+    assert [score for _, score in found] == sorted((score for _, score in found), reverse=True)
     assert given.masks_NHW is not None
     batch = given.images_NCHW.float() / 255
-    for choice in (found[0], found[len(found) // 2]):
-        maps = choice.explainer(MODEL, batch, torch.from_numpy(given.reference_ND))
+    for explainer, score in (found[0], found[len(found) // 2]):
+        maps = explainer(MODEL, batch, torch.from_numpy(given.reference_ND))
         large = upsample(maps, 64)
         pairs = list(zip(large, given.masks_NHW, strict=True))
         expected = np.mean([(energy(m, k) + pointing(m, k)) / 2 for m, k in pairs])
-        assert choice.score == pytest.approx(expected, abs=1e-4)
+        assert score == pytest.approx(expected, abs=1e-4)
     with pytest.raises(UserError, match="no layer that this method can be used at"):
         choose(MODEL, given, [], CONFIG)
 
@@ -74,10 +74,10 @@ def test_without_masks_faithfulness_chooses() -> None:
     choices = [Explainer("decomposition"), Explainer("gradcam", "layer4")]
     found = choose(MODEL, given, choices, CONFIG)
     scores = judge(MODEL, given, {str(c): c for c in choices}, FaithfulnessConfig(steps=2))
-    for choice in found:
-        rows = scores[str(choice.explainer)]
+    for explainer, score in found:
+        rows = scores[str(explainer)]
         assert set(rows) == set(METRICS)
-        assert choice.score == pytest.approx((rows["insertion"] - rows["deletion"]).mean())
+        assert score == pytest.approx((rows["insertion"] - rows["deletion"]).mean())
 
 
 def test_judging_scores_each_image_as_it_is() -> None:
