@@ -10,6 +10,7 @@ from flowerray.explore.exploration import Exploration
 from flowerray.explore.results import SHEET_PAIRS
 from flowerray.show.charts import svg
 from flowerray.show.page import Block, Details, Note, Page, Picture, Table, Text
+from flowerray.text import counted
 
 LISTED = 200
 """Rows of a long list that the page shows; the CSV files hold all."""
@@ -46,14 +47,14 @@ def _short(facts: dict[str, Any]) -> list[Block]:
     if leaks:
         blocks.append(
             Note(
-                f"Near-duplicates across splits: {_count(leaks, 'pair')}. A score on these images "
+                f"Near-duplicates across splits: {counted(leaks, 'pair')}. A score on these images "
                 "is partly memory; see Near-duplicates.",
                 "warn",
             )
         )
     shared = sum(row["files"] + row["contents"] for row in facts["overlaps"])
     if shared:
-        blocks.append(Note(f"In two splits: {_count(shared, 'file')}; see Splits.", "warn"))
+        blocks.append(Note(f"In two splits: {counted(shared, 'file')}; see Splits.", "warn"))
     imbalance, duplicates = facts["imbalance"], facts["duplicates"]
     rows: list[list[str | float | None]] = [
         ["images", facts["images"]],
@@ -75,7 +76,7 @@ def _files(facts: dict[str, Any]) -> list[Block]:
     rows = [[problem] for problem in facts["problems"][:LISTED]]
     return [
         Text(
-            f"{_count(len(facts['problems']), 'problem')} found. Unreadable files are left out of "
+            f"{counted(len(facts['problems']), 'problem')} found. Unreadable files are left out of "
             "everything below." + _cut(len(facts["problems"]))
         ),
         Table(["problem"], rows),
@@ -220,7 +221,7 @@ def _duplicates(found: Exploration, facts: dict[str, Any], out: Path) -> list[Bl
     shown, leaks = found.leaks_first(), facts["duplicates"]["across_splits"]
     header = ["first", "second", "splits", "classes", "score", "change"]
     table = Table(header, [_pair_row(found, p) for p in shown[:LISTED]])
-    pairs = _count(len(shown), "pair")
+    pairs = counted(len(shown), "pair")
     blocks += [
         Text(f"{pairs}, {leaks:,} across splits." + _recall(facts)),
         Picture(
@@ -262,10 +263,6 @@ def _pair_row(found: Exploration, pair: DuplicatePair) -> list[str | float | Non
         pair.score,
         pair.change(),
     ]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _cut(number: int) -> str:

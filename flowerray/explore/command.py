@@ -37,13 +37,8 @@ def explore_dataset(
     """Explores a data set and logs the result to MLflow.
 
     Args:
-        data: the set; `root` is needed.
         out: a new folder: index.html, explore.json, images.csv, classes.csv, duplicates.csv, PNGs.
         run: a trained model for maps, look-alikes and Recall@1; None = the frozen backbone.
-        embedder: the frozen backbone.
-        maps: size of the maps.
-        device: where images are embedded.
-        quiet: no progress bars.
 
     Returns:
         The content of explore.json.
@@ -53,7 +48,10 @@ def explore_dataset(
     """
     started = time.monotonic()
     assert data.root is not None
-    _refuse_out(out, data.root)
+    refuse_inside(out, data.root)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"`out` {out} exists already: choose a new folder.")
+    refuse_unwritable(out)
     maps = maps or MapConfig()
     if run is not None:
         model = open_model(run, device)
@@ -125,13 +123,6 @@ def open_for_exploring(data: DataConfig) -> tuple[Dataset, str | None]:
         if reason is not None:
             return open_all(root), f"The set is looked at whole, as one split, since {reason}."
     return open_dataset(data), None
-
-
-def _refuse_out(out: Path, root: Path) -> None:
-    refuse_inside(out, root)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"`out` {out} exists already: choose a new folder.")
-    refuse_unwritable(out)
 
 
 def _metrics(facts: dict[str, Any]) -> dict[str, float]:

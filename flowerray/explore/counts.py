@@ -6,105 +6,73 @@ Letters: N images, C classes.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from flowerray.data.dataset import Dataset
 from flowerray.explore.scan import COLOUR_SIDE, Survey
 
 _MIDDLE = slice(COLOUR_SIDE // 4, -COLOUR_SIDE // 4)
 
 
-@dataclass(frozen=True)
-class Imbalance:
-    """How unequal the classes are, over the classes that have an image."""
+def imbalance(counts_C: ArrayLike) -> dict[str, float]:
+    """How unequal the classes are, over the classes that have an image (one at the least).
 
-    classes: int
-    smallest: int
-    """Images."""
-    largest: int
-    ratio: float
-    """largest / smallest; 1 = balanced."""
-    gini: float
-    """Gini's coefficient of the counts: 0 = balanced, towards 1 = all images in one class."""
-    effective_classes: float
-    """exp of the entropy of the class shares: as many equal classes would be as uncertain."""
-
-
-def imbalance(counts_C: ArrayLike) -> Imbalance:
-    """Measures of imbalance of at least one positive count."""
+    Returns:
+        `classes`, `smallest` and `largest` (images), `ratio` (largest / smallest; 1 = balanced),
+        `gini` (Gini's coefficient: 0 = balanced, towards 1 = all images in one class),
+        `effective_classes` (exp of the entropy of the class shares: as many equal classes would be
+        as uncertain).
+    """
     counts = np.asarray(counts_C, np.float64)
     counts = np.sort(counts[counts > 0])
     assert len(counts), "a set without images"
     share = counts / counts.sum()
     # The mean difference of two classes by the sorted form: sum (2i - C - 1) x_i / (C sum x).
     rank = 2 * np.arange(1, len(counts) + 1) - len(counts) - 1
-    return Imbalance(
-        classes=len(counts),
-        smallest=int(counts[0]),
-        largest=int(counts[-1]),
-        ratio=float(counts[-1] / counts[0]),
-        gini=abs(float((rank * share).sum() / len(counts))),  # never -0.0
-        effective_classes=float(np.exp(-(share * np.log(share)).sum())),
-    )
+    return {
+        "classes": len(counts),
+        "smallest": int(counts[0]),
+        "largest": int(counts[-1]),
+        "ratio": float(counts[-1] / counts[0]),
+        "gini": abs(float((rank * share).sum() / len(counts))),  # never -0.0
+        "effective_classes": float(np.exp(-(share * np.log(share)).sum())),
+    }
 
 
-@dataclass(frozen=True)
-class SplitRow:
-    """One split in numbers."""
-
-    name: str
-    images: int
-    classes: int
-    smallest: int
-    """Images of its smallest class."""
-    largest: int
-
-
-def split_table(survey: Survey) -> list[SplitRow]:
-    """Each split that has an image, in the order train, val, test."""
+def split_table(dataset: Dataset) -> list[dict[str, Any]]:
+    """Each split that has an image, in the order train, val, test: `name`, `images`, `classes`, and
+    the images of its `smallest` and `largest` class.
+    """
     rows = []
     for name in ("train", "val", "test"):
-        if len(survey.dataset.splits.get(name, ())):
-            counts = np.bincount(survey.dataset.split_labels(name))
-            counts = counts[counts > 0]
-            sizes = int(counts.min()), int(counts.max())
-            rows.append(SplitRow(name, int(counts.sum()), len(counts), *sizes))
+        if len(dataset.splits.get(name, ())):
+            sizes = imbalance(np.bincount(dataset.split_labels(name)))
+            images = len(dataset.splits[name])
+            kept = {key: sizes[key] for key in ("classes", "smallest", "largest")}
+            rows.append({"name": name, "images": images, **kept})
     return rows
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """What two splits have in common."""
-
-    first: str
-    second: str
-    files: int
-    """Files listed in both."""
-    contents: int
-    """Files of the second whose bytes are those of a file of the first."""
-    classes: int
-    """Classes in both."""
-
-
-def overlaps(survey: Survey) -> list[Overlap]:
-    """Each pair of splits; `files` and `contents` must be 0."""
-    dataset, rows = survey.dataset, split_table(survey)
-    found = []
-    for i, row in enumerate(rows):
-        for other in rows[i + 1 :]:
-            first, second = dataset.splits[row.name], dataset.splits[other.name]
-            known = {survey.digests[k] for k in first}
-            found.append(
-                Overlap(
-                    row.name,
-                    other.name,
-                    files=len(np.intersect1d(first, second)),
-                    contents=sum(survey.digests[k] in known for k in second),
-                    classes=len(np.intersect1d(dataset.labels_N[first], dataset.labels_N[second])),
-                )
-            )
+def overlaps(survey: Survey) -> list[dict[str, Any]]:
+    """What each two splits, `first` and `second`, have in common: `files` that are listed in both,
+    `contents` (files of the second whose bytes are those of a file of the first; both must be 0),
+    and `classes`.
+    """
+    dataset, found = survey.dataset, []
+    for one, two in combinations([row["name"] for row in split_table(dataset)], 2):
+        first, second = dataset.splits[one], dataset.splits[two]
+        known = {survey.digests[k] for k in first}
+        found.append({
+            "first": one,
+            "second": two,
+            "files": len(np.intersect1d(first, second)),
+            "contents": sum(survey.digests[k] in known for k in second),
+            "classes": len(np.intersect1d(dataset.labels_N[first], dataset.labels_N[second])),
+        })  # fmt: skip
     return found
 
 

@@ -64,7 +64,6 @@ def find_duplicates(
     """Every near-duplicate pair, surest first.
 
     Args:
-        keypoints_N: of each image.
         grey_NPP: thumbnails, the whole image squeezed to a square.
         split_N: split of each image; partners in other splits are looked for on their own, so that
             a burst in one split cannot hide a leak.

@@ -4,7 +4,7 @@ Letters: N images.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from flowerray.explore import counts
 from flowerray.explore.duplicates import DuplicatePair, find_duplicates
-from flowerray.explore.leaks import Effect, recall_effect
+from flowerray.explore.leaks import recall_effect
 from flowerray.explore.likeness import (
     LookAlike,
     Variation,
@@ -22,7 +22,6 @@ from flowerray.explore.likeness import (
 )
 from flowerray.explore.maps import Map, MapConfig, draw_images, make_map
 from flowerray.explore.scan import Survey
-from flowerray.statistics import Interval
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,8 @@ class Exploration:
     nearest_agrees: dict[str, float]
     """The same keys -> share of the maps' images whose nearest one is of their class."""
     duplicates: tuple[DuplicatePair, ...]
-    effect: Effect | None
+    effect: dict[str, Any] | None
+    """See `recall_effect`."""
 
     def across_splits(self) -> list[DuplicatePair]:
         """Near-duplicates with one image in one split and one in another: leaks."""
@@ -81,9 +81,9 @@ class Exploration:
                 for path, reason in survey.unreadable
             ],
             "problems": list(self.problems),
-            "imbalance": asdict(counts.imbalance(np.bincount(labels_N))),
-            "splits": [asdict(row) for row in counts.split_table(survey)],
-            "overlaps": [asdict(row) for row in counts.overlaps(survey)],
+            "imbalance": counts.imbalance(np.bincount(labels_N)),
+            "splits": counts.split_table(dataset),
+            "overlaps": counts.overlaps(survey),
             "sizes": counts.sizes(survey),
             "light": {
                 name: {
@@ -109,7 +109,7 @@ class Exploration:
                 "across_classes": len(self.across_classes()),
                 "images": len({i for p in self.duplicates for i in (p.first, p.second)}),
             },
-            "recall_at_1": None if self.effect is None else _effect(self.effect),
+            "recall_at_1": self.effect,
         }
 
 
@@ -120,15 +120,7 @@ def explore(
     config: MapConfig,
     progress: Callable[[int, int], object] | None = None,
 ) -> Exploration:
-    """Looks at a set that is read.
-
-    Args:
-        survey: its readable images.
-        problems: see `check_dataset`.
-        model: what made its embeddings.
-        config: of the maps.
-        progress: of the search for near-duplicates, see `find_duplicates`.
-    """
+    """Looks at a set that is read."""
     labels_N, emb_ND = survey.dataset.labels_N, survey.emb_ND
     on_map = draw_images(len(labels_N), config)
     pixels = survey.colour_NSS3[on_map].reshape(len(on_map), -1).astype(np.float32) / 255
@@ -154,15 +146,3 @@ def explore(
 def known(value: float) -> float | None:
     """None for NaN, which JSON does not know."""
     return None if np.isnan(value) else value
-
-
-def _effect(effect: Effect) -> dict[str, Any]:
-    def interval(value: Interval | None) -> dict[str, Any] | None:
-        return None if value is None else value.to_dict()
-
-    return {
-        "gallery": effect.gallery,
-        "every": interval(effect.every),
-        "clean": interval(effect.clean),
-        "removed": effect.removed,
-    }

@@ -33,18 +33,15 @@ class LookAlike:
 def look_alikes(
     emb_ND: NDArray[np.floating], labels_N: NDArray[np.int64], count: int = 8
 ) -> list[LookAlike]:
-    """The pairs of classes with the most nearest neighbours across, then the highest mean cosine.
-
-    Args:
-        emb_ND: unit vectors.
-        count: pairs at most; none where there is one class.
-    """
+    """The pairs of classes with most nearest neighbours across, then the highest mean cosine."""
     names, group_N = np.unique(labels_N, return_inverse=True)
     if len(names) < 2:
         return []
     neighbour_N = partners(emb_ND)
-    mean_CD = _class_means(np.asarray(emb_ND, np.float64), group_N)
     images_C = np.bincount(group_N)
+    mean_CD = np.zeros((len(names), emb_ND.shape[1]))
+    np.add.at(mean_CD, group_N, np.asarray(emb_ND, np.float64))
+    mean_CD /= images_C[:, None]
     crossed_CC = np.zeros((len(names), len(names)))
     np.add.at(crossed_CC, (group_N, group_N[neighbour_N]), 1)
     share_CC = (crossed_CC + crossed_CC.T) / (images_C[:, None] + images_C[None, :])
@@ -85,11 +82,7 @@ class Variation:
 
 
 def variations(emb_ND: NDArray[np.floating], labels_N: NDArray[np.int64]) -> list[Variation]:
-    """Each class of at least two images, the most varied first.
-
-    Args:
-        emb_ND: unit vectors.
-    """
+    """Each class of at least two images, the most varied first."""
     emb_ND = np.asarray(emb_ND, np.float64)
     found = []
     for c in np.unique(labels_N):
@@ -119,9 +112,3 @@ def agreement_of_nearest(vectors_ND: NDArray[np.floating], labels_N: NDArray[np.
         return float("nan")
     neighbour_N = partners(vectors_ND)
     return float((labels_N[neighbour_N] == labels_N).mean())
-
-
-def _class_means(emb_ND: NDArray[np.float64], group_N: NDArray[np.int64]) -> NDArray[np.float64]:
-    total_CD = np.zeros((group_N.max() + 1, emb_ND.shape[1]))
-    np.add.at(total_CD, group_N, emb_ND)
-    return total_CD / np.bincount(group_N)[:, None]

@@ -104,8 +104,6 @@ def map_panels(
 
     Args:
         maps: title, such as "pixels" -> its maps.
-        labels_M: class of each image on them.
-        classes: name of each label.
         highlighted: up to 8 labels.
     """
     figure, grid = panels(10.0, 4.5 * len(maps), len(maps), 2)

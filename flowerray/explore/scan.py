@@ -6,7 +6,7 @@ thumbnail, S = 32 side of a colour thumbnail.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -103,7 +103,6 @@ def take_survey(
     Args:
         size: pixels of the squares that are embedded, see `eval_image`.
         embed: uint8 BHWC to unit vectors BD.
-        progress: show a progress bar.
 
     Raises:
         UserError: no image can be read.
@@ -195,18 +194,13 @@ def _part(dataset: Dataset, keep_N: NDArray[np.bool_]) -> Dataset:
     """The images of a set that are kept, with their splits."""
     if keep_N.all():
         return dataset
-    place_N = np.cumsum(keep_N) - 1
-    masks = dataset.masks
-    return Dataset(
-        root=dataset.root,
-        kind=dataset.kind,
-        protocol=dataset.protocol,
-        paths=tuple(p for p, keep in zip(dataset.paths, keep_N, strict=True) if keep),
+    place_N, kept = np.cumsum(keep_N) - 1, np.flatnonzero(keep_N)
+    return replace(
+        dataset,
+        paths=tuple(dataset.paths[i] for i in kept),
         labels_N=dataset.labels_N[keep_N],
-        classes=dataset.classes,
         splits={
             name: place_N[indices[keep_N[indices]]] for name, indices in dataset.splits.items()
         },
-        masks=masks and tuple(m for m, keep in zip(masks, keep_N, strict=True) if keep),
-        tags=dataset.tags,
+        masks=dataset.masks and tuple(dataset.masks[i] for i in kept),
     )
