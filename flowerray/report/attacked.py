@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowerray.report.gather import Setting
-from flowerray.report.numbers import Comparison, corrected
+from flowerray.report.numbers import Comparison, corrected, over_seeds
 from flowerray.report.sections import cell, highest, missing, p_text
 from flowerray.robustness.config import AttackConfig
 from flowerray.show import charts
 from flowerray.show.interval import read_score, words
 from flowerray.show.page import Block, Details, Note, Picture, Table, Text
-from flowerray.statistics import Interval, mean_interval, paired_difference, t_interval
+from flowerray.statistics import Interval, mean_interval, paired_difference
 
 Record = dict[str, Any]
 """An attack on one run, as `results` of RUN/robustness.json holds it."""
@@ -65,14 +65,9 @@ def attacked(setting: Setting) -> list[Block]:
         return [missing("No run has been attacked", "flowerray attack RUN --audit")]
     blocks: list[Block] = []
     for attacks in found:
-        blocks += [
-            *_audits(attacks),
-            _about(attacks),
-            _worst_case(attacks),
-            _curve(setting, attacks),
-        ]
-        rows = comparisons(setting, attacks)
-        if rows:
+        blocks += [*_audits(attacks), _about(attacks), _worst_case(attacks)]
+        blocks.append(_curve(setting, attacks))
+        if rows := comparisons(setting, attacks):
             blocks.append(_paired(rows))
         blocks += _pairs(attacks)
         blocks += [_each_attack(attacks), _checks(attacks)]
@@ -112,8 +107,7 @@ def worst_case(records: Sequence[Record], eps: str, key: str = "recall_at_1") ->
         return mean_interval(_hits(records, eps))
     if len(at) == 1:
         return read_score(at[0], key)
-    found = t_interval([score[key] for score in at])
-    return Interval(found.n, found.mean, max(found.low, 0.0), min(found.high, 1.0))
+    return over_seeds([score[key] for score in at])
 
 
 def _audits(attacks: Attacks) -> list[Block]:
@@ -135,11 +129,10 @@ def _audits(attacks: Attacks) -> list[Block]:
             if record.get("collapse", {}).get("collapsed"):
                 blocks.append(Note(f"The embedding of {name} has collapsed.", "warn"))
     if unaudited:
-        text = (
+        blocks.append(Note(
             f"Not audited: {unaudited} of {sum(map(len, attacks.records.values()))} results. "
             "`flowerray attack RUN --audit` asks whether the figures can be believed."
-        )
-        blocks.append(Note(text))
+        ))  # fmt: skip
     return blocks
 
 
@@ -204,14 +197,10 @@ def comparisons(setting: Setting, attacks: Attacks) -> list[tuple[str, Compariso
                 continue
             for eps in PAIRED_EPS if attacks.first["norm"] == "linf" else attacks.shared_eps[1:]:
                 if all(eps in r["worst_case"] for records in both for r in records):
-                    found.append((eps, _compare(robust.label, standard.label, both, eps)))
+                    gain = paired_difference(*(_hits(records, eps) for records in both))
+                    found.append((eps, Comparison(robust.label, standard.label, gain, None)))
     tested = corrected([comparison for _, comparison in found])
     return [(eps, c) for (eps, _), c in zip(found, tested, strict=True)]
-
-
-def _compare(first: str, second: str, both: list[list[Record]], eps: str) -> Comparison:
-    difference = paired_difference(*(_hits(records, eps) for records in both))
-    return Comparison(first, second, difference, None)
 
 
 def _hits(records: Sequence[Record], eps: str) -> NDArray[np.int64]:

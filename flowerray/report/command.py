@@ -41,10 +41,6 @@ def write_report(
     Args:
         names: RUN folders, folders of them, `runs:/...`, `models:/...`.
         out: a new folder, or an older report's.
-        title: the page's heading.
-        frozen: measure the backbones' features as they came, too.
-        device: where those are measured.
-        quiet: no progress bars.
 
     Returns:
         The page's path and how much is on it.

@@ -140,10 +140,8 @@ def _worst_queries(records: Sequence[dict]) -> list[Block]:
                 [f.query, f.class_name, f.nearest_class, f.missed] for f in found[:WORST]
             ]
             note = f"The photographs are not at {failure.root} any more, so files are named only."
-            return [
-                Note(note),
-                Table(["query", "class", "taken for", "runs that missed it"], rows),
-            ]
+            header = ["query", "class", "taken for", "runs that missed it"]
+            return [Note(note), Table(header, rows)]
         alt = f"A {failure.class_name} query, left, and the {failure.nearest_class} found, right."
         pictures.append(Picture(data, alt, text))
     about = (
@@ -184,11 +182,8 @@ def _faithfulness(about: str, content: dict) -> list[Block]:
     """Scores of the chosen map and its rivals, and what its sanity checks said."""
     scores = content["scores"]
     metrics = [m for m in HEADINGS if all(m in row for row in scores.values())]
-    rows: list[list[str | float | None]] = [
-        [
-            "chosen map" if name == "chosen" else name,
-            *(words(row[m]) for m in metrics),
-        ]
+    rows = [
+        ["chosen map" if name == "chosen" else name, *(words(row[m]) for m in metrics)]
         for name, row in scores.items()
     ]
     chosen = content["chosen"]

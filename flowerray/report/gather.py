@@ -5,7 +5,7 @@ variant is everything else but the seed; runs of a variant differ in their seed 
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,14 +215,19 @@ def read_run(path: Path) -> StoredRun:
 
 def group(runs: Sequence[StoredRun]) -> list[Setting]:
     """Entries by setting, variant and seed, in the order given; standard before robust."""
-    settings: dict[str, list[StoredRun]] = {}
-    for run in runs:
-        settings.setdefault(run.setting, []).append(run)
     found = []
-    for part in settings.values():
+    for part in _parted(runs, lambda run: run.setting):
         kept, notes = _one_a_seed(part)
         found.append(Setting(_title(part), _variants(kept), notes=notes))
     return found
+
+
+def _parted(runs: Iterable[StoredRun], by: Callable[[StoredRun], object]) -> list[list[StoredRun]]:
+    """Runs that are alike, in the order in which the first of each kind comes."""
+    found: dict[object, list[StoredRun]] = {}
+    for run in runs:
+        found.setdefault(by(run), []).append(run)
+    return list(found.values())
 
 
 def _one_a_seed(runs: list[StoredRun]) -> tuple[list[StoredRun], tuple[str, ...]]:
@@ -235,11 +240,8 @@ def _one_a_seed(runs: list[StoredRun]) -> tuple[list[StoredRun], tuple[str, ...]
         measured = len(run.evaluations) + bool(run.robustness)
         return run.finished, measured, run.folder.run_json.stat().st_mtime
 
-    best: dict[tuple[str, int], StoredRun] = {}
-    for run in runs:
-        key = json.dumps(_choices(run), sort_keys=True), run.seed
-        best[key] = max(best.get(key, run), run, key=rank)
-    kept = [run for run in runs if run in best.values()]
+    best = [max(alike, key=rank) for alike in _parted(runs, lambda run: (_choice(run), run.seed))]
+    kept = [run for run in runs if run in best]
     if len(kept) == len(runs):
         return kept, ()
     names = ", ".join(str(run.folder.path) for run in runs if run not in kept)
@@ -247,10 +249,7 @@ def _one_a_seed(runs: list[StoredRun]) -> tuple[list[StoredRun], tuple[str, ...]
 
 
 def _variants(runs: list[StoredRun]) -> tuple[Variant, ...]:
-    found: dict[str, list[StoredRun]] = {}
-    for run in runs:
-        found.setdefault(json.dumps(_choices(run), sort_keys=True), []).append(run)
-    groups = [sorted(group, key=lambda e: e.seed) for group in found.values()]
+    groups = [sorted(group, key=lambda e: e.seed) for group in _parted(runs, _choice)]
     groups.sort(key=lambda group: (group[0].method, group[0].hardening != "none"))
     labels = _labels([group[0] for group in groups])
     return tuple(
@@ -264,6 +263,10 @@ def _choices(run: StoredRun) -> dict[str, Any]:
     found = {k: v for k, v in run.options.items() if not k.startswith(ignored)}
     # The run that a training started from differs from seed to seed.
     return {**found, "init": "run" if found.get("init") else "backbone"}
+
+
+def _choice(run: StoredRun) -> str:
+    return json.dumps(_choices(run), sort_keys=True)
 
 
 def _labels(runs: list[StoredRun]) -> list[str]:

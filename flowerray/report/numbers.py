@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowerray.report.gather import Setting, Variant, asked
+from flowerray.retrieval.floor import SCORES
 from flowerray.statistics import (
     Interval,
     PairedTest,
@@ -20,7 +21,6 @@ from flowerray.statistics import (
     t_interval,
 )
 
-PER_QUERY = {"recall_at_1": "hit", "map_at_r": "average_precision"}
 FROZEN = "frozen features"
 
 Record = dict[str, Any]
@@ -83,17 +83,22 @@ def summary(records: Sequence[Record], metric: str) -> Interval | None:
     values = [r["metrics"][metric] for r in records if metric in r["metrics"]]
     if not values:
         return None
-    known = metric in PER_QUERY and all("per_query" in r for r in records)
+    known = metric in SCORES and all("per_query" in r for r in records)
     if known and len({tuple(r["queries"]) for r in records}) == 1:
         return mean_interval(scores(records, metric))
-    found = t_interval(values)
+    return over_seeds(values)
+
+
+def over_seeds(values_S: Sequence[float]) -> Interval:
+    """Student's interval of a share, within 0..1; no bounds for one seed."""
+    found = t_interval(values_S)
     return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 
 
 def scores(records: Sequence[Record], metric: str) -> NDArray[np.float64]:
     """(S, Q) score of each query that has something to find."""
     counted = np.array(records[0]["per_query"]["num_relevant"]) > 0
-    return np.array([r["per_query"][PER_QUERY[metric]] for r in records], float)[:, counted]
+    return np.array([r["per_query"][SCORES[metric]] for r in records], float)[:, counted]
 
 
 def comparisons(setting: Setting, table: Evaluations) -> list[Comparison]:
@@ -101,11 +106,8 @@ def comparisons(setting: Setting, table: Evaluations) -> list[Comparison]:
     standard ones of its method, and the standard ones among each other.
     """
     rows = _known(table)
-    found = []
-    for first, second in _pairs(setting.shown, rows):
-        if (compared := compare(first, rows[first], second, rows[second])) is not None:
-            found.append(compared)
-    return corrected(found)
+    found = [compare(a, rows[a], b, rows[b]) for a, b in _pairs(setting.shown, rows)]
+    return corrected([compared for compared in found if compared is not None])
 
 
 def over_floor(setting: Setting, table: Evaluations) -> list[tuple[Variant, Comparison]]:
@@ -138,8 +140,7 @@ def compare(
     Of trained rows the seeds that both have are paired; frozen features, which have none, are
     paired with every seed of the other.
     """
-    queries = {tuple(r["queries"]) for r in (*first_records, *second_records)}
-    if len(queries) > 1:
+    if len({tuple(r["queries"]) for r in (*first_records, *second_records)}) > 1:
         return None
     if not second.startswith(FROZEN):
         one, two = ({r.get("seed", 0): r for r in rows} for rows in (first_records, second_records))
@@ -149,7 +150,7 @@ def compare(
         first_records, second_records = [one[s] for s in both], [two[s] for s in both]
     hits, precision = (
         [scores(records, metric) for records in (first_records, second_records)]
-        for metric in PER_QUERY
+        for metric in SCORES
     )
     if hits[0].shape[1] < 2:
         return None

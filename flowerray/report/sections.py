@@ -67,8 +67,7 @@ def summary_of(setting: Setting) -> list[Block]:
             said[-1] += f" Frozen features: {', '.join(str(cell(i)) for i in frozen)}."
     if len(setting.shown) < len(setting.variants):
         said.append(f"Pictures and paired tests are of {_selection(setting)}; tables are of all.")
-    robust = [variant.label for variant in setting.variants if variant.robust]
-    if robust:
+    if robust := [variant.label for variant in setting.variants if variant.robust]:
         said.append(f"Trained against attacks: {', '.join(robust)}.")
     return [*below_floor(setting), Text("\n\n".join(said))]
 
@@ -91,8 +90,7 @@ def clean(setting: Setting) -> list[Block]:
     blocks: list[Block] = []
     for table in tables:
         blocks += _clean_table(table, setting.shown)
-        rows = comparisons(setting, table)
-        if rows:
+        if rows := comparisons(setting, table):
             blocks.append(_paired(rows))
         elif any("per_query" not in r for found in table.records.values() for r in found):
             blocks.append(
@@ -217,8 +215,7 @@ def cost(setting: Setting, parameters: Mapping[StoredRun, int]) -> list[Block]:
         ],
     )  # fmt: skip
     blocks: list[Block] = [Table(header, rows, caption)]
-    unfinished = [e.name for e in setting.runs if not e.finished]
-    if unfinished:
+    if unfinished := [e.name for e in setting.runs if not e.finished]:
         blocks.append(
             Note(
                 f"Not finished: {', '.join(unfinished)}. Their rows say what there was when they "
@@ -257,12 +254,10 @@ def reproduce(setting: Setting, commands: Mapping[StoredRun, str]) -> list[Block
     Args:
         commands: of the runs that this version understands.
     """
-    lines = [commands[e] for e in setting.runs if e in commands]
     blocks: list[Block] = []
-    if lines:
+    if lines := [commands[e] for e in setting.runs if e in commands]:
         blocks.append(Commands("\n".join(lines)))
-    unknown = [e.name for e in setting.runs if e not in commands]
-    if unknown:
+    if unknown := [e.name for e in setting.runs if e not in commands]:
         blocks.append(Note(f"Written by another version, so without a command: {unknown}.", "warn"))
     versions: dict[str, Counter[str]] = {}
     for run in setting.runs:
