@@ -8,8 +8,6 @@ def columns(rows: Sequence[Sequence[str]], align: str, indent: int = 0, gap: int
 
     Args:
         align: "<" or ">" for every column.
-        indent: spaces before each line.
-        gap: spaces between columns.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

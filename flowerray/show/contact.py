@@ -57,7 +57,6 @@ def draw_sheet(rows: Sequence[Row], title: str = "", whole: bool = False) -> Ima
     """Rows of groups one below the other; a row's n-th group stands below the n-th of the others.
 
     Args:
-        title: above everything.
         whole: show files whole instead of the squares of their middle.
 
     Raises:

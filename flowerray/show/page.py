@@ -45,12 +45,6 @@ class Text:
     """Paragraphs, parted by an empty line."""
 
     text: str
-    kind: Literal["text"] = "text"
-
-    @property
-    def paragraphs(self) -> list[str]:
-        """The text's paragraphs."""
-        return [part for part in self.text.split("\n\n") if part.strip()]
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,6 @@ class Note:
 
     text: str
     level: Literal["info", "warn"] = "info"
-    kind: Literal["note"] = "note"
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,6 @@ class Commands:
     """Lines for a terminal, or other text as it is."""
 
     code: str
-    kind: Literal["commands"] = "commands"
 
 
 @dataclass(frozen=True)
@@ -80,7 +72,6 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str | float | None]]
     caption: str = ""
-    kind: Literal["table"] = "table"
 
     def __post_init__(self) -> None:
         assert all(len(row) == len(self.header) for row in self.rows), "a row of another length"
@@ -108,7 +99,6 @@ class Picture:
     alt: str
     """What it shows, for those who do not see it."""
     caption: str = ""
-    kind: Literal["picture"] = "picture"
 
     def __post_init__(self) -> None:
         assert self.alt, "a picture needs an alternative text"
@@ -116,8 +106,6 @@ class Picture:
 
 class Pictures:
     """Pictures side by side, as many in a row as fit."""
-
-    kind = "pictures"
 
     def __init__(self, *pictures: Picture, width: int = 220) -> None:
         self.pictures = pictures
@@ -128,8 +116,6 @@ class Pictures:
 class Details:
     """Blocks that are folded away under a summary, until asked for."""
 
-    kind = "details"
-
     def __init__(self, summary: str, *blocks: "Block") -> None:
         self.summary = summary
         self.blocks = blocks
@@ -138,35 +124,25 @@ class Details:
 Block = Text | Note | Commands | Table | Picture | Pictures | Details
 
 
-@dataclass(frozen=True)
-class _Section:
-    title: str
-    blocks: tuple[Block, ...]
-    level: int
-    """Of its heading, 2 or 3."""
-    anchor: str
-
-
 class Page:
     """A page in the making: `Page("Title").section("One", Text("...")).write(path)`."""
 
     def __init__(self, title: str, subtitle: str = "") -> None:
         self.title = title
         self.subtitle = subtitle
-        self._sections: list[_Section] = []
-        self._in_chapter = False
+        self._sections: list[tuple[str, tuple[Block, ...], int]] = []
+        self._level = 2
+        """Of the next section's heading; 3 within a chapter."""
 
     def chapter(self, title: str, *blocks: Block) -> "Page":
         """Begins a chapter: the sections that follow belong to it."""
-        self._in_chapter = True
-        return self._add(title, blocks, 2)
+        self._sections.append((title, blocks, 2))
+        self._level = 3
+        return self
 
     def section(self, title: str, *blocks: Block) -> "Page":
         """Adds a section."""
-        return self._add(title, blocks, 3 if self._in_chapter else 2)
-
-    def _add(self, title: str, blocks: tuple[Block, ...], level: int) -> "Page":
-        self._sections.append(_Section(title, blocks, level, f"s{len(self._sections) + 1}"))
+        self._sections.append((title, blocks, self._level))
         return self
 
     def html(self) -> str:
