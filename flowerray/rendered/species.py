@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -308,6 +309,10 @@ def _sibling(parent: Species, rng: np.random.Generator) -> Species:
 
 
 _TRAITS = ("throat", "veins", "spots", "stripe", "margin", "petals", "notch", "blend", "centre")
+_SWITCHES = {
+    "veins": (0.6, 0.9, "mark"), "stripe": (0.6, 0.9, "mark"), "margin": (0.7, 0.95, "edge"),
+}  # fmt: skip
+"""Trait that is there or not -> how strong it may be, and what has its colour."""
 
 
 def _fine(parent: Species, index: int, rng: np.random.Generator) -> Species:
@@ -325,22 +330,16 @@ def _change(species: Species, trait: str, rng: np.random.Generator) -> Species:
         reach = max(rng.uniform(0.25, 0.5), species.centre_size + 0.2)
         throat = _unlike(rng, species.throat, species.base)
         return replace(species, throat=throat, reach=reach)
-    if trait == "veins" and species.form != "thistle":
-        if species.veins:
-            return replace(species, veins=0.0)
-        return replace(species, veins=rng.uniform(0.6, 0.9), mark=_unlike(rng, species.base))
+    if trait in _SWITCHES and (trait == "margin" or species.form != "thistle"):
+        low, high, part = _SWITCHES[trait]
+        changes: dict[str, Any] = {trait: 0.0}
+        if not getattr(species, trait):
+            changes = {trait: rng.uniform(low, high), part: _unlike(rng, species.base)}
+        return replace(species, **changes)
     if trait == "spots" and species.form in ("open", "cup", "lily", "orchid", "trumpet"):
         if species.spots:
             return replace(species, spots=0)
         return replace(species, spots=int(rng.integers(9, 20)), mark=_unlike(rng, species.base))
-    if trait == "stripe" and species.form != "thistle":
-        if species.stripe:
-            return replace(species, stripe=0.0)
-        return replace(species, stripe=rng.uniform(0.6, 0.9), mark=_unlike(rng, species.base))
-    if trait == "margin":
-        if species.margin:
-            return replace(species, margin=0.0)
-        return replace(species, margin=rng.uniform(0.7, 0.95), edge=_unlike(rng, species.base))
     if trait == "petals" and species.form not in ("trumpet", "thistle"):
         step = 1 if species.petals < 10 else max(2, species.petals // 4)
         more = step if species.petals < 5 or rng.random() < 0.5 else -step

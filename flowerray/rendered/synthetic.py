@@ -67,8 +67,6 @@ def synthesize(
 
     Args:
         out: an absent or empty folder, or an earlier result with the same config, which is kept.
-        progress: show a progress bar.
-        processes: how many render; None = one per core.
 
     Raises:
         UserError: `out` holds something else, or cannot be written.
