@@ -17,7 +17,7 @@ def killed_at(event: int, folder: Path, work: Callable[[], object]) -> bool:
     left = [event]
 
     def one(name: str, arguments: tuple[Any, ...]) -> None:
-        changing = name in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "fsync")
+        changing = name in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "fsync")
         writing = name == "open" and arguments[1] not in ("r", "rb", None)
         if (changing or writing) and (name == "fsync" or str(folder) in str(arguments[0])):
             left[0] -= 1

@@ -44,7 +44,7 @@ FLOORS = [
     "comparison: plan pictures command",
     "backbones: bench remote pictures command",
     "export: portable card command",
-    "serve: pyfunc service app deployment",
+    "serve: pyfunc service app deployment follow",
     "cli: options attack backbones cache compare data embed explain explore export index report"
     " retrieval review serve training tune",
     "api",

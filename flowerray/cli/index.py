@@ -9,12 +9,13 @@ from flowerray.errors import UserError
 USAGE = """usage: flowerray index build RUN DIR --out INDEX   embed a folder's photographs
        flowerray index add INDEX PATH...           add photographs, or folders of them
        flowerray index remove INDEX PATH...        take some out again; the files stay
+       flowerray index rebuild INDEX               embed all again, by a newer model
        flowerray index search INDEX PHOTO          which are most like a photograph
        flowerray index check INDEX                 is it whole, and what does its search find?"""
 
 
 def index(words: list[str]) -> int:
-    """`flowerray index build`, `add`, `remove`, `search` and `check`."""
+    """`flowerray index build`, `add`, `remove`, `rebuild`, `search` and `check`."""
     import tyro
     from pydantic import Field
 
@@ -44,6 +45,11 @@ def index(words: list[str]) -> int:
         ] = Field(min_length=1)
         """Photographs, or folders of them."""
 
+    class Rebuild(Check):
+        run: str | None = None
+        """Another model: a RUN, an exported .pth, models:/... or runs:/...; by default the one that
+        the INDEX was built with, where that address means another file now."""
+
     class Search(Check):
         photo: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PHOTO")]
         """The photograph to look for."""
@@ -53,7 +59,10 @@ def index(words: list[str]) -> int:
         """Chance that two photographs show one class before they are seen, for the
         probabilities."""
 
-    kinds = {"build": Build, "add": Change, "remove": Change, "search": Search, "check": Check}
+    kinds = {
+        "build": Build, "add": Change, "remove": Change, "rebuild": Rebuild, "search": Search,
+        "check": Check,
+    }  # fmt: skip
     if words[:1] in (["-h"], ["--help"]):
         print(USAGE)
         return 0
@@ -63,7 +72,7 @@ def index(words: list[str]) -> int:
     about = f"{line.rpartition('  ')[2].capitalize()}."
     options = parse(kinds[words[0]], words[1:], f"index {words[0]}", about)
     from flowerray.index import command, table
-    from flowerray.index.contents import open_index
+    from flowerray.index.contents import open_index, read_manifest
     from flowerray.opening import open_model
 
     quiet, show, device = options.as_json, table.changed, pick_device("auto")
@@ -75,6 +84,9 @@ def index(words: list[str]) -> int:
             result = command.add(options.folder, options.paths, device, quiet)
         case "remove":
             result = command.remove(options.folder, options.paths)
+        case "rebuild":
+            name = options.run or read_manifest(options.folder)["model"]["name"]
+            result = command.rebuild(options.folder, open_model(name, device), quiet)
         case "search":
             found = open_index(options.folder)
             opened = command.model_of(found, device)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from threading import Thread
 from typing import Annotated
 
 from flowerray.cli.options import parse
@@ -28,6 +29,9 @@ def serve(words: list[str]) -> int:
         FLOWERRAY_SERVE_TOKEN holds and each request brings."""
         beside: Path | None = None
         """A second INDEX, of a robust model: the page compares how both withstand attacks."""
+        follow: bool = False
+        """Look each minute whether the models:/NAME@ALIAS that the INDEX was built with means
+        another version, and build the INDEX again by it, while the old one goes on answering."""
         replicas: int = Field(1, ge=1)
         """Processes that answer, each with its own copy of the model."""
         gpus: float = Field(0, ge=0)
@@ -38,6 +42,7 @@ def serve(words: list[str]) -> int:
     from flowerray.index.contents import model_file, open_index
     from flowerray.pool import cores
     from flowerray.serve.deployment import TOKEN, Serving, require, run
+    from flowerray.serve.follow import follow, versions
 
     token = os.environ.get(TOKEN) or None
     if options.host not in LOOPBACK and token is None:
@@ -59,5 +64,13 @@ def serve(words: list[str]) -> int:
         model_file(index.folder, index.manifest)  # its faults are told here, not in a replica
     host = f"[{options.host}]" if ":" in options.host else options.host
     said = f"serving   {len(indexes[0]):,} photographs at http://{host}:{options.port}/"
-    run(serving, options.host, options.port, lambda: print(said, flush=True))
+    folders = [index.folder for index in indexes] if options.follow else []
+    _ = versions(folders)  # their faults, too
+
+    def ready() -> None:
+        print(said, flush=True)
+        if folders:
+            Thread(target=follow, args=[dict.fromkeys(folders, "")], daemon=True).start()
+
+    run(serving, options.host, options.port, ready)
     return 0

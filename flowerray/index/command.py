@@ -1,7 +1,7 @@
-"""`flowerray index build`, `add`, `remove`, `search` and `check`; each returns plain data."""
+"""`flowerray index build`, `add`, `remove`, `rebuild`, `search` and `check`, as plain data."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -58,8 +58,35 @@ def add(
     labels: dict[Path, str] = {}
     for place in places:
         labels |= photographs(place)
-    known = {path: index.digest(row) for row, path in enumerate(index.paths())}
     embedder = model_of(index, by).embedder if isinstance(by, torch.device) else by
+    return _add(index, labels, embedder, quiet)
+
+
+def rebuild(folder: Path, model: Model, quiet: bool = False) -> dict[str, Any]:
+    """Embeds every photograph of an INDEX again, by another model; until all are, searches go on
+    with the old one. After a kill the same call goes on.
+    """
+    file = export_file(resolve(model.name))
+    beside = contents.beside(folder, file, model.name, model.embedder.dim)
+    if beside is None:
+        return {"index": str(folder), "model": model.name, "photographs": len(open_index(folder))}
+    while True:  # photographs may be added meanwhile
+        index = open_index(folder)
+        labels = {index.path(row): index.label(row) or "" for row in range(len(index))}
+        found = _add(open_index(beside), labels, model.embedder, quiet)
+        if contents.exchange(folder, beside, [Path(path) for path in found["unreadable"]]):
+            count = len(open_index(folder))
+            return {
+                "index": str(folder), "model": model.name, "embedded": count,
+                "unreadable": found["unreadable"], "photographs": count,
+            }  # fmt: skip
+
+
+def _add(
+    index: Index, labels: Mapping[Path, str], embedder: Embedder, quiet: bool
+) -> dict[str, Any]:
+    folder = index.folder
+    known = {path: index.digest(row) for row, path in enumerate(index.paths())}
     pending: list[Photograph] = []
     counts = {"added": 0, "replaced": 0, "known": 0}
     unreadable: dict[str, str] = {}

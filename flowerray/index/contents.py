@@ -1,7 +1,7 @@
 """An INDEX folder: photographs' embeddings, what they are of, and the model that made them.
 
     index.json                 the manifest, which is replaced last: it names the folder that counts
-    model.pth                  the exported model
+    model.pth                  the exported model; after a rebuild model-<8 hex>.pth
     parts-<8 hex>/vectors.npy  float32 (N, D), unit vectors
                   entries.npy  where each path ends in names.npy, content hash, label (-1: none),
                                cell
@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +40,7 @@ MODEL = "model.pth"
 AGAIN = "build it again"
 _ENTRY = np.dtype([("end", "<i8"), ("digest", "u1", (16,)), ("label", "<i4"), ("cell", "<i4")])
 _PARTS = re.compile("parts-[0-9a-f]{8}")
+_MODELS = re.compile(r"model(-[0-9a-f]{8})?\.pth")
 _BLOCK = 8192
 
 
@@ -49,8 +50,10 @@ class IndexModel(TypedDict):
     name: str
     """What the user called it."""
     fingerprint: str
-    """Hash of model.pth, which holds its threshold and calibration."""
+    """Hash of its file, which holds its threshold and calibration."""
     dim: int
+    file: NotRequired[str]
+    """In the INDEX; by default model.pth."""
 
 
 class Manifest(TypedDict):
@@ -161,7 +164,10 @@ def model_file(folder: Path, manifest: Manifest) -> Path:
     Raises:
         UserError: it is another one than made the vectors.
     """
-    file = folder / MODEL
+    name = manifest["model"].get("file", MODEL)
+    if not _MODELS.fullmatch(name):
+        raise UserError(f"{folder / MANIFEST} names {name!r} as its model's file: {AGAIN}.")
+    file = folder / name
     _refuse_links(file)
     if not file.is_file() or checksum(file) != manifest["model"]["fingerprint"]:
         raise UserError(
@@ -267,6 +273,55 @@ def change(
         return open_index(folder), len(index) - int(left_N.sum())
 
 
+def beside(folder: Path, model: Path, name: str, dim: int) -> Path | None:
+    """An INDEX by another model, begun inside the one whose place it will take.
+
+    Returns:
+        None where `folder` is by that model already.
+    """
+    fingerprint = checksum(model)
+    ours = folder / f"next-{fingerprint[:8]}"
+    done = read_manifest(folder)["model"]["fingerprint"] == fingerprint
+    for entry in folder.iterdir():
+        if re.match(r"\.?next-[0-9a-f]{8}", entry.name):
+            _refuse_links(entry)
+            if done or entry != ours:  # a kill left it
+                shutil.rmtree(entry, ignore_errors=True)
+    if done:
+        with locked(folder / MANIFEST):
+            _sweep(folder)
+        return None
+    if not ours.exists():
+        create(ours, model, name, dim)
+    return ours
+
+
+def exchange(folder: Path, beside: Path, without: Collection[Path]) -> bool:
+    """Puts the content and the model of the INDEX `beside`, on the same disk, in place of an
+    INDEX's own, and removes `beside`; after a kill it can be done again.
+
+    Args:
+        without: photographs that `beside` need not have.
+
+    Returns:
+        False, with nothing changed, where `folder` holds other photographs that `beside` has not.
+    """
+    with writing(folder, advice="make room there"), locked(folder / MANIFEST):
+        _sweep(folder)
+        paths = set(open_index(folder).paths())
+        new, _ = change(beside, gone=lambda path: path not in paths)
+        if paths - set(new.paths()) - {os.fsencode(path) for path in without}:
+            return False
+        parts, model = new.manifest["parts"], new.manifest["model"]
+        file = f"model-{model['fingerprint'][:8]}.pth"
+        shutil.copytree(beside / parts, folder / parts, copy_function=os.link)
+        os.link(beside / MODEL, folder / file)
+        write_json(folder / MANIFEST, {**new.manifest, "model": {**model, "file": file}})
+        _sweep(folder)
+    shutil.rmtree(beside)
+    return True
+
+
 def note(folder: Path, **facts: Any) -> None:
     """Writes what was found out about the parts of an INDEX into its manifest."""
     with writing(folder, advice="make room there"), locked(folder / MANIFEST):
@@ -320,9 +375,13 @@ def _write(index: Index, left_N: NDArray[np.bool_], added: Sequence[Photograph])
 
 def _sweep(folder: Path) -> None:
     """Removes what the manifest does not name: old parts, and what a kill left behind."""
-    named = read_manifest(folder)["parts"]
+    manifest = read_manifest(folder)
     for entry in folder.iterdir():
-        if entry.name != named and re.match(r"\.?parts-[0-9a-f]{8}", entry.name):
+        if entry.name in (manifest["parts"], manifest["model"].get("file", MODEL)):
+            continue
+        if re.match(r"\.?parts-[0-9a-f]{8}", entry.name):
             shutil.rmtree(entry, ignore_errors=True)
-        elif re.fullmatch(r"\.index\.json\.[0-9a-f]{8}", entry.name):
+        elif _MODELS.fullmatch(entry.name) or re.fullmatch(
+            r"\.index\.json\.[0-9a-f]{8}", entry.name
+        ):
             entry.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ def changed(result: dict[str, Any]) -> str:
             ("replaced", "replaced, since their content is new"),
             ("known", "there already"),
             ("removed", "removed"),
+            ("embedded", f"embedded by {visible(result.get('model', ''))}"),
         )
         if result.get(key)
     ]

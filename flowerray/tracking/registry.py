@@ -4,8 +4,9 @@ import os
 import re
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flowerray.description import installed
 from flowerray.errors import UserError
@@ -15,6 +16,7 @@ from flowerray.tracking import address, server
 PYFUNC = Path(__file__).parents[1] / "serve" / "pyfunc.py"
 """What MLflow keeps and runs of a logged model."""
 EXPORTS = ("best_model_*.pth", "robust_model_*.pth")
+T = TypeVar("T")
 
 
 def save_model(folder: Path, export: Path, dim: int) -> None:
@@ -120,22 +122,43 @@ def resolve(run: str) -> Path:
             )
         return path
     target = home() / "mlflow" / re.sub(r"[^\w.-]+", "_", run)
-    reason = "no mlflow.db here: set MLFLOW_TRACKING_URI"
-    for uri in address.known():
-        try:
-            with atomic_folder(target) as folder:
-                download(uri, run, folder)
-            break
-        except Exception as error:  # of many kinds, by store; the next address may have it
-            reason = f"{address.shown(uri)}: {server.brief(error)}"
-    else:
-        raise UserError(f"{run} cannot be fetched from MLflow ({reason}).")
+
+    def fetch(uri: str) -> None:
+        with atomic_folder(target) as folder:
+            download(uri, run, folder)
+
+    _from_any(run, fetch)
     if (target / "run.json").exists():
         return target
     found = [path for pattern in EXPORTS for path in target.rglob(pattern)]
     if len(found) != 1:
         raise UserError(f"{run} holds {len(found)} flowerray models, not one.")
     return found[0]
+
+
+@server.settings()
+def alias_version(name: str) -> str:
+    """The version that `models:/NAME@ALIAS` means now.
+
+    Raises:
+        UserError: it is no such address, or MLflow does not have it.
+    """
+    model, at, alias = name.removeprefix("models:/").partition("@")
+    if not (name.startswith("models:/") and at):
+        raise UserError(f"{name} is no alias that could move, such as models:/NAME@champion.")
+    return _from_any(
+        name, lambda uri: str(server.connect(uri).get_model_version_by_alias(model, alias).version)
+    )
+
+
+def _from_any(name: str, fetch: Callable[[str], T]) -> T:
+    reason = "no mlflow.db here: set MLFLOW_TRACKING_URI"
+    for uri in address.known():
+        try:
+            return fetch(uri)
+        except Exception as error:  # of many kinds, by store; the next address may have it
+            reason = f"{address.shown(uri)}: {server.brief(error)}"
+    raise UserError(f"{name} cannot be fetched from MLflow ({reason}).")
 
 
 @server.settings()

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from flowerray.cli import dispatch
+from flowerray.cluster.driver import train_run
 from flowerray.data.images import eval_image
 from flowerray.index import command, contents
 from flowerray.index.contents import open_index
 from flowerray.opening import open_model
 from flowerray.retrieval import neighbours
+from tests.small import small
 
 Say = Callable[..., tuple[str, str]]
 CPU = torch.device("cpu")
@@ -90,6 +92,28 @@ def test_what_is_known_stays_and_what_changed_is_embedded_again(
     assert {left.label(row) for row in range(6)} == {"b"}
 
 
+def test_a_rebuild_is_the_index_of_another_model(
+    say: Say, index: Path, small_run: Path, small_set: Path, folders: Path, tmp_path: Path
+) -> None:
+    other, fresh, photo = tmp_path / "other", tmp_path / "fresh", folders / "a" / "0.jpg"
+    train_run(small(small_set, "center", epochs=1), other, quiet=True)
+    say("index", "build", other, folders, "--out", fresh)
+    expected, old = (
+        json.loads(say("index", "search", i, photo, "--json")[0]) for i in (fresh, index)
+    )
+    assert "12 photographs" in say("index", "rebuild", index, "--run", small_run)[0]
+    assert json.loads(say("index", "search", index, photo, "--json")[0]) == old
+    said, _ = say("index", "rebuild", index, "--run", other)
+    assert f"12 photographs (12 embedded by {other})" in said
+    assert json.loads(say("index", "search", index, photo, "--json")[0]) == expected != old
+    (gone := index.parent / "own.jpg").write_bytes(photo.read_bytes())
+    say("index", "add", index, gone)
+    gone.unlink()
+    said, _ = say("index", "rebuild", index, "--run", small_run)
+    assert f"left out  {gone} (" in said and "12 photographs (12 embedded" in said
+    assert json.loads(say("index", "search", index, photo, "--json")[0]) == old
+
+
 def test_exact_search_finds_what_evaluate_finds(say: Say, run: Path, tmp_path: Path) -> None:
     model = open_model(str(run), CPU)
     dataset = model.own_dataset(quiet=True)
@@ -125,7 +149,7 @@ def test_check_notes_the_recall_and_finds_a_flipped_bit(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "say what to do: flowerray index {build,add,remove,search,check}."),
+        ([], "say what to do: flowerray index {build,add,remove,rebuild,search,check}."),
         (["prune"], "say what to do"),
         (["search", "INDEX", "nowhere.jpg"], "nowhere.jpg is not there: give the path of a photo"),
         (["search", "PHOTOS", "PHOTOS/a/0.jpg"], "is no INDEX: `flowerray index build RUN DIR"),
@@ -133,6 +157,8 @@ def test_check_notes_the_recall_and_finds_a_flipped_bit(
         (["add", "INDEX", "nowhere"], "nowhere is not there"),
         (["remove", "INDEX", "nowhere"], "holds no photograph nowhere"),
         (["check", "PHOTOS"], "is no INDEX"),
+        (["rebuild", "PHOTOS"], "is no INDEX"),
+        (["rebuild", "INDEX", "--run", "nowhere"], "nowhere is not there"),
         (["build", "RUN", "PHOTOS", "--out", "INDEX"], "index exists: `flowerray index add"),
         (["build", "RUN", "nowhere", "--out", "new"], "nowhere is not a folder of photographs"),
         (["build", "RUN", "PHOTOS", "--out", "PHOTOS"], "exists already: choose another --out"),

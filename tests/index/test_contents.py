@@ -11,7 +11,16 @@ import pytest
 
 from flowerray.errors import UserError
 from flowerray.index import contents
-from flowerray.index.contents import Photograph, change, checksum, create, model_file, open_index
+from flowerray.index.contents import (
+    Photograph,
+    beside,
+    change,
+    checksum,
+    create,
+    exchange,
+    model_file,
+    open_index,
+)
 from flowerray.retrieval import neighbours
 from tests.killed import killed_at
 from tests.retrieval.test_neighbours import unit
@@ -127,6 +136,58 @@ def test_a_kill_while_it_is_made_leaves_none(tmp_path: Path) -> None:
         else:
             create(out, model, "m", DIM)
     assert event > 8 and content(out) == {}
+
+
+def test_a_kill_while_another_model_takes_over_leaves_the_old_or_the_new(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "other.pth"
+    model.write_bytes(b"other weights")
+    old, new = expected(photographs(20)), expected(photographs(20, seed=1)[1:])
+    change(folder, gone=lambda path: path.startswith(b"/photos/0000"))
+    del old[Path("/photos/0000-\udce4.jpg")]
+    seen = []
+    for event in range(1, 300, 2):
+        copy = shutil.copytree(folder, tmp_path / f"copy-{event}")
+
+        def work(copy: Path = copy) -> None:
+            if (ours := beside(copy, model, "other", DIM)) is not None:
+                change(ours, photographs(20, seed=1))
+                assert exchange(copy, ours, [])
+
+        killed = killed_at(event, copy, work)
+        found, manifest = content(copy), open_index(copy).manifest
+        assert found in (old, new), event
+        seen.append(found == new)
+        weights = model_file(copy, manifest).read_bytes()
+        assert weights == (b"other weights" if found == new else b"weights")
+        work()
+        assert content(copy) == new and open_index(copy).manifest["model"]["name"] == "other"
+        assert sorted(entry.name for entry in copy.iterdir()) == [
+            ".index.json.lock", "index.json", f"model-{checksum(model)[:8]}.pth",
+            open_index(copy).manifest["parts"],
+        ]  # fmt: skip
+        shutil.rmtree(copy)
+        if not killed:
+            break
+    assert not killed and seen == sorted(seen) and len(seen) > 15 and sum(seen) > 2
+
+
+def test_what_is_added_meanwhile_is_not_lost(folder: Path, tmp_path: Path) -> None:
+    model = tmp_path / "other.pth"
+    model.write_bytes(b"other weights")
+    ours = beside(folder, model, "other", DIM)
+    assert ours is not None
+    change(ours, photographs(20, seed=1))
+    change(folder, photographs(1, seed=2, place="/new"))
+    before = content(folder)
+    assert not exchange(folder, ours, []) and content(folder) == before
+    assert exchange(folder, ours, [Path("/new/0000-\udce4.jpg")])
+    assert content(folder) == expected(photographs(20, seed=1))
+    assert beside(folder, model, "other", DIM) is None
+    (folder / "next-0badf00d").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="next-0badf00d is a link, which an INDEX has none of"):
+        beside(folder, model, "other", DIM)
 
 
 def test_another_model_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
