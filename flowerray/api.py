@@ -75,7 +75,7 @@ def train(
     """
     from flowerray import methods
     from flowerray.cli.options import absolute, default_out
-    from flowerray.cluster.driver import train_run
+    from flowerray.cluster.driver import head_first, train_run
     from flowerray.training.run import PRESETS, Run, from_preset
 
     if preset not in PRESETS:
@@ -92,7 +92,8 @@ def train(
         merged = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
         content[part] = merged
     folder = Path(out or default_out(name)).expanduser().absolute()
-    return Training(folder, train_run(absolute(Run.from_dict(content)), folder, resume, quiet))
+    run = head_first(absolute(Run.from_dict(content)), folder, resume, quiet)
+    return Training(folder, train_run(run, folder, resume, quiet))
 
 
 @dataclass(frozen=True)

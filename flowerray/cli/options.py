@@ -91,7 +91,7 @@ def parse_run(
     from pydantic import Field, create_model
 
     from flowerray import methods
-    from flowerray.training.run import PRESETS, Run, differences
+    from flowerray.training.run import HEAD, PRESETS, Run, differences
     from flowerray.training.rundir import RunDir
 
     chosen = peek(
@@ -132,6 +132,8 @@ def parse_run(
     about = about or methods.get(method).summary.partition(":")[0] + "."  # tyro does not wrap it
     options = parse(kind, words, name, about, default=kind(**dict(start)))
     run = absolute(Run.part_of(options))
+    if old is not None and run.init == HEAD:  # which has been trained
+        run = run.model_copy(update={"init": old.init})
     if old is not None and (changed := differences(old, run)):
         raise UserError(
             f"{resume} cannot be resumed with other options: {', '.join(changed)} differ "
@@ -188,12 +190,14 @@ def follow(source: "RunDir", method: str) -> "Run":
 
 def absolute(run: "Run") -> "Run":
     """The run with absolute paths: a worker's own working directory is somewhere else."""
+    from flowerray.training.run import HEAD
+
     init = run.init
     if init is not None and str(init).startswith(("models:/", "runs:/")):
         from flowerray.tracking.registry import resolve
 
         init = resolve(str(init))
-    init = init.expanduser().absolute() if init else None
+    init = init.expanduser().absolute() if init and init != HEAD else init
     changes = {"data": absolute_data(run.data), "embedder": absolute_embedder(run.embedder)}
     return run.model_copy(update={**changes, "init": init})
 

@@ -14,12 +14,12 @@ def train(words: list[str]) -> int:
     """`flowerray train METHOD [options]`."""
     method, words = take_method("train", words)
     options, run = parse_run(f"train {method}", method, words)
-    from flowerray.cluster.driver import train_run
+    from flowerray.cluster.driver import head_first, train_run
     from flowerray.training.table import training
 
     out = options.resume or options.out or default_out(method)
     with resumable(f"train {method}", out, "run.json"):
-        summary = train_run(run, out, resume=options.resume is not None)
+        summary = train_run(head_first(run, out), out, resume=options.resume is not None)
     print(training(out, summary))
     end_of_logging(out)
     return 0

@@ -28,10 +28,11 @@ from flowerray.data.source import open_dataset, refuse_inside
 from flowerray.errors import UserError
 from flowerray.files import only_driver, refuse_unwritable
 from flowerray.training import checkpoint
+from flowerray.training.config import TrainConfig
 from flowerray.training.curves import plot_training
 from flowerray.training.loop import make_sampler, total_steps
 from flowerray.training.optimizer import layer_shares
-from flowerray.training.run import Run
+from flowerray.training.run import HEAD, Run, differences, own_defaults
 from flowerray.training.rundir import FolderReporter, RunDir
 
 MANY_REPEATS = 5
@@ -78,6 +79,41 @@ def train_run(
                 summary = train_on_ray(run, folder, watcher)
             plot_training(folder, folder.plots / "training.png")
     return summary
+
+
+def head_first(run: Run, out: Path, resume: bool = False, quiet: bool = False) -> Run:
+    """Where `init` is "head": the run that begins at a head of its method, data, batches and seed,
+    trained beside `out` unless it is there.
+
+    Raises:
+        UserError: see `train_run`; a head of other options is there, or `run` is a head itself.
+    """
+    if run.init != HEAD:
+        return run
+    if run.embedder.train == "head":
+        raise UserError("`init` head comes before a training of `all`: leave it out for a head.")
+    if not resume:
+        RunDir(out).refuse_existing()
+    embedder, asked = run.embedder.model_copy(update={"train": "head"}), run.train
+    batches = TrainConfig(
+        seed=asked.seed, classes_per_batch=asked.classes_per_batch,
+        images_per_class=asked.images_per_class,
+    )  # fmt: skip
+    head = Run(
+        method=run.method, data=run.data, embedder=embedder, augment=run.augment,
+        train=own_defaults(batches, run.method_name, embedder), threshold=run.threshold,
+        resources=run.resources,
+    )  # fmt: skip
+    folder = RunDir(out.with_name(f"{out.name}-head"))
+    begun = folder.run_json.exists()
+    if begun and (changed := differences(Run.from_dict(folder.read()), head)):
+        raise UserError(
+            f"{folder.path} is a head of other options ({', '.join(changed)}): remove it, or "
+            "choose another `out`."
+        )
+    if not folder.finished:
+        train_run(head, folder.path, resume=begun, quiet=quiet)
+    return run.model_copy(update={"init": folder.path})
 
 
 def check_run(run: Run, quiet: bool = False, resume: bool = False) -> tuple[dict[str, str], int]:

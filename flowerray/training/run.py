@@ -32,6 +32,10 @@ class ResourcesConfig(Config):
     """auto = a GPU for each worker where the cluster has as many, else the CPU."""
 
 
+HEAD = Path("head")
+"""The `init` that has a head trained first."""
+
+
 class Run(Config):
     """Everything that decides a training's result, and where it runs."""
 
@@ -49,7 +53,8 @@ class Run(Config):
     """Adversarial training."""
     init: Path | None = None
     """A finished RUN or an exported .pth to start from: its embedder's weights and, where method
-    and classes are the same, the loss's own parameters. None = the backbone's pretrained ones."""
+    and classes are the same, the loss's own parameters; "head" = a head of the same method, data
+    and seed, trained first in OUT-head. None = the backbone's pretrained ones."""
     threshold: float | None = Field(None, ge=-1, le=1)
     """Cosine from which two photographs count as the same class; None = fitted on val. The protocol
     `trainval` has no val and takes it from `--from RUN`."""

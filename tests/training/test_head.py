@@ -1,5 +1,7 @@
 """A head on kept features: the same RUN, the same guarantees, none of the backbone's cost."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ import pytest
 import torch
 
 from flowerray import load, methods
+from flowerray.cli import dispatch
+from flowerray.cli.options import parse_run
 from flowerray.cluster import driver
 from flowerray.cluster.driver import train_run
 from flowerray.cluster.worker import train_worker
@@ -16,7 +20,7 @@ from flowerray.model.embedder import Embedder, EmbedderConfig, Head, start_from_
 from flowerray.training.checkpoint import load_export
 from flowerray.training.run import Run
 from flowerray.training.rundir import FolderReporter, RunDir
-from tests.small import small, with_hardening
+from tests.small import small, with_hardening, words
 from tests.train_process import largest_difference, train_as_one_and_as_two
 
 
@@ -131,6 +135,34 @@ def test_a_head_goes_on_from_another_run(small_set: Path, small_run: Path, tmp_p
     trained, source = load(tmp_path / "run"), load(small_run)
     for name, value in source.backbone.state_dict().items():
         assert torch.equal(value, trained.backbone.state_dict()[name]), name
+
+
+def test_head_first_is_one_command(
+    say: Callable[..., tuple[str, str]], small_set: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """It is the head, and the training that begins there, and what is there is not made again."""
+    command = ["train", "center", *words(small_set, data__views=2, train__epochs=1)]
+    first, second = tmp_path / "first", tmp_path / "second"
+    say(*command, "--init", "head", "--out", first)
+    head = tmp_path / "first-head"
+    assert Run.from_dict(RunDir(head).read()).embedder.train == "head"
+    assert Run.from_dict(RunDir(first).read()).init == head
+    say(*command, "--init", head, "--out", second)
+    found = [load_export(run / "best_model_center_loss.pth")["embedder"] for run in (first, second)]
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    shutil.rmtree(first)
+    before = (head / "metrics.jsonl").read_bytes()
+    say(*command, "--init", "head", "--out", first)
+    assert (head / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(UserError, match=r"cannot be resumed with other options: train\.lr"):
+        again = [*command[2:], "--init", "head", "--resume", str(first), "--train.lr", "1"]
+        parse_run("train center", "center", again)
+    shutil.rmtree(first)
+    assert dispatch([*command, "--init", "head", "--out", str(first), "--train.seed", "7"]) == 2
+    assert "first-head is a head of other options (train.seed): " in capsys.readouterr().err
+    assert dispatch([*command, "--init", "head", "--embedder.train", "head"]) == 2
+    assert "leave it out for a head" in capsys.readouterr().err
 
 
 def test_what_a_head_cannot_do_is_refused(small_set: Path, tmp_path: Path) -> None:
