@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from flowerray.explain.cam import Explainer
 from flowerray.retrieval.table import similar
 from flowerray.show.columns import columns
 from flowerray.show.interval import words
@@ -65,12 +66,10 @@ def concepts(result: Mapping[str, Any]) -> str:
 
 def _model(result: Mapping[str, Any]) -> list[str]:
     chosen = result["chosen"]
-    name = " at ".join(filter(None, (chosen["method"], chosen["layer"])))
-    name += ", length held" if chosen["norm"] == "held" else ""
     lines = [
         str(result["run"]),
         f"{result['images']} {result['split']} images, each against its class's prototype",
-        f"map       {name}",
+        f"map       {Explainer(chosen['method'], chosen['layer'], chosen['norm'])}",
     ]
     if chosen["on"]:
         lines.append(

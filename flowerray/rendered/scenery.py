@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from flowerray.rendered.species import Color
+from flowerray.rendered.species import Color, pick
 from flowerray.rendered.sprites import Array, paint_leaf
 
 _GREENS: tuple[Color, ...] = (
@@ -86,8 +86,8 @@ def background(canvas: Canvas, rng: np.random.Generator) -> None:
     """Foliage, ground or sky, more or less out of focus."""
     height, width = canvas.flower_HW.shape
     palette = _GREENS if rng.random() < 0.65 else _GROUNDS
-    first = np.array(palette[int(rng.integers(len(palette)))])
-    second = np.array((_GREENS + _GROUNDS)[int(rng.integers(len(_GREENS) + len(_GROUNDS)))])
+    first = np.array(pick(rng, *palette))
+    second = np.array(pick(rng, *_GREENS, *_GROUNDS))
     share = np.zeros((height, width), np.float32)
     for cells, weight in ((3, 0.5), (9, 0.3), (30, 0.2)):
         noise = rng.random((cells, cells), np.float32)
@@ -97,7 +97,7 @@ def background(canvas: Canvas, rng: np.random.Generator) -> None:
     canvas.image_HW3 *= np.float32(rng.uniform(0.7, 1.4))
     kind = rng.random()
     if kind < 0.55:
-        green = np.array(_GREENS[int(rng.integers(len(_GREENS)))])
+        green = np.array(pick(rng, *_GREENS))
         breadth = rng.uniform(0.05, 0.45)
         shapes = [
             paint_leaf(tuple(green * rng.uniform(0.6, 1.2)), breadth, height * 0.35, rng)
@@ -130,7 +130,7 @@ def foreground(canvas: Canvas, rng: np.random.Generator) -> None:
         return
     height, width = canvas.flower_HW.shape
     image_HW3, flower_HW = canvas.image_HW3.copy(), canvas.flower_HW.copy()
-    green = tuple(np.array(_GREENS[int(rng.integers(len(_GREENS)))]) * rng.uniform(0.6, 1.3))
+    green = tuple(np.array(pick(rng, *_GREENS)) * rng.uniform(0.6, 1.3))
     for _ in range(int(rng.integers(1, 4))):
         leaf = paint_leaf(green, rng.uniform(0.06, 0.2), height * 0.6, rng)
         cv2.GaussianBlur(leaf, (0, 0), rng.uniform(0.5, 2.5), dst=leaf)

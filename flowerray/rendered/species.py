@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 Color = tuple[float, float, float]
+T = TypeVar("T")
 
 _COLORS: dict[str, Color] = {
     "white": (0.95, 0.94, 0.92),
@@ -126,12 +127,13 @@ def names(table: tuple[Species, ...], seed: int) -> list[str]:
     ]
 
 
-def _pick(rng: np.random.Generator, *options: str) -> str:
+def pick(rng: np.random.Generator, *options: T) -> T:
+    """One of the options, each as likely."""
     return options[int(rng.integers(len(options)))]
 
 
 def _color(rng: np.random.Generator) -> Color:
-    return _COLORS[_pick(rng, *_COLORS)]
+    return _COLORS[pick(rng, *_COLORS)]
 
 
 def _unlike(rng: np.random.Generator, *others: Color, options: tuple[Color, ...] = ()) -> Color:
@@ -139,7 +141,7 @@ def _unlike(rng: np.random.Generator, *others: Color, options: tuple[Color, ...]
     options = options or tuple(_COLORS.values())
     apart = [min(math.dist(color, other) for other in others) for color in options]
     allowed = [i for i, distance in enumerate(apart) if distance > 0.6] or [int(np.argmax(apart))]
-    return options[allowed[int(rng.integers(len(allowed)))]]
+    return options[pick(rng, *allowed)]
 
 
 def _near(color: Color, amount: float, rng: np.random.Generator) -> Color:
@@ -155,11 +157,11 @@ def _mix(a: Color, b: Color, share: float) -> Color:
 
 def _deeper(color: Color, rng: np.random.Generator) -> Color:
     """A darker, redder or bluer relative of `color`, as veins and blotches have."""
-    return _mix(color, _COLORS[_pick(rng, "crimson", "purple", "violet", "magenta", "red")], 0.75)
+    return _mix(color, _COLORS[pick(rng, "crimson", "purple", "violet", "magenta", "red")], 0.75)
 
 
 def _genus(genus: int, rng: np.random.Generator) -> Species:
-    form = _pick(rng, *_FORMS)
+    form = pick(rng, *_FORMS)
     uniform = rng.uniform
     base = _near(_color(rng), 0.03, rng)
     body = Species(
@@ -189,15 +191,15 @@ def _genus(genus: int, rng: np.random.Generator) -> Species:
         veins=uniform(0.3, 0.8) if rng.random() < 0.4 else 0.0,
         stripe=uniform(0.3, 0.8) if rng.random() < 0.2 else 0.0,
         spots=int(rng.integers(5, 16)) if rng.random() < 0.2 else 0,
-        centre=_pick(rng, "stamens", "boss", "eye", "disc"),
+        centre=pick(rng, "stamens", "boss", "eye", "disc"),
         centre_size=uniform(0.12, 0.24),
-        centre_color=_CENTRES[int(rng.integers(len(_CENTRES)))],
-        anther_color=_CENTRES[int(rng.integers(len(_CENTRES)))],
+        centre_color=pick(rng, *_CENTRES),
+        anther_color=pick(rng, *_CENTRES),
         leaf_width=uniform(0.12, 0.45),
         leaf_color=_near((0.24, 0.42, 0.16), 0.05, rng),
     )
     if form == "open":
-        cluster = _pick(rng, "solitary", "solitary", "solitary", "umbel", "spike")
+        cluster = pick(rng, "solitary", "solitary", "solitary", "umbel", "spike")
         return replace(body, cluster=cluster)
     if form == "daisy":
         return replace(
@@ -220,7 +222,7 @@ def _genus(genus: int, rng: np.random.Generator) -> Species:
             width=uniform(0.2, 0.5),
             elevation=uniform(0.15, 0.5),
             inner=uniform(0.25, 0.45),
-            centre=_pick(rng, "eye", "boss"),
+            centre=pick(rng, "eye", "boss"),
             centre_size=uniform(0.06, 0.12),
         )
     if form == "cup":
@@ -231,19 +233,19 @@ def _genus(genus: int, rng: np.random.Generator) -> Species:
             width=uniform(0.38, 0.52),
             elevation=uniform(0.55, 0.95),
             inner=0.9,
-            centre=_pick(rng, "stamens", "boss"),
+            centre=pick(rng, "stamens", "boss"),
         )
     if form == "trumpet":
         return replace(
             body,
-            cluster=_pick(rng, "solitary", "solitary", "umbel"),
+            cluster=pick(rng, "solitary", "solitary", "umbel"),
             petals=5,
             width=uniform(0.62, 0.75),
             swell=uniform(0.9, 1.3),
             taper=uniform(0.32, 0.5),
             elevation=uniform(0.2, 0.5),
             reach=uniform(0.3, 0.6),
-            centre=_pick(rng, "eye", "column"),
+            centre=pick(rng, "eye", "column"),
             centre_size=uniform(0.1, 0.2),
         )
     if form == "lily":
@@ -263,7 +265,7 @@ def _genus(genus: int, rng: np.random.Generator) -> Species:
     if form == "orchid":
         return replace(
             body,
-            cluster=_pick(rng, "solitary", "spike"),
+            cluster=pick(rng, "solitary", "spike"),
             petals=int(rng.integers(4, 7)),
             lip=uniform(0.5, 1.0),
             width=uniform(0.28, 0.5),
@@ -304,7 +306,7 @@ def _sibling(parent: Species, rng: np.random.Generator) -> Species:
         centre_size=parent.centre_size * rng.uniform(0.8, 1.25),
     )
     for _ in range(2):
-        child = _change(child, _pick(rng, *_TRAITS), rng)
+        child = _change(child, pick(rng, *_TRAITS), rng)
     return child
 
 
@@ -319,7 +321,7 @@ def _fine(parent: Species, index: int, rng: np.random.Generator) -> Species:
     """A look-alike of class `index`: one trait differs."""
     child = replace(parent, fine_of=index)
     while replace(child, fine_of=parent.fine_of) == parent:
-        child = _change(child, _pick(rng, *_TRAITS), rng)
+        child = _change(child, pick(rng, *_TRAITS), rng)
     return child
 
 

@@ -64,6 +64,6 @@ def as_numbers(result: Measurement) -> dict[str, float]:
         return {}
     numbers = {f"frozen_{key}": result.frozen["metrics"][key] for key in SCORES}
     for key, gain in gains(result.per_query, result.frozen).items():
-        numbers |= {f"gain_{key}": gain.mean, f"gain_{key}_low": gain.low}
-        numbers |= {f"gain_{key}_high": gain.high}
+        bounds = {f"gain_{key}_low": gain.low, f"gain_{key}_high": gain.high}
+        numbers |= {f"gain_{key}": gain.mean, **bounds}
     return numbers
