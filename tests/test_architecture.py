@@ -32,7 +32,7 @@ FLOORS = [
     "opening",
     "retrieval: search neighbours pairs decisions embed views measure floor pictures table command",
     "index: contents table command",
-    "robustness: config journal victim verification gallery attack checks score audit guard"
+    "robustness: config journal victim verification attack checks score audit guard"
     " record table pictures command",
     "explain: layers baselines decompose cam faithfulness localise sanity judge concepts tcav"
     " draw table examples pictures pair named command",

@@ -26,7 +26,7 @@ from flowerray.attacks.library import (
 )
 from flowerray.attacks.logits import MaxSimLogits, refuse_own_images
 from flowerray.attacks.objectives import WRONG, cross_entropy, margin, shift
-from flowerray.attacks.pgd import Norm, PGDConfig, check_pixels, noise, pgd, quiet
+from flowerray.attacks.pgd import Norm, Objective, PGDConfig, check_pixels, noise, pgd, quiet
 from flowerray.config import Config
 from flowerray.errors import UserError
 
@@ -207,15 +207,29 @@ class _Batch:
         with torch.no_grad():
             return self.logits(images_BCHW).argmax(1) == self.place_B
 
+    def climb(self, objective: Objective, config: PGDConfig, stop: float) -> Tensor:
+        """Our own gradient descent; an image whose value is above `stop` is done, unless it is to
+        be made worse still.
+        """
+        stop_above = None if self.budget.independent else stop
+        seed, images_BCHW = (self.seed,), self.images_BCHW
+        return pgd(
+            objective, images_BCHW, config, seed=seed, positions=self.positions,
+            stop_above=stop_above,
+        ).images_BCHW  # fmt: skip
+
+    @property
+    def classified(self) -> tuple[MaxSimLogits, Tensor, Tensor]:
+        """As torchattacks takes it: the model, images, and the right columns."""
+        return self.logits, self.images_BCHW, self.place_B
+
     def library(self, part: str, options: dict[str, Any]) -> Tensor:
         """Runs one of torchattacks' parts of AutoAttack."""
         # Each part has its own seed, so that none starts where another one did.
         key = np.random.SeedSequence((self.seed, list(REFERENCE).index(part)))
         return attack_within(
             part,
-            self.logits,
-            self.images_BCHW,
-            self.place_B,
+            *self.classified,
             norm=self.norm,
             radius=self.radius,
             seed=int(key.generate_state(1)[0]),
@@ -253,26 +267,17 @@ def _noise(batch: _Batch) -> Tensor:
 def _fgsm(batch: _Batch) -> Tensor:
     """Goodfellow, Shlens, Szegedy, ICLR 2015: one full step along the sign of the gradient."""
     config = PGDConfig(
-        norm=batch.norm,
-        epsilon=batch.epsilon,
-        steps=1,
-        alpha_ratio=1,
-        random_start=False,
-        keep_best=False,
-    )
+        norm=batch.norm, epsilon=batch.epsilon, steps=1, alpha_ratio=1,
+        random_start=False, keep_best=False,
+    )  # fmt: skip
     return pgd(cross_entropy(batch.logits, batch.place_B), batch.images_BCHW, config).images_BCHW
 
 
 def _pgd(batch: _Batch) -> Tensor:
     """Madry et al., ICLR 2018, on the cross-entropy of `MaxSimLogits`, with a fixed step."""
-    return pgd(
-        cross_entropy(batch.logits, batch.place_B, wrong_first=True),
-        batch.images_BCHW,
-        batch.budget.pgd(batch.norm, batch.epsilon, batch.budget.alpha_ratio),
-        seed=(batch.seed,),
-        positions=batch.positions,
-        stop_above=None if batch.budget.independent else WRONG / 2,
-    ).images_BCHW
+    objective = cross_entropy(batch.logits, batch.place_B, wrong_first=True)
+    config = batch.budget.pgd(batch.norm, batch.epsilon, batch.budget.alpha_ratio)
+    return batch.climb(objective, config, WRONG / 2)
 
 
 def _shift(batch: _Batch) -> Tensor:
@@ -295,14 +300,8 @@ def _shift(batch: _Batch) -> Tensor:
 
 
 def _margin(batch: _Batch) -> Tensor:
-    return pgd(
-        margin(batch.embedder, batch.gallery_GD, batch.gallery_labels_G, batch.labels_B),
-        batch.images_BCHW,
-        batch.budget.pgd(batch.norm, batch.epsilon),
-        seed=(batch.seed,),
-        positions=batch.positions,
-        stop_above=None if batch.budget.independent else 0.0,
-    ).images_BCHW
+    objective = margin(batch.embedder, batch.gallery_GD, batch.gallery_labels_G, batch.labels_B)
+    return batch.climb(objective, batch.budget.pgd(batch.norm, batch.epsilon), 0.0)
 
 
 def _part(part: str) -> Callable[[_Batch], Tensor]:
@@ -347,23 +346,13 @@ def standard_settings(config: StandardConfig) -> dict[str, dict[str, Any]]:
 
 
 def _cw(batch: _Batch) -> Tensor:
-    return carlini_wagner(
-        batch.logits,
-        batch.images_BCHW,
-        batch.place_B,
-        steps=batch.budget.minimum_steps,
-        weight=batch.budget.cw_weight,
-    )
+    budget = batch.budget
+    return carlini_wagner(*batch.classified, steps=budget.minimum_steps, weight=budget.cw_weight)
 
 
 def _deepfool(batch: _Batch) -> Tensor:
-    return deepfool(
-        batch.logits,
-        batch.images_BCHW,
-        batch.place_B,
-        steps=batch.budget.minimum_steps,
-        targets=batch.budget.targets,
-    )
+    budget = batch.budget
+    return deepfool(*batch.classified, steps=budget.minimum_steps, targets=budget.targets)
 
 
 _ATTACKS: dict[str, Callable[[_Batch], Tensor]] = {

@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from flowerray.attacks import bank
 from flowerray.attacks.logits import refuse_own_images
+from flowerray.attacks.objectives import margin
 from flowerray.model.modes import full_precision
 from flowerray.retrieval.pairs import Pairs
-from flowerray.robustness.gallery import attack_gallery
 from flowerray.robustness.verification import attack_pairs, query_pair_accuracy
 from flowerray.robustness.victim import Victim
 from flowerray.statistics import mean_interval
@@ -64,7 +65,7 @@ class Score:
         }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Example:
     """One query that an attack turned, for the contact sheet."""
 
@@ -77,8 +78,6 @@ class Example:
     """Gallery indices of its neighbours then, nearest first."""
     margin: float
     """Cosine to the nearest image of the class less that to the nearest other, before."""
-    before_K: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    """Neighbours of the photograph."""
 
 
 @dataclass
@@ -88,6 +87,8 @@ class Robustness:
     independent: bool
     """Whether each attack's row stands for it alone."""
     clean: Score
+    nearest_QK: NDArray[np.int64]
+    """Gallery indices of each photograph's neighbours, nearest first."""
     attacks: dict[str, dict[float, Score]] = field(default_factory=dict)
     """Attack -> radius -> score; cumulative unless `independent`."""
     alone: dict[float, Score] = field(default_factory=dict)
@@ -198,18 +199,44 @@ def perturb(
         budget: instead of the configuration's.
 
     Returns:
-        The photographs and the adversarial images MCHW. Where an attack left the budget
-        (minimum-norm attacks do), the photograph stands in: it did not succeed.
+        The photographs and the adversarial images MCHW, see `bank.run`.
     """
     config = victim.config
     clean_MCHW, labels_M = victim.queries(rows_M)
-    other_MCHW = bank.run(
+    return clean_MCHW, bank.run(
         name, victim.embedder, clean_MCHW, labels_M, *victim.gallery(), norm=config.norm,
         epsilon=epsilon, budget=budget or config, seed=config.seed, positions=rows_M.tolist(),
         own_images_refused=False,
     )  # fmt: skip
-    allowed_M = bank.admissible(clean_MCHW, other_MCHW, config.norm, epsilon / 255)
-    return clean_MCHW, torch.where(allowed_M[:, None, None, None], other_MCHW, clean_MCHW)
+
+
+@full_precision()
+def attack_gallery(
+    victim: Victim, eps: float, progress: Callable[[int], object] | None = None
+) -> NDArray[np.float32]:
+    """(G, D): embeddings of the gallery's images after PGD; each one is pushed out of its class.
+
+    The attacker does not know the queries. He raises, for each image, the largest cosine to the
+    mean embedding of another class less that to its own class's mean; the means are of the clean
+    gallery, so that no image stands against itself. This is one attack, not the worst case over
+    several: robustness against an attacked gallery is at most what is reported.
+
+    Args:
+        eps: radius in 1/255.
+        progress: called with a number of images that are done, G in all.
+    """
+    gallery_GD, labels_G = victim.gallery()
+    classes_C, class_G = labels_G.unique(return_inverse=True)
+    sum_CD = gallery_GD.new_zeros(len(classes_C), gallery_GD.shape[1])
+    means_CD = F.normalize(sum_CD.index_add_(0, class_G, gallery_GD), dim=1)
+    return victim.moved(
+        f"gallery {eps:g}",
+        margin(victim.embedder, means_CD, classes_C, labels_G),
+        lambda rows: victim.images(rows, victim.gallery_store),
+        victim.config.pgd(victim.config.norm, eps),
+        1,
+        progress=progress,
+    )
 
 
 def images_to_attack(victim: Victim, pairs: Pairs | None = None) -> int:
@@ -240,10 +267,15 @@ def attack(
     ranked = victim.rank(victim.emb_QD, victim.labels_Q)
     assert (ranked["num_relevant"] > 0).all(), "a query without an image of its class to find"
     clean = Score(ranked["hit"], ranked["average_precision"])
-    result = Robustness(config.independent, clean, {name: {} for name in config.attacks})
-    result.collapse = collapse(victim.emb_QD, len(np.unique(victim.labels_Q)))
-    result.seconds = dict.fromkeys(config.attacks, 0.0)
-    result.images = dict.fromkeys(config.attacks, 0)
+    result = Robustness(
+        config.independent,
+        clean,
+        ranked["nearest"],
+        attacks={name: {} for name in config.attacks},
+        collapse=collapse(victim.emb_QD, len(np.unique(victim.labels_Q))),
+        seconds=dict.fromkeys(config.attacks, 0.0),
+        images=dict.fromkeys(config.attacks, 0),
+    )
     accuracy = None
     if pairs is not None and config.independent:
         accuracy = query_pair_accuracy(victim, pairs)
@@ -260,9 +292,6 @@ def attack(
         result.alone[eps], result.worst[eps] = alone, before
     if pairs is not None:
         result.pairs = attack_pairs(victim, pairs, progress)
-    for examples in result.examples.values():
-        for example in examples:
-            example.before_K = ranked["nearest"][example.query]
     return result
 
 
@@ -281,10 +310,9 @@ def _at_radius(
         rows = np.arange(len(start.hit_Q)) if config.independent else np.flatnonzero(alone.hit_Q)
         hit_Q, precision_Q = start.hit_Q.copy(), start.average_precision_Q.copy()
         emb_QD = victim.emb_QD.copy()
-        for first in range(0, len(rows), config.batch_size):
-            batch = rows[first : first + config.batch_size]
+        for batch in victim.batches(rows):
             found = victim.journal.once(
-                f"{name} {eps:g} {first}",
+                f"{name} {eps:g} {batch[0]}",
                 partial(_outcome, victim, name, batch, eps, start, examples),
             )
             hit_Q[batch] &= found["hit"]

@@ -8,9 +8,10 @@ Letters: Q audited queries, M of one batch, B images, C H W an image, D embeddin
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property, partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from flowerray.attacks.pgd import Attacked, Objective, PGDConfig, pgd
 from flowerray.model.modes import full_precision
 from flowerray.robustness import checks as limits
 from flowerray.robustness.attack import Robustness, perturb
-from flowerray.robustness.checks import Audit, Check, beyond_chance, telling_eps
+from flowerray.robustness.checks import Check, beyond_chance, telling_eps
 from flowerray.robustness.victim import Victim
 
 CHECKS = (
@@ -62,28 +63,40 @@ class Auditor:
         self.victim, self.rows = victim.narrow(queries)
         self.standard = None if standard is None else standard.narrow(queries)[0]
         self.clean_Q = result.clean.hit_Q[self.rows]
+        self._all = np.arange(len(self.clean_Q))
 
     @full_precision()
-    def run(self, progress: Callable[[int], object] | None = None) -> Audit:
-        """All checks; `progress` is called with 1 after each."""
-        checks = []
+    def run(self, progress: Callable[[int], object] | None = None) -> dict[str, Any]:
+        """All checks; `progress` is called with 1 after each.
+
+        Returns:
+            `passed` (False where one check failed), `failed` (their names), `eps` (the radius at
+            which most of them look, in 1/255), `queries`, `checks`: plain data.
+        """
+        checks: list[Check] = []
         for name in CHECKS:
             kept = self.victim.journal.once(f"audit {name}", partial(self._kept, name))
-            checks += [Check(**check) for check in json.loads(str(kept["checks"]))]
+            checks += [Check(*check) for check in json.loads(str(kept["checks"]))]
             if progress is not None:
                 progress(1)
-        return Audit(self.eps, len(self.clean_Q), tuple(checks))
+        failed = [check.name for check in checks if check.passed is False]
+        return {
+            "passed": not failed,
+            "failed": failed,
+            "eps": self.eps,
+            "queries": len(self.clean_Q),
+            "checks": [check._asdict() for check in checks],
+        }
 
     def _kept(self, name: str) -> dict[str, NDArray]:
-        found: list[Check] = getattr(self, name)()
-        return {"checks": np.array(json.dumps([check.to_dict() for check in found]))}
+        return {"checks": np.array(json.dumps(getattr(self, name)()))}
 
     # ---- what the attacks of the bank say
 
     def zero_radius(self) -> list[Check]:
         """eps 0 returns the photograph, bit by bit."""
         changed = 0.0
-        for batch in self._batches():
+        for batch in self.victim.batches(self._all):
             clean, other = self._perturb("pgd", batch, 0.0)
             changed = max(changed, float((clean - other).abs().max()))
         text = f"at eps 0 pixels change by {changed:g}"
@@ -219,7 +232,7 @@ class Auditor:
         """Gradients that are exactly 0 hide the way that an attack would take."""
         zero = 0
         logits_of = MaxSimLogits(self.victim.embedder, *self.victim.gallery())
-        for batch in self._batches():
+        for batch in self.victim.batches(self._all):
             start = self._perturb("noise", batch, self.eps)[1]
             zero_B = torch.zeros(len(batch), dtype=torch.bool, device=start.device)
             places_B = logits_of.places(self._labels(batch))
@@ -280,18 +293,16 @@ class Auditor:
     def collapse(self) -> list[Check]:
         """A constant embedding resists any attack on it and is of no use."""
         found = self.result.collapse
-        text = (
-            f"mean cosine {found['mean_cosine']:.3f}, effective rank {found['effective_rank']:.1f}"
-        )
-        if found["collapsed"]:
-            text = f"collapsed: {text}"
+        text = "collapsed: " if found["collapsed"] else ""
+        text += f"mean cosine {found['mean_cosine']:.3f}, "
+        text += f"effective rank {found['effective_rank']:.1f}"
         return [Check("not collapsed", not found["collapsed"], found["mean_cosine"], text)]
 
     def decision(self) -> list[Check]:
         """The logits that are attacked decide as the search does, on clean and attacked images."""
         agree = []
         logits_of = MaxSimLogits(self.victim.embedder, *self.victim.gallery())
-        for batch in self._batches():
+        for batch in self.victim.batches(self._all):
             for images in self._perturb("pgd", batch, self.eps):
                 with torch.inference_mode():
                     column_B = logits_of(images).argmax(1)
@@ -307,11 +318,6 @@ class Auditor:
     def _at_most(self, share: float) -> float:
         """That share of the queries, or one of them where it is less than one."""
         return max(share, 1 / len(self.clean_Q))
-
-    def _batches(self, rows: NDArray | None = None) -> Iterator[NDArray]:
-        rows = np.arange(len(self.clean_Q)) if rows is None else rows
-        size = self.config.batch_size
-        yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
     def _withstand(
         self, victim: Victim, left_Q: NDArray[np.bool_], eps: float
@@ -339,7 +345,7 @@ class Auditor:
         them, in the victim of the measurement where no other is given.
         """
         victim, right_Q = victim or self.victim, left_Q.copy()
-        for batch in self._batches(np.flatnonzero(left_Q)):
+        for batch in victim.batches(np.flatnonzero(left_Q)):
             emb_MD = victim.embed(attacked(batch))
             right_Q[batch] = victim.rank(emb_MD, victim.labels_Q[batch])["hit"]
         return right_Q

@@ -3,8 +3,7 @@
 Letters: Q audited queries.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +26,7 @@ ALONE = 8
 """Images whose gradient is taken alone and in a batch."""
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One question to the measurement."""
 
     name: str
@@ -38,35 +36,6 @@ class Check:
     """The figure that decided."""
     text: str
     """What was measured and what it means, one line."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return {"name": self.name, "passed": self.passed, "value": self.value, "text": self.text}
-
-
-@dataclass(frozen=True)
-class Audit:
-    """All checks of one measurement."""
-
-    eps: float
-    """Radius at which most of them look, in 1/255."""
-    queries: int
-    checks: tuple[Check, ...]
-
-    @property
-    def failed(self) -> list[str]:
-        """Names of the checks that failed."""
-        return [check.name for check in self.checks if check.passed is False]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data; `passed` is False where one check failed."""
-        return {
-            "passed": not self.failed,
-            "failed": self.failed,
-            "eps": self.eps,
-            "queries": self.queries,
-            "checks": [check.to_dict() for check in self.checks],
-        }
 
 
 def beyond_chance(weak_right_Q: NDArray, strong_right_Q: NDArray) -> tuple[float, bool]:

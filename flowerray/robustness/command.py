@@ -34,6 +34,8 @@ from flowerray.training.rundir import RunDir
 
 FILE = "robustness.json"
 """In a RUN folder: {"results": [a `record` for each split, gallery, norm and attacked side]}."""
+NEIGHBOURS = 3
+"""Of a query that fell, in its picture."""
 
 
 def attack_model(
@@ -96,25 +98,23 @@ def attack_model(
     run = None if model.folder is None else model.folder.path
     with keeping(run, asked, facts(dataset, model, standard), resume) as journal:
         victim = replace(open_victim(model, dataset, config, quiet), journal=journal)
-        other = None
+        victims = [victim]
         if standard is not None:
             other = open_victim(standard, dataset, victim.config, quiet)
-            other = replace(other, journal=journal.of("beside"))
+            victims.append(replace(other, journal=journal.of("beside")))
         pairs = split_pairs(victim, dataset)
-        other_result = None if other is None else _attack(other, pairs, quiet)
-        result = _attack(victim, pairs, quiet)
-        content = record(victim, result)
-        if other is not None and other_result is not None:
-            content["beside"] = record(other, other_result)
+        measured = [(one, _attack(one, pairs, quiet)) for one in victims]
+        records = [record(one, found) for one, found in measured]
+        content, result = records[0], measured[0][1]
+        content["beside"] = records[1] if standard is not None else None
         if model.folder is not None:
             with suppress(OSError):  # `keep` says so
                 note(model.folder, content)  # what follows is long, and may be interrupted
         if audit:
-            content["audit"] = _audit(victim, result, other, other_result, audit_queries, quiet)
+            content["audit"] = _audit(*measured, queries=audit_queries, quiet=quiet)
         if ers:
-            content["ers"] = _score(victim, result, audit_queries, quiet)
-            if other is not None and other_result is not None:
-                content["beside"]["ers"] = _score(other, other_result, audit_queries, quiet)
+            for (one, found), its in zip(measured, records, strict=True):
+                its["ers"] = _score(one, found, audit_queries, quiet)
         if model.folder is not None:
             try:
                 keep(victim, content, result)
@@ -198,25 +198,21 @@ def _attack(victim: Victim, pairs: Pairs | None, quiet: bool) -> Robustness:
 
 
 def _audit(
-    victim: Victim,
-    result: Robustness,
-    other: Victim | None,
-    other_result: Robustness | None,
+    measured: tuple[Victim, Robustness],
+    *beside: tuple[Victim, Robustness],
     queries: int,
     quiet: bool,
 ) -> dict[str, Any]:
     """Whether the figures can be believed; the model beside helps where it was not hardened."""
-    if other is not None and other.model.run.harden.on:
-        other, other_result = None, None
+    plain = [(other, found) for other, found in beside if not other.model.run.harden.on]
+    standard, standard_result = plain[0] if plain else (None, None)
+    if not measured[0].model.run.harden.on:
+        standard_result = measured[1]
     auditor = Auditor(
-        victim,
-        result,
-        queries=queries,
-        standard=other,
-        standard_result=other_result if victim.model.run.harden.on else result,
+        *measured, queries=queries, standard=standard, standard_result=standard_result
     )
     with tqdm(total=len(CHECKS), unit="check", desc="audit", disable=quiet or None) as bar:
-        return auditor.run(bar.update).to_dict()
+        return auditor.run(bar.update)
 
 
 def _score(victim: Victim, result: Robustness, queries: int, quiet: bool) -> dict[str, Any]:
@@ -277,33 +273,26 @@ def keep(victim: Victim, content: dict[str, Any], result: Robustness) -> None:
     if content["beside"] is not None:
         name = Path(content["beside"]["run"]).name
         shown[f"{name}, beside it" if name in shown else name] = content["beside"]
-    plot_robustness(shown, picture_title(content), folder.plots / "robustness.png")
-    if rows := fallen(victim, result):
-        eps = max(result.examples, key=lambda e: (len(result.examples[e]), -e))
-        title = f"queries that fell at {key(eps)}/255 ({content['norm']})"
-        worst_sheet(rows, title, folder.plots / "worst_queries.png")
-    sync.send(folder.path)
-
-
-def picture_title(content: dict[str, Any]) -> str:
-    """What was attacked, in a line."""
-    return (
+    title = (
         f"{content['num_queries']} {content['split']} queries, {content['norm']}, "
         f"steps {content['config']['steps']}, restarts {content['config']['restarts']}, "
         f"{content['perturb']} attacked"
     )
+    plot_robustness(shown, title, folder.plots / "robustness.png")
+    if any(result.examples.values()):  # the smallest radius of those that have most of them
+        eps = max(result.examples, key=lambda e: (len(result.examples[e]), -e))
+        title = f"queries that fell at {key(eps)}/255 ({content['norm']})"
+        worst_sheet(fallen(victim, result, eps), title, folder.plots / "worst_queries.png")
+    sync.send(folder.path)
 
 
-def fallen(victim: Victim, result: Robustness, shown: int = 3) -> list[Fallen]:
-    """The examples of the radius that has most of them, the smallest such radius."""
-    if not any(result.examples.values()):
-        return []
-    eps = max(result.examples, key=lambda e: (len(result.examples[e]), -e))
+def fallen(victim: Victim, result: Robustness, eps: float) -> list[Fallen]:
+    """The examples of a radius."""
 
     def neighbours(index_K: NDArray) -> list[tuple[Path, str]]:
         return [
             (victim.gallery_paths[g], victim.classes[victim.gallery_labels_G[g]])
-            for g in index_K[:shown]
+            for g in index_K[:NEIGHBOURS]
             if g >= 0
         ]
 
@@ -313,7 +302,7 @@ def fallen(victim: Victim, result: Robustness, shown: int = 3) -> list[Fallen]:
             example.attack,
             example.clean_CHW.float().numpy(),
             example.adversarial_CHW.float().numpy(),
-            neighbours(example.before_K),
+            neighbours(result.nearest_QK[example.query]),
             neighbours(example.after_K),
         )
         for example in result.examples[eps]

@@ -5,13 +5,11 @@ Letters: Q val images, A of them attacked, G gallery items, D embedding dimensio
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 from flowerray.attacks.objectives import margin
 from flowerray.attacks.pgd import PGDConfig, pgd, quiet
@@ -142,26 +140,14 @@ class _Target:
         images_ACHW = floats(pixels_ACHW, self.device, next(self.embedder.parameters()).dtype)
         labels_A = torch.from_numpy(self.labels_Q[index_A]).to(self.device)
         objective = margin(self.embedder, self.gallery_GD, self.gallery_labels_G, labels_A)
-        value_A = self._attack(objective, images_ACHW, index_A, epsilon, steps)
-        return int((value_A <= 0).sum())  # above 0 a wrong class is nearer
-
-    def _attack(
-        self,
-        objective: Callable[[Tensor], Tensor],
-        images_ACHW: Tensor,
-        index_A: NDArray[np.int64],
-        epsilon: float,
-        steps: int,
-    ) -> Tensor:
-        places = index_A.tolist()
+        seed, places = (QUERY_SEED,), index_A.tolist()
         if steps:
             config = PGDConfig(epsilon=epsilon, steps=steps)
-            seed = (QUERY_SEED,)
-            return pgd(
+            value_A = pgd(
                 objective, images_ACHW, config, seed=seed, positions=places, stop_above=0.0
             ).value_B
-        with quiet(self.embedder), torch.no_grad():
-            moved_ACHW = nfgsm(
-                objective, images_ACHW, epsilon, seed=(QUERY_SEED,), positions=places
-            )
-            return objective(moved_ACHW)
+        else:
+            with quiet(self.embedder), torch.no_grad():
+                moved_ACHW = nfgsm(objective, images_ACHW, epsilon, seed=seed, positions=places)
+                value_A = objective(moved_ACHW)
+        return int((value_A <= 0).sum())  # above 0 a wrong class is nearer

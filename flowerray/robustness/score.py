@@ -15,7 +15,6 @@ Letters: Q queries, B images, G gallery images, D embedding dimensions, C H W an
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowerray.attacks.objectives import match, shift
-from flowerray.attacks.pgd import Objective, PGDConfig, pgd
+from flowerray.attacks.pgd import Objective, PGDConfig
 from flowerray.model.modes import full_precision
 from flowerray.robustness.victim import Victim
 
@@ -33,21 +32,6 @@ EPSILON, ALPHA, NUM_STEPS = 8.0, 3.0, 32
 TOP = 0.01
 """CA- and QA- begin with an item of this nearest share of the gallery."""
 RETAIN = 4
-
-
-@dataclass(frozen=True)
-class _Draw:
-    """The queries' clean embeddings, and the items that the attacks are about, as gallery indices.
-
-    `lifted_Q` is a random item, `lowered_Q` one of the nearest, `target_Q` another random one.
-    """
-
-    query_QD: Tensor
-    lifted_Q: Tensor
-    lowered_Q: Tensor
-    target_Q: Tensor
-    same_QG: Tensor
-    cosine_QG: Tensor
 
 
 @full_precision()
@@ -65,51 +49,46 @@ def ers(victim: Victim, progress: Callable[[int], object] | None = None) -> dict
 
 
 class _Attack:
+    """The queries, the gallery, and the items that the attacks are about, as gallery indices:
+    `lifted_Q` is a random one, `lowered_Q` one of the nearest, `target_Q` another random one.
+    """
+
     def __init__(self, victim: Victim, progress: Callable[[int], object] | None) -> None:
         self.victim, self.embedder = victim, victim.embedder
         self.progress = progress or (lambda _: None)
         self.attacks = 0
         self.gallery_GD, labels_G = victim.gallery()
         labels_Q = torch.from_numpy(victim.labels_Q).to(victim.device)
-        query_QD = torch.from_numpy(victim.emb_QD).to(victim.device)
-        cosine_QG = query_QD @ self.gallery_GD.T
-        rng = np.random.default_rng((victim.config.seed, 5))
-        size, count = len(query_QD), len(labels_G)
+        self.same_QG = labels_Q[:, None] == labels_G
+        self.query_QD = torch.from_numpy(victim.emb_QD).to(victim.device)
+        self.cosine_QG = self.query_QD @ self.gallery_GD.T
+        self.order_QG = self.cosine_QG.argsort(dim=1, descending=True)
+        rng, count = np.random.default_rng((victim.config.seed, 5)), len(labels_G)
 
         def drawn(highest: int) -> Tensor:
-            return torch.from_numpy(rng.integers(highest, size=size)).to(victim.device)
+            return torch.from_numpy(rng.integers(highest, size=len(labels_Q))).to(victim.device)
 
-        order_QG = cosine_QG.argsort(dim=1, descending=True)
         near_Q1 = drawn(max(1, int(TOP * count)))[:, None]
-        self.draw = _Draw(
-            query_QD=query_QD,
-            lifted_Q=drawn(count),
-            lowered_Q=order_QG.gather(1, near_Q1)[:, 0],
-            target_Q=drawn(count),
-            same_QG=labels_Q[:, None] == labels_G,
-            cosine_QG=cosine_QG,
-        )
-        self.labels_G = labels_G
-        self.order_QG = order_QG
+        self.lifted_Q, self.target_Q = drawn(count), drawn(count)
+        self.lowered_Q = self.order_QG.gather(1, near_Q1)[:, 0]
 
     def all_terms(self) -> dict[str, Any]:
         """See `ers`."""
-        draw = self.draw
         nearest_Q = self.order_QG[:, 0]
-        wrong_Q = draw.cosine_QG.masked_fill(draw.same_QG, -torch.inf).argmax(1)
-        es_QD = self._queries(shift(self.embedder, draw.query_QD), random_start=True)
-        tma_QD = self._queries(match(self.embedder, self.gallery_GD[draw.target_Q]))
+        wrong_Q = self.cosine_QG.masked_fill(self.same_QG, -torch.inf).argmax(1)
+        es_QD = self._queries(shift(self.embedder, self.query_QD), random_start=True)
+        tma_QD = self._queries(match(self.embedder, self.gallery_GD[self.target_Q]))
         gtm_QD = self._queries(match(self.embedder, self.gallery_GD[wrong_Q]))
         gtt_QD = self._queries(self._away(nearest_Q))
         cosine_QG = gtt_QD @ self.gallery_GD.T
         ahead_Q = (cosine_QG > cosine_QG.gather(1, nearest_Q[:, None])).sum(1)
         raw = {
-            "CA+": self._percentile(self._items(draw.lifted_Q, 1.0), draw.lifted_Q, None),
-            "CA-": self._percentile(self._items(draw.lowered_Q, -1.0), draw.lowered_Q, None),
-            "QA+": self._percentile(None, draw.lifted_Q, self._queries(self._rank(1.0))),
-            "QA-": self._percentile(None, draw.lowered_Q, self._queries(self._rank(-1.0))),
-            "TMA": float((tma_QD * self.gallery_GD[draw.target_Q]).sum(1).mean()),
-            "ES:D": float((es_QD - draw.query_QD).norm(dim=1).mean()),
+            "CA+": self._percentile(self._items(self.lifted_Q, 1.0), self.lifted_Q, None),
+            "CA-": self._percentile(self._items(self.lowered_Q, -1.0), self.lowered_Q, None),
+            "QA+": self._percentile(None, self.lifted_Q, self._queries(self._rank(1.0))),
+            "QA-": self._percentile(None, self.lowered_Q, self._queries(self._rank(-1.0))),
+            "TMA": float((tma_QD * self.gallery_GD[self.target_Q]).sum(1).mean()),
+            "ES:D": float((es_QD - self.query_QD).norm(dim=1).mean()),
             "ES:R": self._recall(es_QD),
             "LTM": self._recall(self._queries(self._misrank())),
             "GTM": self._recall(gtm_QD),
@@ -128,7 +107,7 @@ class _Attack:
             "ers": float(np.mean(list(terms.values()))),
             "terms": terms,
             "raw": raw,
-            "num_queries": len(draw.query_QD),
+            "num_queries": len(self.query_QD),
             "eps": EPSILON,
             "steps": NUM_STEPS,
         }
@@ -137,7 +116,7 @@ class _Attack:
         """QA: the query's rank of one item, raised (1) or lowered (-1): a hinge for each item that
         stands on the wrong side of it.
         """
-        item_Q = self.draw.lifted_Q if sign > 0 else self.draw.lowered_Q
+        item_Q = self.lifted_Q if sign > 0 else self.lowered_Q
         gallery_GD = self.gallery_GD
 
         def value(images_BCHW: Tensor, item_B: Tensor) -> Tensor:
@@ -154,13 +133,10 @@ class _Attack:
             own_B1 = (self.embedder(images_BCHW) * query_BD).sum(1, keepdim=True)
             return -(sign * (cosine_BG - own_B1)).clamp(min=0).mean(1)
 
-        objective = Objective(value, (self.draw.query_QD, self.draw.cosine_QG), (self.embedder,))
+        objective = Objective(value, (self.query_QD, self.cosine_QG), (self.embedder,))
 
-        def images(rows: NDArray) -> Tensor:
-            items = item_Q[torch.from_numpy(rows)].cpu().numpy()
-            return self.victim.images(items, self.victim.gallery_store)
-
-        return self._run(objective, images, random_start=False)
+        items, store = item_Q.cpu().numpy(), self.victim.gallery_store
+        return self._run(objective, lambda rows: self.victim.images(items[rows], store))
 
     def _away(self, nearest_Q: Tensor) -> Objective:
         """GTT: the nearest item is pushed behind the others."""
@@ -181,15 +157,16 @@ class _Attack:
             pushed_B = (cosine_BG * same).sum(1) / same.sum(1)
             return (cosine_BG * (1 - same)).sum(1) / (1 - same).sum(1).clamp(min=1) - pushed_B
 
-        return Objective(value, (self.draw.same_QG,), (self.embedder,))
+        return Objective(value, (self.same_QG,), (self.embedder,))
 
     def _queries(self, objective: Objective, random_start: bool = False) -> Tensor:
-        return self._run(
-            objective, lambda rows: self.victim.images(self.victim.chosen_Q[rows]), random_start
-        )
+        return self._run(objective, lambda rows: self.victim.queries(rows)[0], random_start)
 
     def _run(
-        self, objective: Objective, images: Callable[[NDArray], Tensor], random_start: bool
+        self,
+        objective: Objective,
+        images: Callable[[NDArray[np.int64]], Tensor],
+        random_start: bool = False,
     ) -> Tensor:
         """(Q, D): embeddings after PGD."""
         config = PGDConfig(
@@ -198,25 +175,14 @@ class _Attack:
             alpha_ratio=NUM_STEPS * ALPHA / EPSILON,
             random_start=random_start,
         )
-        seed, size = self.victim.config.seed, self.victim.config.batch_size
-
-        def run() -> dict[str, NDArray]:
-            parts = []
-            for start in range(0, len(self.draw.query_QD), size):
-                rows = np.arange(start, min(start + size, len(self.draw.query_QD)))
-                some = objective.take(torch.from_numpy(rows).to(self.victim.device))
-                found = pgd(some, images(rows), config, seed=(seed,), positions=rows.tolist())
-                parts.append(self.victim.embed(found.images_BCHW))
-            return {"emb": np.concatenate(parts)}
-
         self.attacks += 1
-        emb_QD = self.victim.journal.once(f"ers {self.attacks}", run)["emb"]
+        emb_QD = self.victim.moved(f"ers {self.attacks}", objective, images, config)
         self.progress(1)
         return torch.from_numpy(emb_QD).to(self.victim.device)
 
     def _percentile(self, item_QD: Tensor | None, item_Q: Tensor, query_QD: Tensor | None) -> float:
         """Mean share of the gallery, in %, that is nearer to the query than the item."""
-        query_QD = self.draw.query_QD if query_QD is None else query_QD
+        query_QD = self.query_QD if query_QD is None else query_QD
         item_QD = self.gallery_GD[item_Q] if item_QD is None else item_QD
         cosine_QG = query_QD @ self.gallery_GD.T
         own_Q1 = (query_QD * item_QD).sum(1, keepdim=True)
@@ -225,4 +191,4 @@ class _Attack:
 
     def _recall(self, emb_QD: Tensor) -> float:
         nearest_Q = (emb_QD @ self.gallery_GD.T).argmax(1)
-        return 100 * float(self.draw.same_QG.gather(1, nearest_Q[:, None]).float().mean())
+        return 100 * float(self.same_QG.gather(1, nearest_Q[:, None]).float().mean())

@@ -55,28 +55,27 @@ def _table(content: dict[str, Any]) -> list[str]:
 
 def _columns(content: dict[str, Any], radii: list[str]) -> list[str]:
     worst = content["worst_case"]
-    lines = [_row("eps (/255)", radii)]
-    if content["rows"] == "cumulative" and content["perturb"] != "gallery":
-        lines.append("R@1 left after each attack and those above it:")
-    elif content["perturb"] != "gallery":
-        lines.append("R@1 under each attack alone:")
-    for name, scores in content["attacks"].items():
-        if content["perturb"] != "gallery":
-            lines.append(_row(f"  {name}", [_cell(scores, eps, "recall_at_1") for eps in radii]))
-    if any("pair_accuracy" in s for scores in content["attacks"].values() for s in scores.values()):
-        lines.append("pair accuracy under each attack alone:")
-        for name, scores in content["attacks"].items():
-            lines.append(_row(f"  {name}", [_cell(scores, eps, "pair_accuracy") for eps in radii]))
+    lines, shown = [_row("eps (/255)", radii)], {}
+    if content["perturb"] != "gallery":
+        how = "under each attack alone"
+        if content["rows"] == "cumulative":
+            how = "left after each attack and those above it"
+        shown[f"R@1 {how}:"] = "recall_at_1"
+    attacks = content["attacks"]
+    if any("pair_accuracy" in score for scores in attacks.values() for score in scores.values()):
+        shown["pair accuracy under each attack alone:"] = "pair_accuracy"
+    for title, field in shown.items():
+        lines.append(title)
+        lines += [_row(f"  {n}", _cells(scores, radii, field)) for n, scores in attacks.items()]
     lines.append("worst case of all attacks:")
-    lines.append(_row("  R@1", [_cell(worst, eps, "recall_at_1") for eps in radii]))
+    lines.append(_row("  R@1", _cells(worst, radii, "recall_at_1")))
     scores = [read_score(worst[eps]) for eps in radii]
     for side, label in (("low", "  95 % from"), ("high", "  to")):
         lines.append(_row(label, [words(score and getattr(score, side)) for score in scores]))
-    lines.append(_row("  MAP@R", [_cell(worst, eps, "map_at_r") for eps in radii]))
-    lines.append(_row("  retention", [_cell(worst, eps, "retention") for eps in radii]))
+    further = {"MAP@R": "map_at_r", "retention": "retention"}
     if any("pair_accuracy" in worst[eps] for eps in radii):
-        lines.append(_row("  pair acc.", [_cell(worst, eps, "pair_accuracy") for eps in radii]))
-        lines.append(_row("  pair AUC", [_cell(worst, eps, "pair_auc") for eps in radii]))
+        further |= {"pair acc.": "pair_accuracy", "pair AUC": "pair_auc"}
+    lines += [_row(f"  {label}", _cells(worst, radii, name)) for label, name in further.items()]
     return lines
 
 
@@ -119,5 +118,5 @@ def _row(name: str, cells: list[str]) -> str:
     return f"{name:<{_NAME}}" + "".join(f"{cell:>{width}}" for cell in cells)
 
 
-def _cell(scores: dict[str, Any], eps: str, field: str) -> str:
-    return words(scores.get(eps, {}).get(field))
+def _cells(scores: dict[str, Any], radii: list[str], field: str) -> list[str]:
+    return [words(scores.get(eps, {}).get(field)) for eps in radii]

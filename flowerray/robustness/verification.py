@@ -1,7 +1,6 @@
 """Verification under attack: one photograph of each pair is changed so that the verdict turns.
 
-Letters: N images of a split, Q attacked queries, P pairs, M pairs of one batch, C H W an image,
-D embedding dimensions.
+Letters: N images of a split, Q attacked queries, P pairs, D embedding dimensions.
 """
 
 from collections.abc import Callable
@@ -11,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 
 from flowerray.attacks.objectives import pair_flip
-from flowerray.attacks.pgd import pgd
 from flowerray.model.modes import full_precision
 from flowerray.retrieval.pairs import KINDS, Pairs, pair_metrics
 from flowerray.robustness.victim import Victim
@@ -65,11 +63,7 @@ def query_pair_accuracy(victim: Victim, pairs: Pairs) -> Callable[[NDArray[np.fl
 def embed_positions(victim: Victim, positions_P: NDArray) -> NDArray[np.float32]:
     """(P, D) embeddings of photographs of the split, each one embedded once."""
     unique, back_P = np.unique(positions_P, return_inverse=True)
-    size = victim.config.batch_size
-    parts = [
-        victim.embed(victim.images(unique[start : start + size]))
-        for start in range(0, len(unique), size)
-    ]
+    parts = [victim.embed(victim.images(batch)) for batch in victim.batches(unique)]
     return np.concatenate(parts)[back_P]
 
 
@@ -92,45 +86,22 @@ def attack_pairs(
     """
     other_PD = embed_positions(victim, pairs.index[:, 1])
     attacked_PD = embed_positions(victim, pairs.index[:, 0])
+    other, same = (torch.from_numpy(a).to(victim.device) for a in (other_PD, pairs.same))
+    objective, config = pair_flip(victim.embedder, other, same), victim.config
     sign_P = np.where(pairs.same, -1.0, 1.0)
     result = {}
-    for eps in victim.config.eps:
+    for eps in config.eps:
         if eps > 0:
             value_P = sign_P * (attacked_PD * other_PD).sum(1)
-            turned_PD = _turned(victim, pairs, other_PD, eps, progress)
+            turned_PD = victim.moved(
+                f"pairs {eps:g}",
+                objective,
+                lambda rows: victim.images(pairs.index[rows, 0]),
+                config.pgd(config.norm, eps),
+                progress=progress,
+            )
             better_P = sign_P * (turned_PD * other_PD).sum(1) > value_P
             attacked_PD = np.where(better_P[:, None], turned_PD, attacked_PD)
         metrics = sides_metrics(attacked_PD, other_PD, pairs, victim.model.threshold)
         result[eps] = metrics | {"num_pairs": len(pairs.index)}
     return result
-
-
-def _turned(
-    victim: Victim,
-    pairs: Pairs,
-    other_PD: NDArray[np.float32],
-    eps: float,
-    progress: Callable[[int], object] | None,
-) -> NDArray[np.float32]:
-    """(P, D): the attacked sides at one radius."""
-    config, parts = victim.config, []
-    for start in range(0, len(other_PD), config.batch_size):
-        batch = slice(start, start + config.batch_size)
-        positions = range(start, start + len(other_PD[batch]))
-
-        def turn(batch: slice = batch, positions: range = positions) -> dict[str, NDArray]:
-            other_MD = torch.from_numpy(other_PD[batch]).to(victim.device)
-            same_M = torch.from_numpy(pairs.same[batch]).to(victim.device)
-            found = pgd(
-                pair_flip(victim.embedder, other_MD, same_M),
-                victim.images(pairs.index[batch, 0]),
-                config.pgd(config.norm, eps),
-                seed=(config.seed,),
-                positions=positions,
-            )
-            return {"emb": victim.embed(found.images_BCHW)}
-
-        parts.append(victim.journal.once(f"pairs {eps:g} {start}", turn)["emb"])
-        if progress is not None:
-            progress(len(positions))
-    return np.concatenate(parts)

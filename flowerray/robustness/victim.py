@@ -6,6 +6,7 @@ images, D embedding dimensions.
 
 import copy
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowerray.attacks import bank
+from flowerray.attacks.pgd import Objective, PGDConfig, pgd
 from flowerray.data.dataset import Dataset
 from flowerray.data.store import floats
 from flowerray.errors import UserError
@@ -25,7 +27,7 @@ from flowerray.retrieval.embed import Images, Rows, embed
 from flowerray.retrieval.measure import default_gallery, gallery_images, split_images
 from flowerray.retrieval.search import retrieval_per_query
 from flowerray.robustness.config import AttackConfig
-from flowerray.robustness.journal import Journal
+from flowerray.robustness.journal import Found, Journal
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,44 @@ class Victim:
     def rank(self, emb_MD: NDArray, labels_M: NDArray) -> dict[str, NDArray]:
         """`retrieval_per_query` in the gallery: the judge of every attack."""
         return retrieval_per_query(emb_MD, labels_M, self.gallery_GD, self.gallery_labels_G)
+
+    def batches(self, rows_N: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """The rows, as many at a time as are attacked together."""
+        size = self.config.batch_size
+        return (rows_N[start : start + size] for start in range(0, len(rows_N), size))
+
+    def moved(
+        self,
+        name: str,
+        objective: Objective,
+        images: Callable[[NDArray[np.int64]], Tensor],
+        config: PGDConfig,
+        *more_seed: int,
+        progress: Callable[[int], object] | None = None,
+    ) -> NDArray[np.float32]:
+        """(N, D): embeddings of N images after PGD; the journal keeps each batch.
+
+        Args:
+            name: what the journal calls it.
+            objective: of all N.
+            images: those at some of the places 0..N-1, by which random starts are drawn.
+            config: the search.
+            more_seed: keeps the starts apart from those of the configuration's seed alone.
+            progress: called with a number of images that are done, N in all.
+        """
+        parts = []
+        for rows_M in self.batches(np.arange(len(objective.rows[0]))):
+
+            def move(rows_M: NDArray[np.int64] = rows_M) -> Found:
+                some = objective.take(torch.from_numpy(rows_M).to(self.device))
+                seed = (self.config.seed, *more_seed)
+                found = pgd(some, images(rows_M), config, seed=seed, positions=rows_M.tolist())
+                return {"emb": self.embed(found.images_BCHW)}
+
+            parts.append(self.journal.once(f"{name} {rows_M[0]}", move)["emb"])
+            if progress is not None:
+                progress(len(rows_M))
+        return np.concatenate(parts)
 
     def narrow(self, number: int) -> tuple["Victim", NDArray[np.int64]]:
         """The same with a seeded draw of its queries, and their places among them."""

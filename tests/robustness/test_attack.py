@@ -17,6 +17,7 @@ from flowerray.robustness.attack import (
     Robustness,
     Score,
     attack,
+    attack_gallery,
     bits,
     collapse,
     images_to_attack,
@@ -24,7 +25,6 @@ from flowerray.robustness.attack import (
 )
 from flowerray.robustness.audit import Auditor
 from flowerray.robustness.config import AttackConfig
-from flowerray.robustness.gallery import attack_gallery
 from flowerray.robustness.score import ers
 from flowerray.robustness.verification import attack_pairs, pairs_of_queries, query_pair_accuracy
 from flowerray.robustness.victim import choose_queries
@@ -96,7 +96,6 @@ def test_what_fell_at_a_smaller_radius_stays_down(monkeypatch: pytest.MonkeyPatc
         return real(*given, epsilon=64 if epsilon == 64 else 0, **options)
 
     monkeypatch.setattr(bank, "run", run)
-    monkeypatch.setattr(bank, "admissible", lambda c, *_: c.new_ones(len(c), dtype=torch.bool))
     result = attack(victim_of(config=QUICK.model_copy(update={"eps": (0.0, 64.0, 200.0)})))
     assert result.worst[200].recall_at_1 == result.worst[64].recall_at_1 < 0.1
     assert result.alone[200].recall_at_1 == result.clean.recall_at_1
@@ -130,7 +129,8 @@ def test_only_what_lies_within_the_budget_counts(monkeypatch: pytest.MonkeyPatch
     inside = [bank.admissible(clean, other, norm, 4 / 255).tolist() for norm in ("linf", "l2")]
     assert inside == [[True, False, False, False, True], [False, False, False, False, True]]
 
-    monkeypatch.setattr(bank, "run", lambda name, embedder, images, *_, **__: 1 - images)
+    for name in QUICK.attacks:
+        monkeypatch.setitem(bank._ATTACKS, name, lambda batch: 1 - batch.images_BCHW)
     result = attack(victim_of(config=QUICK))
     assert result.worst[16].recall_at_1 == result.clean.recall_at_1
 
@@ -184,14 +184,14 @@ def test_the_step_size_adapts_wherever_robustness_is_measured(
         taken.setdefault(module, set()).add(given[2].alpha_ratio)
         return pgd(*given, **options)
 
-    for module in ("robustness.verification", "robustness.gallery", "robustness.audit"):
+    for module in ("robustness.victim", "robustness.audit"):
         monkeypatch.setattr(f"flowerray.{module}.pgd", partial(spy, module))
     config = QUICK.model_copy(update={"alpha_ratio": 1.5, "eps": (0.0, 16.0)})
     victim, _, pairs = pairs_here(config)
     attack_pairs(victim, pairs)
     attack_gallery(victim, 16.0)
     Auditor(victim, attack(victim)).huge()
-    assert list(taken.values()) == 3 * [{None}]
+    assert list(taken.values()) == 2 * [{None}]
     for name, ratio in (("margin", None), ("shift", None), ("pgd", 1.5)):
         monkeypatch.setattr("flowerray.attacks.bank.pgd", partial(spy, name))
         perturb(victim, name, np.arange(4), 16.0)
@@ -218,7 +218,7 @@ def test_examples_are_queries_that_fell() -> None:
     assert 0 < len(examples) <= 6 and len({e.query for e in examples}) == len(examples)
     for example in examples:
         label = victim.labels_Q[example.query]
-        assert victim.gallery_labels_G[example.before_K[0]] == label
+        assert victim.gallery_labels_G[result.nearest_QK[example.query, 0]] == label
         assert victim.gallery_labels_G[example.after_K[0]] != label and example.margin > 0
         change = (example.adversarial_CHW - example.clean_CHW).abs().max()
         assert 0 < change <= 64 / 255 + 1e-6
@@ -304,8 +304,6 @@ def test_an_attacked_gallery() -> None:
     def perturbed(side: str) -> Robustness:
         return attack(victim_of(config=QUICK.model_copy(update={"perturb": side})))
 
-    victim = victim_of(config=QUICK)
-    assert np.array_equal(attack_gallery(victim, 0), victim.gallery_GD)
     alone, both, query = map(perturbed, ("gallery", "both", "query"))
     assert alone.worst[64].recall_at_1 < 0.5 < alone.worst[0].recall_at_1
     assert alone.images == {"fgsm": 0, "margin": 0, "apgd-ce": 0}
