@@ -40,7 +40,7 @@ FLOORS = [
     " chapters command",
     "report: gather numbers sections attacked evidence command",
     "cluster: session worker trainer watch driver tasks embedding",
-    "tuning: space pictures trial config database study searcher heads confirm command",
+    "tuning: space trial config pictures database study searcher heads confirm command",
     "comparison: plan pictures command",
     "backbones: bench remote pictures command",
     "export: portable card command",

@@ -352,7 +352,10 @@ def published_top1(name: str, published: dict[str, float]) -> float | None:
 
 
 def recommend(
-    rows: Sequence[dict[str, Any]], max_latency_ms: float | None, max_params: float | None
+    rows: Sequence[dict[str, Any]],
+    max_latency_ms: float | None,
+    max_params: float | None,
+    split: str = "val",
 ) -> dict[str, Any]:
     """The model with the highest R@1 (then MAP@R, then the lowest latency) within a budget.
 
@@ -360,6 +363,7 @@ def recommend(
         rows: as in backbones.json; those with random weights are never recommended.
         max_latency_ms: of one image alone, in milliseconds.
         max_params: in millions.
+        split: whose queries were searched.
 
     Returns:
         `model` (None where none qualifies) and `why`, a sentence.
@@ -371,26 +375,25 @@ def recommend(
         limits.append(f"at most {max_params:g} M parameters")
     budget = " and ".join(["trained weights", *limits])
     trained = [row for row in rows if row["weights"] != "random"]
-    if not trained:
-        return {
-            "model": None,
-            "why": "Every model here has random weights, and their accuracy says nothing of "
-            "trained ones, so none is recommended.",
-        }
     within = [
         row for row in trained
         if (max_latency_ms is None or row["latency_ms"] <= max_latency_ms)
         and (max_params is None or row["params"] <= max_params * 1e6)
     ]  # fmt: skip
-    if not within:
-        return {
-            "model": None,
-            "why": f"There is no model with {budget}: raise the budget or name smaller models.",
-        }
-    best = max(
-        within,
-        key=lambda r: (r["recall_at_1"]["mean"], r["map_at_r"]["mean"], -r["latency_ms"]),
-    )
-    number = f"has the highest R@1 of {len(within)} models"
-    why = f"It {'is the only model' if len(within) == 1 else number} with {budget}."
-    return {"model": best["model"], "why": why}
+    best = None
+    if split == "test":
+        why = "A model chosen on test would not be tested any more: "
+        why += "leave --split test out for a recommendation."
+    elif not trained:
+        why = "Every model here has random weights, and their accuracy says nothing of "
+        why += "trained ones, so none is recommended."
+    elif not within:
+        why = f"There is no model with {budget}: raise the budget or name smaller models."
+    else:
+        best = max(
+            within,
+            key=lambda r: (r["recall_at_1"]["mean"], r["map_at_r"]["mean"], -r["latency_ms"]),
+        )["model"]
+        number = f"has the highest R@1 of {len(within)} models"
+        why = f"It {'is the only model' if len(within) == 1 else number} with {budget}."
+    return {"model": best, "why": why}

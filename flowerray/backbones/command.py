@@ -40,7 +40,6 @@ def survey_backbones(
     cpus: float = 1,
     gpus: float = 0,
     quiet: bool = False,
-    in_process: bool = False,
 ) -> dict[str, Any]:
     """Measures models, draws them, and logs the result to MLflow.
 
@@ -55,7 +54,6 @@ def survey_backbones(
         cpus: cores of each model's accuracy task.
         gpus: GPUs of each; 0 = CPU.
         quiet: no progress.
-        in_process: never start Ray.
 
     Returns:
         The content of backbones.json.
@@ -82,12 +80,13 @@ def survey_backbones(
     def file(name: str) -> Path:
         return out / "models" / f"{name}.json"
 
-    kept = {name: row for name in names if (row := read_kept(file(name)))}
-    kept = {n: r for n, r in kept.items() if config.random_weights or r["weights"] != "random"}
-    if config.files is not None:  # the user's files come before all else, and may be new
-        kept = {
-            n: r for n, r in kept.items() if r.get("weight_file") == stamp(weight_file(n, config))
-        }
+    def holds(name: str, row: dict[str, Any]) -> bool:
+        if config.files is not None:  # the user's files come before all else, and may be new
+            if row.get("weight_file") != stamp(weight_file(name, config)):
+                return False
+        return config.random_weights or bool(row["weights"] != "random")
+
+    kept = {n: row for n in names if (row := read_kept(file(n))) and holds(n, row)}
     skipped: dict[str, str] = {}
 
     def keep(row: dict[str, Any]) -> None:
@@ -99,7 +98,7 @@ def survey_backbones(
             write_json(file(row["model"]), row)
 
     todo = [name for name in names if name not in kept]
-    assess_all(todo, config, data, keep, cpus=cpus, gpus=gpus, quiet=quiet, in_process=in_process)
+    assess_all(todo, config, data, keep, cpus=cpus, gpus=gpus, quiet=quiet)
     measured = [name for name in names if name in kept]
     if not measured:
         name = next(name for name in names if name in skipped)
@@ -108,7 +107,7 @@ def survey_backbones(
             f"{skipped[name].partition(': ')[0].rstrip('.')}): give weight files with `files`, or "
             "measure all the same with `random_weights`."
         )
-    speeds = timed(measured, config, out, gpus, quiet, in_process)
+    speeds = timed(measured, config, out, gpus, quiet)
     rows = [
         kept[name] | speeds["models"][name] | {"imagenet_top1": published_top1(name, published)}
         for name in measured
@@ -134,13 +133,7 @@ def survey_backbones(
         "models": rows,
         "skipped": [{"model": n, "why": skipped[n]} for n in names if n in skipped],
         "budget": {"max_latency_ms": max_latency_ms, "max_params": max_params},
-        "recommended": recommend(rows, max_latency_ms, max_params)
-        if config.split != "test"
-        else {
-            "model": None,
-            "why": "A model chosen on test would not be tested any more: "
-            "leave --split test out for a recommendation.",
-        },
+        "recommended": recommend(rows, max_latency_ms, max_params, config.split),
     }
     write_json(out / "backbones.json", content)
     write_table(rows, out / "backbones.csv")
@@ -172,12 +165,7 @@ def check_folder(out: Path, options: dict[str, Any]) -> None:
 
 
 def timed(
-    names: Sequence[str],
-    config: BackbonesConfig,
-    out: Path,
-    gpus: float,
-    quiet: bool,
-    in_process: bool,
+    names: Sequence[str], config: BackbonesConfig, out: Path, gpus: float, quiet: bool
 ) -> dict[str, Any]:
     """The speeds of these models against each other: those in `out`, if they are of exactly these
     models, rounds and batches, else measured.
@@ -187,8 +175,7 @@ def timed(
              "gpu": gpus > 0}  # fmt: skip
     if (known := read_kept(file)) and known.get("asked") == asked:
         return known
-    speeds = time_alone(names, config, gpus=gpus, quiet=quiet, in_process=in_process)
-    speeds["asked"] = asked
+    speeds = time_alone(names, config, gpus, quiet) | {"asked": asked}
     write_json(file, speeds)
     return speeds
 

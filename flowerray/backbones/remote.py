@@ -16,10 +16,9 @@ from flowerray.cluster.session import ray_session, require_gpus
 from flowerray.cluster.tasks import run_tasks
 from flowerray.cluster.trainer import innermost
 from flowerray.cluster.worker import pick_device
-from flowerray.data.images import resize_side
 from flowerray.data.source import DataConfig, open_dataset
-from flowerray.data.store import build_store
 from flowerray.errors import UserError
+from flowerray.opening import store_builder
 
 Keep = Callable[[dict[str, Any]], None]
 """Gets each model's row as soon as it is there; see `assess_one`."""
@@ -34,7 +33,6 @@ def assess_all(
     cpus: float,
     gpus: float = 0,
     quiet: bool = False,
-    in_process: bool = False,
 ) -> None:
     """Assesses every model, as many at a time as there is room for; see `run_tasks`.
 
@@ -42,13 +40,12 @@ def assess_all(
         keep: called here, in the order in which models are done.
         cpus: cores (and threads) of each; less than 1 shares a core.
         gpus: GPUs of each, also a fraction; 0 = on the CPU.
-        in_process: never start Ray.
 
     Raises:
         UserError: fewer GPUs here than asked for; Ray does not start.
     """
     require_gpus(gpus)
-    work = (config.model_dump(), data.model_dump(), "cuda" if gpus else "cpu")
+    device = "cuda" if gpus else "cpu"
     with tqdm(total=len(names), unit="model", desc="accuracy", disable=quiet or None) as bar:
 
         def ended(name: str, outcome: Any) -> None:
@@ -58,23 +55,19 @@ def assess_all(
             bar.set_postfix_str(name)
             bar.update()
 
-        calls = {name: (name, *work) for name in names}
-        run_tasks(assess_one, calls, ended, cpus=cpus, gpus=gpus, in_process=in_process)
+        calls = {name: (name, config, data, device) for name in names}
+        run_tasks(assess_one, calls, ended, cpus=cpus, gpus=gpus)
 
 
 def assess_one(
-    name: str, config: dict[str, Any], data: dict[str, Any], device: str, threads: int
+    name: str, config: BackbonesConfig, data: DataConfig, device: str, threads: int
 ) -> dict[str, Any]:
     """The task: the row of `assess`, or `model` and `skipped`, the reason why there is none."""
     torch.set_num_threads(threads)
-    chosen = BackbonesConfig(**config)
+    build = store_builder(config.image_size, quiet=True)
     try:
-        dataset = open_dataset(DataConfig(**data), progress=False)
-        return assess(
-            name, dataset,
-            lambda paths: build_store(paths, resize_side(chosen.image_size), progress=False),
-            chosen, pick_device(device),
-        )  # fmt: skip
+        dataset = open_dataset(data, progress=False)
+        return assess(name, dataset, build, config, pick_device(device))
     except UserError as error:
         return {"model": name, "skipped": str(error)}
     except Exception as error:  # timm's models fail in many ways; the others are measured
@@ -82,12 +75,7 @@ def assess_one(
 
 
 def time_alone(
-    names: Sequence[str],
-    config: BackbonesConfig,
-    *,
-    gpus: float = 0,
-    quiet: bool = False,
-    in_process: bool = False,
+    names: Sequence[str], config: BackbonesConfig, gpus: float, quiet: bool
 ) -> dict[str, Any]:
     """Times every model, with nothing of ours running beside it: in this process, or, with a
     cluster in `RAY_ADDRESS`, in one task that takes a whole node.
@@ -96,8 +84,8 @@ def time_alone(
         `device`, `threads` and `models`, the result of `time_models`.
     """
     device = "cuda" if gpus else "cpu"
-    if in_process or "RAY_ADDRESS" not in os.environ:
-        return time_here(list(names), config.model_dump(), device, None, quiet)
+    if "RAY_ADDRESS" not in os.environ:
+        return time_here(names, config, device, None, quiet)
     with ray_session(min_cpus=1) as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         fit = [node.get("CPU", 0) for node in nodes if not gpus or node.get("GPU")]
@@ -110,7 +98,7 @@ def time_alone(
         if not quiet:
             print(f"timing {len(names)} models on a node of {cpus:g} CPUs", file=sys.stderr)
         task = ray.remote(time_here).options(num_cpus=cpus, num_gpus=1 if gpus else 0)
-        reference = task.remote(list(names), config.model_dump(), device, max(1, int(cpus)), True)
+        reference = task.remote(names, config, device, max(1, int(cpus)), True)
         try:
             found: dict[str, Any] = ray.get(reference)
         except Exception as error:
@@ -121,15 +109,14 @@ def time_alone(
 
 
 def time_here(
-    names: list[str], config: dict[str, Any], device: str, threads: int | None, quiet: bool
+    names: Sequence[str], config: BackbonesConfig, device: str, threads: int | None, quiet: bool
 ) -> dict[str, Any]:
     """See `time_alone`; `OMP_NUM_THREADS` decides the threads where it is set."""
     if threads is not None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
-    chosen, place = BackbonesConfig(**config), pick_device(device)
-    total = chosen.rounds * len(names)
+    place, total = pick_device(device), config.rounds * len(names)
     with tqdm(total=total, unit="visit", desc="timing", disable=quiet or None) as bar:
-        models = time_models(names, chosen, place, bar.update)
+        models = time_models(names, config, place, bar.update)
     gpu = torch.cuda.get_device_name(place) if place.type == "cuda" else None
     return {
         "device": gpu or f"CPU ({platform.machine()}, {os.cpu_count()} cores)",

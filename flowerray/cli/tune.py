@@ -33,7 +33,7 @@ def tune(words: list[str]) -> int:
     from flowerray.files import as_json
     from flowerray.training import harden
     from flowerray.training.run import PRESETS, Run
-    from flowerray.tuning.command import SpaceOptions, TrialResources, new_study, resume_study
+    from flowerray.tuning.command import TrialResources, new_study, resume_study
     from flowerray.tuning.command import tune as search
     from flowerray.tuning.config import StudyConfig
     from flowerray.tuning.pictures import study_table
@@ -94,10 +94,10 @@ def tune(words: list[str]) -> int:
         run = run.model_copy(update={"harden": harden.HardenConfig(**content)})
     if old is None:
         space = harden.space if options.hardened else {}
-        fixed = frozenset(given(words, [*file.space, *COMMON, *HEAD, *DIM, *space]))
+        fixed = given(words, [*file.space, *COMMON, *HEAD, *DIM, *space])
+        more = {**space, **(DIM if options.search_dim else {})}
         out = (options.out or default_out(f"tune-{method}")).expanduser().absolute()
-        choices = SpaceOptions(fixed, options.search_dim, space)
-        study = new_study(run, out, config, resources, choices)
+        study = new_study(run, out, config, resources, fixed, more)
     else:
         study = old
         known = " ".join(old.knobs)

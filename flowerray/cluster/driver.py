@@ -17,12 +17,12 @@ from flowerray.cluster.trainer import innermost, train_on_workers
 from flowerray.cluster.watch import Watcher
 from flowerray.cluster.worker import (
     build_method,
-    class_names,
     keep_features,
     pick_device,
     refuse_changed,
-    split_store,
+    split_stores,
     train_worker,
+    trained_classes,
 )
 from flowerray.data.source import open_dataset, refuse_inside
 from flowerray.errors import UserError
@@ -147,7 +147,7 @@ def check_run(run: Run, quiet: bool = False, resume: bool = False) -> tuple[dict
             f"the val split of {dataset.root} has a single class, in which every search is right: "
             f"protocol {dataset.protocol} needs more classes (disjoint 8)."
         )
-    trained_classes, targets_N = np.unique(dataset.split_labels("train"), return_inverse=True)
+    classes, targets_N = trained_classes(dataset)
     config = run.train
     sampler = make_sampler(config, targets_N)
     if sampler.repeats > MANY_REPEATS * config.images_per_class and not quiet:
@@ -187,13 +187,11 @@ def check_run(run: Run, quiet: bool = False, resume: bool = False) -> tuple[dict
         raise UserError("`embedder.start` pca needs the features that `embedder.train` head keeps.")
     if run.embedder.start == "pca" and run.init is not None:
         raise UserError("`init` brings a projection: leave `embedder.start` pca out.")
-    method, embedder = build_method(run, len(trained_classes))
+    method, embedder = build_method(run, len(classes))
     layer_shares(method.embedder, config.layer_decay)
     if run.init is not None and not resume:  # which has its own weights
-        checkpoint.initialise(method, embedder, run.init, class_names(dataset, trained_classes))
-    for split in ("train", "val"):
-        if split in dataset.splits:
-            split_store(dataset, split, run.embedder.image_size, progress=not quiet)
+        checkpoint.initialise(method, embedder, run.init, classes)
+    split_stores(run, dataset, progress=not quiet)
     alone = run.resources.workers <= 1 and "RAY_ADDRESS" not in os.environ
     if run.embedder.train == "head" and alone:
         keep_features(run, embedder.to(pick_device(run.resources.device)), dataset, not quiet)

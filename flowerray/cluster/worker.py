@@ -51,6 +51,18 @@ def split_store(dataset: Dataset, split: str, image_size: int, progress: bool = 
     return build_store(paths, resize_side(image_size), progress=progress)
 
 
+def split_stores(run: Run, dataset: Dataset, progress: bool = False) -> dict[str, Store]:
+    """Those that a run trains on: train and, where there is one, val."""
+    splits = [split for split in ("train", "val") if split in dataset.splits]
+    return {s: split_store(dataset, s, run.embedder.image_size, progress) for s in splits}
+
+
+def trained_classes(dataset: Dataset) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Names of the classes that are trained, and (N,) the training images' places among them."""
+    classes_C, targets_N = np.unique(dataset.split_labels("train"), return_inverse=True)
+    return tuple(dataset.classes[c] for c in classes_C), targets_N
+
+
 def build_method(
     run: Run, num_classes: int, embedder: Embedder | None = None
 ) -> tuple[Method, Embedder]:
@@ -91,11 +103,6 @@ def refuse_changed(known: str | None, tags: Mapping[str, str], root: Path | None
         )
 
 
-def class_names(dataset: Dataset, classes: NDArray[np.int64]) -> tuple[str, ...]:
-    """The names of some classes."""
-    return tuple(dataset.classes[c] for c in classes)
-
-
 def train_worker(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str, Any]:
     """Trains one run as one of `reporter.world` workers; returns a summary as plain data.
 
@@ -118,17 +125,12 @@ def train_worker(run: Run, reporter: FolderReporter, device: torch.device) -> di
 def _train(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str, Any]:
     saved, head = reporter.restore(), run.embedder.train == "head"
     dataset = open_dataset(run.data, progress=False)
-    trained_classes, targets_N = np.unique(dataset.split_labels("train"), return_inverse=True)
-    train_store = split_store(dataset, "train", run.embedder.image_size)
-    val_store = None
-    if "val" in dataset.splits:
-        val_store = split_store(dataset, "val", run.embedder.image_size)
-    stores = [train_store] if val_store is None else [train_store, val_store]
-    seen = np.unique(np.concatenate([store.checks_N for store in stores]))
-    method, embedder = build_method(run, len(trained_classes))
+    classes, targets_N = trained_classes(dataset)
+    stores = split_stores(run, dataset)
+    seen = np.unique(np.concatenate([store.checks_N for store in stores.values()]))
+    method, embedder = build_method(run, len(classes))
     if run.init is not None and (saved is None or head):  # a head's checkpoint has no backbone
-        names = class_names(dataset, trained_classes)
-        checkpoint.initialise(method, embedder, run.init, names)
+        checkpoint.initialise(method, embedder, run.init, classes)
     if saved is not None:
         refuse_changed(checkpoint.trained_on(saved), dataset.tags, dataset.root)
     method, embedder = method.to(device), embedder.to(device)
@@ -139,9 +141,9 @@ def _train(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str
             start_from_pca(embedder.projection, torch.from_numpy(kept.views_NVF[:, 0]))
         data = head_data(kept, embedder)
     else:
-        train_store = resident(train_store, device)
-        val_store = None if val_store is None else resident(val_store, device)
-        data = Data(train_store, targets_N, validation(run, dataset, train_store, val_store))
+        stores = {split: resident(store, device) for split, store in stores.items()}
+        validate = validation(run, dataset, stores["train"], stores.get("val"))
+        data = Data(stores["train"], targets_N, validate)
         if not run.embedder.freeze_bn and reporter.world > 1:
             method = convert_sync_batchnorm(method)
     facts = noted(run, dataset)
@@ -149,10 +151,9 @@ def _train(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str
         result = train(run.train, run.augment, run.harden, method, data, reporter, facts)
     if reporter.rank != 0:
         return {}
-    known_QF = kept and kept.val_QF
     return finish(
-        run, reporter.dir, method, embedder, dataset, trained_classes, val_store, known_QF, result,
-        seen,
+        run, reporter.dir, method, embedder, dataset, stores.get("val"), kept and kept.val_QF,
+        result, seen,
     )  # fmt: skip
 
 
@@ -214,23 +215,18 @@ def keep_features(run: Run, embedder: Embedder, dataset: Dataset, progress: bool
         embedder: on its device.
         progress: show how far it is.
     """
-    stores = {
-        split: split_store(dataset, split, run.embedder.image_size)
-        for split in ("train", "val")
-        if split in dataset.splits
-    }
-    total = len(stores["train"]) * (1 + run.data.views) + len(stores.get("val", ()))
+    stores, views = split_stores(run, dataset), run.data.views
+    total = len(stores["train"]) * (1 + views) + len(stores.get("val", ()))
     bar = tqdm(total=total, unit="img", desc="features", disable=None if progress else True)
-    views = run.data.views
     with bar:
         views_NVF = kept_views(embedder, stores["train"], run.augment, views, progress=bar.update)
         val_QF = None
         if "val" in stores:
             val_QF = kept_embeddings(embedder, stores["val"], frozen=True, progress=bar.update)
-    trained_classes, targets_N = np.unique(dataset.split_labels("train"), return_inverse=True)
+    classes, targets_N = trained_classes(dataset)
     return Kept(
         dataset.tags["dataset/fingerprint"],
-        class_names(dataset, trained_classes),
+        classes,
         views_NVF,
         dataset.split_labels("train"),
         targets_N,
@@ -268,7 +264,6 @@ def finish(
     method: Method,
     embedder: Embedder,
     dataset: Dataset,
-    trained_classes: NDArray[np.int64],
     val_store: Store | None,
     known_QF: NDArray[np.float32] | None,
     result: Result,
@@ -307,7 +302,7 @@ def finish(
     file = methods.get(run.method_name)
     kind = "robust" if run.harden.on else "best"
     model = folder.path / f"{kind}_model_{file.export_name}.pth"
-    classes = class_names(dataset, trained_classes)
+    classes, _ = trained_classes(dataset)
     used = run.train.model_copy(update={"precision": result.precision})  # what auto came to
     facts = noted(run.model_copy(update={"train": used}), dataset)
     facts["calibration"], facts["seen"] = calibration, seen.astype(">u4").tobytes().hex()

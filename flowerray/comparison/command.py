@@ -37,6 +37,7 @@ from flowerray.retrieval.measure import EvaluateConfig, Evaluation, as_record
 from flowerray.tracking import sync
 from flowerray.training.run import Run
 from flowerray.training.rundir import RunDir
+from flowerray.tuning.study import refuse_existing
 
 ELSEWHERE = ("cpus", "gpus")
 """Where trainings run; it does not change the comparison, so a resume may change it."""
@@ -112,7 +113,14 @@ def run_comparison(
             "flowerray": VERSION,
             "torch": torch.__version__,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "budget": budget(config, trials),
+            "budget": {
+                "backbone": config.embedder.backbone,
+                "image_size": config.embedder.image_size,
+                "dim": config.embedder.dim,
+                "images": config.images,
+                "seeds": config.seeds,
+                "trials": trials,
+            },
             "protocols": {
                 protocol: protocol_results(config, protocol, entries, costs, out, quiet)
                 for protocol in config.protocols
@@ -164,10 +172,7 @@ def open_folder(config: CompareConfig, out: Path, resume: bool) -> None:
     options = out / "options.json"
     stored = config.model_dump(mode="json")
     if not resume:
-        if out.exists():
-            raise UserError(
-                f"{out} exists already: choose another `out`, or continue it with `resume` {out}."
-            )
+        refuse_existing(out)
         with writing(out):
             write_json(options, stored)
         return
@@ -241,18 +246,6 @@ def record_of(
     measurement = run_measure(model.embedder, dataset, EvaluateConfig(), quiet)
     keep(model, measurement, dataset.root, time.perf_counter() - began)
     return read_json(file)
-
-
-def budget(config: CompareConfig, trials: int) -> dict[str, Any]:
-    """What every method was given."""
-    return {
-        "backbone": config.embedder.backbone,
-        "image_size": config.embedder.image_size,
-        "dim": config.embedder.dim,
-        "images": config.images,
-        "seeds": config.seeds,
-        "trials": trials,
-    }
 
 
 def means(content: dict[str, Any]) -> dict[str, float]:

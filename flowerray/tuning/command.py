@@ -5,10 +5,10 @@ confirmation.
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -30,7 +30,7 @@ from flowerray.tuning.confirm import confirm
 from flowerray.tuning.heads import search_heads
 from flowerray.tuning.pictures import plot_study, write_rows
 from flowerray.tuning.searcher import make_scheduler, make_searcher
-from flowerray.tuning.space import search_space
+from flowerray.tuning.space import Knobs, search_space
 from flowerray.tuning.study import Study, refuse_existing
 from flowerray.tuning.trial import trial
 
@@ -60,20 +60,6 @@ class TrialResources(Config):
     time_limit: float | None = Field(None, gt=0)
     """Minutes after which the search ends, and the confirmation begins."""
 
-    def check(self) -> None:
-        """Raises UserError where the workers cannot share what a trial gets."""
-        workers, gpus = self.workers_per_trial, self.gpus_per_trial
-        if workers > 1 and gpus % workers:
-            raise UserError(
-                f"`gpus_per_trial` {gpus:g} cannot be shared by {workers} workers: give each a "
-                "whole GPU, or none."
-            )
-        if gpus > workers:
-            raise UserError(
-                f"`gpus_per_trial` {gpus:g}: a worker uses one GPU; give `workers_per_trial` "
-                f"{math.ceil(gpus)} too."
-            )
-
     @property
     def of_a_run(self) -> ResourcesConfig:
         """The same for `Run.resources`."""
@@ -85,21 +71,18 @@ class TrialResources(Config):
         )
 
 
-class SpaceOptions(NamedTuple):
-    """What the user said of the space."""
-
-    fixed: frozenset[str] = frozenset()
-    """Dotted fields given on the command line; they are not searched."""
-    dim: bool = False
-    """Search the embedding size."""
-    more: dict[str, dict[str, Any]] | None = None
-    """Further knobs (hardening's)."""
-
-
 def new_study(
-    run: Run, out: Path, config: StudyConfig, resources: TrialResources, choices: SpaceOptions
+    run: Run,
+    out: Path,
+    config: StudyConfig,
+    resources: TrialResources,
+    fixed: Iterable[str] = (),
+    more: Knobs | None = None,
 ) -> Study:
     """The study of a new folder.
+
+    Args:
+        fixed, more: see `search_space`.
 
     Raises:
         UserError: the folder is there already; nothing to search; options that exclude each other;
@@ -124,15 +107,8 @@ def new_study(
     if "val" not in dataset.splits:
         raise UserError(f"a search needs a val split, and protocol {dataset.protocol} has none.")
     labels = dataset.split_labels("train")
-    knobs = search_space(
-        run,
-        choices.fixed,
-        len(np.unique(labels)),
-        len(labels),
-        workers=resources.workers_per_trial,
-        dim=choices.dim,
-        more=choices.more,
-    )
+    classes, workers = len(np.unique(labels)), resources.workers_per_trial
+    knobs = search_space(run, fixed, classes, len(labels), workers=workers, more=more)
     run = run.model_copy(update={"resources": resources.of_a_run})
     tags, steps = check_run(run)
     # Trials of other batches draw as many images, and so does the default that they are held to.
@@ -160,12 +136,22 @@ def resume_study(study: Study, resources: TrialResources, quiet: bool = False) -
 
 def check_resources(run: Run, resources: TrialResources) -> None:
     """Raises UserError where a trial of this run cannot get or use its resources."""
-    resources.check()
-    require_gpus(resources.gpus_per_trial, "`gpus_per_trial`")
-    if resources.workers_per_trial > 1 and run.embedder.train == "head":
+    workers, gpus = resources.workers_per_trial, resources.gpus_per_trial
+    if workers > 1 and gpus % workers:
         raise UserError(
-            f"`workers_per_trial` {resources.workers_per_trial}: a trial of a head takes a second "
-            "of one worker; leave it out."
+            f"`gpus_per_trial` {gpus:g} cannot be shared by {workers} workers: give each a "
+            "whole GPU, or none."
+        )
+    if gpus > workers:
+        raise UserError(
+            f"`gpus_per_trial` {gpus:g}: a worker uses one GPU; give `workers_per_trial` "
+            f"{math.ceil(gpus)} too."
+        )
+    require_gpus(gpus, "`gpus_per_trial`")
+    if workers > 1 and run.embedder.train == "head":
+        raise UserError(
+            f"`workers_per_trial` {workers}: a trial of a head takes a second of one worker; leave "
+            "it out."
         )
 
 

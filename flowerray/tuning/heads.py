@@ -23,12 +23,11 @@ from flowerray.training.loop import images_a_step, make_sampler, train
 from flowerray.training.progress import DivergedError
 from flowerray.training.run import Run
 from flowerray.tuning.database import STOPPED
+from flowerray.tuning.searcher import REDUCTION
 from flowerray.tuning.space import defaults, with_params
 from flowerray.tuning.study import Study
 from flowerray.tuning.trial import MAP_AT_R, OUT_OF_MEMORY, WORST, reason_of, refuse_collapse
 
-REDUCTION = 3
-"""ASHA lets the best third go on."""
 SAID_EVERY = 20
 """Trials between two lines, where none was better."""
 

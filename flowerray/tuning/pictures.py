@@ -23,6 +23,7 @@ from flowerray.show.style import (
 )
 from flowerray.statistics import front
 from flowerray.text import labelled, typed
+from flowerray.tuning.config import label
 
 FEWEST = 4
 """Trials below which nothing can be said of a knob's importance."""
@@ -280,8 +281,6 @@ def _scatter(axes: Any, rows: Sequence[Row], places: Sequence[float], label: str
 
 # ---- the table
 
-_SHORT = {"val/map_at_r": "val MAP@R", "val/adversarial_recall_at_1": "adversarial R@1"}
-
 
 def study_table(result: Mapping[str, Any]) -> str:
     """The result of a study in 80 columns: the best configuration beside the default, and the gain
@@ -293,7 +292,7 @@ def study_table(result: Mapping[str, Any]) -> str:
     rows += [[n, _short(v), _short(result["default"][n])] for n, v in result["best"].items()]
     rows.append(["", "", ""])
     for name, value in result["searched"].items():
-        rows.append([f"{_SHORT.get(name, name)} in the search", f"{value:.3f}", ""])
+        rows.append([f"{label(name)} in the search", f"{value:.3f}", ""])
     confirmed = result.get("confirmed", {})
     rows += _confirmed(result["objectives"], confirmed)
     lines = [
@@ -341,7 +340,7 @@ def _confirmed(objectives: Sequence[str], confirmed: Mapping[str, Any]) -> list[
     for name in objectives if confirmed else ():
         values = (confirmed.get(side, {}).get(name) for side in _SIDES)
         means = ("" if v is None else f"{sum(v) / len(v):.3f}" for v in values)
-        rows.append([f"{_SHORT.get(name, name)}, {len(confirmed['seeds'])} fresh seeds", *means])
+        rows.append([f"{label(name)}, {len(confirmed['seeds'])} fresh seeds", *means])
         if "gain" in confirmed:
             gain = confirmed["gain"][name]
             rows.append(["gain", words(gain, "+.3f"), "" if gain["low"] is None else "(95 %)"])

@@ -46,10 +46,9 @@ def search_space(
     num_images: int,
     *,
     workers: int = 1,
-    dim: bool = False,
     more: Mapping[str, dict[str, Any]] | None = None,
 ) -> Knobs:
-    """The knobs of a study: the method's own, the common ones, and what is asked for.
+    """The knobs of a study: the method's own, the common ones, and further ones.
 
     The base's own value is always inside, so that the search can begin with it.
 
@@ -58,16 +57,13 @@ def search_space(
         fixed: dotted fields that the user chose; they are not searched.
         num_classes, num_images: of the training split; batches that cannot be formed are left out.
         workers: of a trial; a batch is shared equally.
-        dim: search the embedding size too.
-        more: further knobs (hardening's).
+        more: further knobs that are asked for (hardening's, `DIM`).
 
     Raises:
         UserError: nothing is left to search.
     """
     common = HEAD if base.embedder.train == "head" else COMMON
     declared: Knobs = {**methods.get(base.method_name).space, **common, **(more or {})}
-    if dim:
-        declared |= DIM
     left_out = {*fixed, *(["embedder.start"] if base.init else [])}  # which has a projection
     knobs = {
         name: dict(knob)

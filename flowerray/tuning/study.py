@@ -13,6 +13,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NotRequired
@@ -60,28 +61,27 @@ class Stored(TypedDict):
     searched: NotRequired[bool]
 
 
+@dataclass(eq=False)
 class Study:
     """One study, open in its driver."""
 
-    def __init__(self, folder: Path, name: str, base: Run, config: StudyConfig, knobs: Knobs):
-        self.folder = folder
-        self.name = name
-        """Of the study in optuna.db."""
-        self.base = base
-        """The default configuration, which the knobs change."""
-        self.config = config
-        self.knobs = knobs
-        self.distributions = distributions(knobs)
-        self.tags: dict[str, str] = {}
-        """Of the data set, for the trials' MLflow runs."""
-        self.grace = 0
-        """Images that every trial may draw before the pruner looks at it."""
-        self.resources: dict[str, Any] = {}
-        """What a trial gets, for a command that resumes without saying it."""
-        self.searched = False
-        """The time limit ended the search, though trials are missing."""
-        self.fault: UserError | None = None
-        """What keeps optuna.db from being written."""
+    folder: Path
+    name: str
+    """Of the study in optuna.db."""
+    base: Run
+    """The default configuration, which the knobs change."""
+    config: StudyConfig
+    knobs: Knobs
+    resources: dict[str, Any] = field(default_factory=dict)
+    """What a trial gets, for a command that resumes without saying it."""
+    searched: bool = False
+    """The time limit ended the search, though trials are missing."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Of the data set, for the trials' MLflow runs."""
+    grace: int = 0
+    """Images that every trial may draw before the pruner looks at it."""
+    fault: UserError | None = None
+    """What keeps optuna.db from being written."""
 
     @classmethod
     def create(
@@ -95,11 +95,10 @@ class Study:
         """Makes the folder.
 
         Raises:
-            UserError: something is there already, or the place cannot be written.
+            UserError: it cannot be made.
         """
-        refuse_existing(folder)
-        study = cls(folder, f"{folder.name}-{uuid.uuid4().hex[:8]}", base, config, knobs)
-        study.resources = resources or {}
+        name = f"{folder.name}-{uuid.uuid4().hex[:8]}"
+        study = cls(folder, name, base, config, knobs, resources or {})
         with writing(folder):
             folder.mkdir(parents=True)
             study.write()
@@ -114,11 +113,20 @@ class Study:
         """
         missing = f"{folder} is not a study: it has no study.json."
         content = read_json(folder / "study.json", Stored, missing=missing)
-        run, config = Run.from_dict(content["run"]), StudyConfig(**content["study"])
-        study = cls(folder, content["name"], run, config, content["space"])
-        study.resources = content.get("resources", {})
-        study.searched = content.get("searched", False)
-        return study
+        return cls(
+            folder,
+            content["name"],
+            Run.from_dict(content["run"]),
+            StudyConfig(**content["study"]),
+            content["space"],
+            content.get("resources", {}),
+            content.get("searched", False),
+        )
+
+    @cached_property
+    def distributions(self) -> dict[str, Any]:
+        """Optuna's, by knob."""
+        return distributions(self.knobs)
 
     def write(self) -> None:
         """Writes study.json."""

@@ -18,7 +18,7 @@ from flowerray.cluster.worker import pick_device, train_worker
 from flowerray.training.loop import images_a_step
 from flowerray.training.progress import DivergedError, merit
 from flowerray.training.run import Run
-from flowerray.training.rundir import FolderReporter, Record, RunDir, Save
+from flowerray.training.rundir import FolderReporter, Record, RunDir
 
 MAP_AT_R = "val/map_at_r"
 ADVERSARIAL = "val/adversarial_recall_at_1"
@@ -49,10 +49,10 @@ class Story(NamedTuple):
 
 def story(folder: RunDir, objectives: Sequence[str]) -> Story:
     """Reads a trial's RUN folder."""
-    run, records = Run.from_dict(folder.read()), folder.records()
-    images = max((drawn(record, run) for record in records), default=0)
+    run = Run.from_dict(folder.read())
+    images = max((drawn(record, run) for record in folder.records()), default=0)
     try:
-        standings = _standings(folder, run, records, objectives)
+        standings = history(folder, objectives)
     except DivergedError:
         standings = []
     return Story(images, standings, folder.finished)
@@ -66,16 +66,10 @@ def history(folder: RunDir, objectives: Sequence[str]) -> list[dict[str, Any]]:
         DivergedError: the training does not report an objective, or not a finite one.
     """
     run = Run.from_dict(folder.read())
-    return _standings(folder, run, folder.records(), objectives)
-
-
-def _standings(
-    folder: RunDir, run: Run, records: Sequence[Record], objectives: Sequence[str]
-) -> list[dict[str, Any]]:
     selection = run.harden.selection
     standings: list[dict[str, Any]] = []
     best: dict[str, float] | None = None
-    for record in records:
+    for record in folder.records():
         metrics = record["metrics"]
         if "epoch/seconds" not in metrics:
             continue
@@ -131,19 +125,13 @@ class TrialReporter(FolderReporter):
         return checkpoint
 
     def report(
-        self,
-        step: int,
-        epoch: int,
-        metrics: dict[str, float],
-        save: Save | None = None,
-        best: bool = False,
-        beside: bool = False,
+        self, step: int, epoch: int, metrics: dict[str, float], *args: Any, **more: Any
     ) -> None:
         """See `FolderReporter.report`."""
         ends_epoch = "epoch/seconds" in metrics
         if ends_epoch:
             metrics = {**metrics, "trial/report_seconds": self.told_seconds}
-        super().report(step, epoch, metrics, save, best, beside)
+        super().report(step, epoch, metrics, *args, **more)
         if ends_epoch and epoch < self.epochs:
             started = time.perf_counter()
             self.tell(history(self.dir, self.objectives)[-1] if self.rank == 0 else {})

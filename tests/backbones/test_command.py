@@ -17,6 +17,7 @@ from flowerray.data.source import DataConfig
 from flowerray.errors import UserError
 from flowerray.files import read_json
 from flowerray.model.embedder import Embedder, EmbedderConfig
+from flowerray.pool import cores
 
 RANDOM = BackbonesConfig(image_size=32, random_weights=True, batch_size=2, rounds=1)
 TRAINED = RANDOM.model_copy(update={"random_weights": False})
@@ -34,7 +35,7 @@ def setting(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def measure(root: Path, out: Path, *models: str, config: BackbonesConfig = RANDOM, **more: Any
             ) -> dict[str, Any]:  # fmt: skip
     return survey_backbones(
-        models, config, DataConfig(root=root), out, quiet=True, **{"in_process": True, **more}
+        models, config, DataConfig(root=root), out, quiet=True, **{"cpus": cores(), **more}
     )
 
 
@@ -170,7 +171,7 @@ def test_published_top1_and_budget_are_in_the_result(small_set: Path, tmp_path: 
 def test_on_ray_the_accuracy_is_the_same(small_set: Path, tmp_path: Path) -> None:
     models = ("test_resnet", "test_vit", "tf_efficientnet_lite0")
     here = measure(small_set, tmp_path / "here", *models)
-    there = measure(small_set, tmp_path / "there", *models, in_process=False, cpus=0.5)
+    there = measure(small_set, tmp_path / "there", *models, cpus=0.5)
     for a, b in zip(here["models"], there["models"], strict=True):
         assert (a["model"], a["weights"], a["flops"]) == (b["model"], b["weights"], b["flops"])
         assert a["recall_at_1"] == b["recall_at_1"]

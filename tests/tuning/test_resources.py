@@ -10,12 +10,18 @@ import pytest
 from flowerray.cli import dispatch
 from flowerray.errors import UserError
 from flowerray.files import only_driver
-from flowerray.tuning.command import TrialResources, ask_for_nodes, refuse_unequal_shares, room
+from flowerray.tuning.command import (
+    TrialResources,
+    ask_for_nodes,
+    check_resources,
+    refuse_unequal_shares,
+    room,
+)
 from flowerray.tuning.study import Study
 from tests.tuning.studies import make_study, tune_words
 
 
-def test_how_many_trials_a_cluster_holds() -> None:
+def test_how_many_trials_a_cluster_holds(tmp_path: Path) -> None:
     gpus = TrialResources(cpus_per_trial=2, gpus_per_trial=0.5)
     assert room([{"CPU": 16, "GPU": 1}], gpus) == 2
     assert room([{"CPU": 3}], TrialResources()) == 3
@@ -27,10 +33,11 @@ def test_how_many_trials_a_cluster_holds() -> None:
         room([{"CPU": 2}], gpus)
     with pytest.raises(UserError, match=r"cluster of 2 node\(s\) with up to 4 CPUs"):
         room([{"CPU": 4}, {"CPU": 4}], TrialResources(cpus_per_trial=8))
+    run = make_study(tmp_path / "study", tmp_path).base
     with pytest.raises(UserError, match="give `workers_per_trial` 2 too"):
-        TrialResources(gpus_per_trial=2).check()
+        check_resources(run, TrialResources(gpus_per_trial=2))
     with pytest.raises(UserError, match="cannot be shared by 2 workers"):
-        TrialResources(workers_per_trial=2, gpus_per_trial=1).check()
+        check_resources(run, TrialResources(workers_per_trial=2, gpus_per_trial=1))
 
 
 def test_workers_that_cannot_share_every_batch_are_refused(tmp_path: Path) -> None:
@@ -71,7 +78,7 @@ def test_a_machine_with_gpus_trains_on_them(
 ) -> None:
     taken: list[TrialResources] = []
 
-    def stop(run: object, out: Path, config: object, resources: TrialResources, _: object) -> None:
+    def stop(run: object, out: Path, config: object, resources: TrialResources, *_: Any) -> None:
         taken.append(resources)
         raise UserError("enough")
 

@@ -12,6 +12,7 @@ from flowerray.training.harden import HardenConfig
 from flowerray.training.run import Run
 from flowerray.tuning.space import (
     COMMON,
+    DIM,
     defaults,
     distributions,
     search_space,
@@ -64,7 +65,7 @@ def test_a_knob_that_was_given_is_not_searched() -> None:
 
 def test_the_size_is_searched_only_if_asked_for() -> None:
     assert "embedder.dim" not in search_space(base(), (), *FLOWERS)
-    assert "embedder.dim" in search_space(base(), (), *FLOWERS, dim=True)
+    assert "embedder.dim" in search_space(base(), (), *FLOWERS, more=DIM)
 
 
 def test_the_default_is_always_inside() -> None:
