@@ -98,13 +98,8 @@ def match(embedder: nn.Module, target_BD: Tensor) -> Objective:
         embedder: pixels -> unit emb_BD.
         target_BD: unit embeddings that the images shall take.
     """
-
-    def value(images_BCHW: Tensor, target_BD: Tensor) -> Tensor:
-        emb_BD = embedder(images_BCHW)
-        with torch.autocast(emb_BD.device.type, enabled=False):
-            return (emb_BD.to(target_BD.dtype) * target_BD).sum(1)
-
-    return _objective(value, (target_BD,), embedder)
+    different_B = torch.zeros(len(target_BD), dtype=torch.bool, device=target_BD.device)
+    return pair_flip(embedder, target_BD, different_B)
 
 
 def pair_flip(

@@ -1,7 +1,6 @@
 """`flowerray backbones`: measures timm models before any training, and says which to take."""
 
 import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -193,12 +192,10 @@ def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
             elif key != "rounds":
                 line[key] = value
         flat.append(line)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    with atomic_file(path) as temporary:
-        temporary.write_text(text.getvalue())
+    with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(flat[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
 
 
 def metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from flowerray.backbones.bench import BackbonesConfig, assess, time_models
-from flowerray.cluster.session import ray_session, require_gpus
+from flowerray.cluster.session import nodes_of, ray_session, require_gpus
 from flowerray.cluster.tasks import run_tasks
 from flowerray.cluster.trainer import innermost
 from flowerray.cluster.worker import pick_device
@@ -87,8 +87,7 @@ def time_alone(
     if "RAY_ADDRESS" not in os.environ:
         return time_here(names, config, device, None, quiet)
     with ray_session(min_cpus=1) as ray:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        fit = [node.get("CPU", 0) for node in nodes if not gpus or node.get("GPU")]
+        fit = [node.get("CPU", 0) for node in nodes_of(ray) if not gpus or node.get("GPU")]
         cpus = max(fit, default=0)
         if not cpus:
             raise UserError(

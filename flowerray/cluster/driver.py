@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowerray.cluster.session import own_signals, ray_session, slots
+from flowerray.cluster.session import nodes_of, own_signals, ray_session, slots
 from flowerray.cluster.trainer import innermost, train_on_workers
 from flowerray.cluster.watch import Watcher
 from flowerray.cluster.worker import (
@@ -216,8 +216,7 @@ def train_on_ray(run: Run, folder: RunDir, watcher: Watcher) -> dict[str, Any]:
         cpus = asked.cpus_per_worker
         blind = asked.device == "auto" and not resources.get("CPU")
         if not cpus or blind:  # with no node up nothing says which device it will have
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            cpus = cpus_of_a_worker(nodes, workers, use_gpu)
+            cpus = cpus_of_a_worker(nodes_of(ray), workers, use_gpu)
         kind = FolderReporter if alone else RayReporter  # a Ray of our own has no dashboard
         try:
             with own_signals():

@@ -24,7 +24,7 @@ from pydantic import Field
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
-from flowerray.cluster.session import own_gpus, ray_session, require_gpus, slots
+from flowerray.cluster.session import nodes_of, own_gpus, ray_session, require_gpus, slots
 from flowerray.cluster.trainer import innermost
 from flowerray.cluster.worker import pick_device
 from flowerray.config import Config
@@ -113,8 +113,7 @@ def embed_source(
     if todo:
         cpus = 0 if gpus else config.cpus  # beside a GPU all cores decode
         with ray_session(min_cpus=config.cpus) as ray:
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            workers = config.workers or max(1, slots(nodes, cpus, gpus))
+            workers = config.workers or max(1, slots(nodes_of(ray), cpus, gpus))
             decode = partial(decoded, filesystem=filesystem, size=embedder.image_size)
             stream = stream_of(embedder, decode, todo, workers, cpus, gpus)
             total = None if any(piece["shard"] for piece in todo) else len(names) - len(known)

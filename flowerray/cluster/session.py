@@ -79,6 +79,11 @@ def own_gpus(workers: int = 1) -> float:
     return float(workers) if enough else 0.0
 
 
+def nodes_of(ray: Any) -> list[Mapping[str, float]]:
+    """Resources of each node that is up."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def slots(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float) -> int:
     """How many processes of so many CPUs and GPUs nodes with these resources hold at a time; none
     spans two nodes.

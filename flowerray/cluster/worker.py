@@ -192,20 +192,11 @@ def validation(
 class Kept(NamedTuple):
     """What a head is trained on and validated by: features of the embedder's backbone."""
 
-    fingerprint: str
-    """Of the data set."""
-    classes: tuple[str, ...]
-    """Names of those that are trained, in the targets' order."""
+    dataset: Dataset
     views_NVF: NDArray[np.float32]
     """Of the training images; the first view is the centre crop."""
-    labels_N: NDArray[np.int64]
-    targets_N: NDArray[np.int64]
-    """The same, 0..num_classes-1."""
     val_QF: NDArray[np.float32] | None
     """None where there is no val."""
-    labels_Q: NDArray[np.int64] | None
-    self_gallery: bool
-    """Val searches itself (`disjoint`)."""
 
 
 def keep_features(run: Run, embedder: Embedder, dataset: Dataset, progress: bool = False) -> Kept:
@@ -223,39 +214,27 @@ def keep_features(run: Run, embedder: Embedder, dataset: Dataset, progress: bool
         val_QF = None
         if "val" in stores:
             val_QF = kept_embeddings(embedder, stores["val"], frozen=True, progress=bar.update)
-    classes, targets_N = trained_classes(dataset)
-    return Kept(
-        dataset.tags["dataset/fingerprint"],
-        classes,
-        views_NVF,
-        dataset.split_labels("train"),
-        targets_N,
-        val_QF,
-        dataset.split_labels("val") if "val" in stores else None,
-        dataset.protocol == "disjoint",
-    )
+    return Kept(dataset, views_NVF, val_QF)
 
 
 def head_data(kept: Kept, embedder: Embedder) -> Data:
     """What the loop trains and validates a head with, on the projection's device."""
-    device = embedder.projection.weight.device
+    device, dataset = embedder.projection.weight.device, kept.dataset
     validate = None
-    if kept.val_QF is not None and (labels_Q := kept.labels_Q) is not None:
-        train_NF, val_QF = (
-            torch.tensor(features, device=device)
-            for features in (kept.views_NVF[:, 0], kept.val_QF)
-        )
+    if kept.val_QF is not None:
+        train_NF = torch.tensor(kept.views_NVF[:, 0], device=device)
+        val_QF, labels_Q = torch.tensor(kept.val_QF, device=device), dataset.split_labels("val")
 
         @torch.no_grad()
         def validate(head: Head) -> dict[str, float]:
             gallery = None
-            if not kept.self_gallery:
-                gallery = head(train_NF).float().cpu().numpy(), kept.labels_N
+            if dataset.protocol != "disjoint":
+                gallery = head(train_NF).float().cpu().numpy(), dataset.split_labels("train")
             emb_QD = head(val_QF).float().cpu().numpy()
             return validation_metrics(emb_QD, labels_Q, gallery)
 
     views = Views(kept.views_NVF, device)
-    return Data(views, kept.targets_N, validate, views.view)
+    return Data(views, trained_classes(dataset)[1], validate, views.view)
 
 
 def finish(

@@ -154,9 +154,8 @@ def bits(hit_Q: NDArray[np.bool_]) -> str:
 
 def _interval(values_Q: NDArray) -> dict[str, Any]:
     """A mean with its 95 % interval; no bounds (None) for a single value."""
-    interval = mean_interval(values_Q)
-    bounds = [None if np.isnan(bound) else bound for bound in (interval.low, interval.high)]
-    return {"recall_at_1": interval.mean, "ci": bounds}
+    found = mean_interval(values_Q).to_dict()
+    return {"recall_at_1": found["mean"], "ci": [found["low"], found["high"]]}
 
 
 def collapse(emb_ND: ArrayLike, num_classes: int) -> dict[str, Any]:

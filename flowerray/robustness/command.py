@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from flowerray.data.dataset import Dataset
@@ -18,11 +17,11 @@ from flowerray.files import locked, read_kept, write_json
 from flowerray.opening import Model, open_model
 from flowerray.retrieval.command import new_pairs, not_kept, refuse_trained, stored_pairs
 from flowerray.retrieval.pairs import Pairs
-from flowerray.robustness.attack import Robustness, attack, images_to_attack, key
+from flowerray.robustness.attack import Robustness, attack, images_to_attack
 from flowerray.robustness.audit import CHECKS, Auditor
 from flowerray.robustness.config import AttackConfig
 from flowerray.robustness.journal import keeping
-from flowerray.robustness.pictures import Fallen, plot_robustness, worst_sheet
+from flowerray.robustness.pictures import plot_robustness, worst_sheet
 from flowerray.robustness.record import Attacks, metrics, record
 from flowerray.robustness.score import ers as ers_terms
 from flowerray.robustness.verification import pairs_of_queries
@@ -34,8 +33,6 @@ from flowerray.training.rundir import RunDir
 
 FILE = "robustness.json"
 """In a RUN folder: {"results": [a `record` for each split, gallery, norm and attacked side]}."""
-NEIGHBOURS = 3
-"""Of a query that fell, in its picture."""
 
 
 def attack_model(
@@ -281,29 +278,5 @@ def keep(victim: Victim, content: dict[str, Any], result: Robustness) -> None:
     plot_robustness(shown, title, folder.plots / "robustness.png")
     if any(result.examples.values()):  # the smallest radius of those that have most of them
         eps = max(result.examples, key=lambda e: (len(result.examples[e]), -e))
-        title = f"queries that fell at {key(eps)}/255 ({content['norm']})"
-        worst_sheet(fallen(victim, result, eps), title, folder.plots / "worst_queries.png")
+        worst_sheet(victim, result, eps, folder.plots / "worst_queries.png")
     sync.send(folder.path)
-
-
-def fallen(victim: Victim, result: Robustness, eps: float) -> list[Fallen]:
-    """The examples of a radius."""
-
-    def neighbours(index_K: NDArray) -> list[tuple[Path, str]]:
-        return [
-            (victim.gallery_paths[g], victim.classes[victim.gallery_labels_G[g]])
-            for g in index_K[:NEIGHBOURS]
-            if g >= 0
-        ]
-
-    return [
-        Fallen(
-            victim.classes[victim.labels_Q[example.query]],
-            example.attack,
-            example.clean_CHW.float().numpy(),
-            example.adversarial_CHW.float().numpy(),
-            neighbours(result.nearest_QK[example.query]),
-            neighbours(example.after_K),
-        )
-        for example in result.examples[eps]
-    ]

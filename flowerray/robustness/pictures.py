@@ -3,14 +3,14 @@
 Letters: C H W an image.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flowerray.robustness.attack import Robustness, key
+from flowerray.robustness.victim import Victim
 from flowerray.show.charts import bands, group_look
 from flowerray.show.contact import Group, Tile, contact_sheet
 from flowerray.show.interval import read_score
@@ -18,6 +18,8 @@ from flowerray.show.style import save
 
 MAGNIFIED = 10
 """Times that a perturbation is enlarged in the picture, around mid-grey."""
+NEIGHBOURS = 3
+"""That are shown of a query."""
 
 
 def plot_robustness(results: dict[str, dict[str, Any]], title: str, out_png: Path) -> Path:
@@ -51,40 +53,35 @@ def plot_robustness(results: dict[str, dict[str, Any]], title: str, out_png: Pat
     return save(figure, out_png)
 
 
-@dataclass(frozen=True)
-class Fallen:
-    """A query that was right as a photograph and wrong after an attack."""
-
-    class_name: str
-    attack: str
-    clean_CHW: np.ndarray
-    """Pixels in [0,1]."""
-    adversarial_CHW: np.ndarray
-    before: Sequence[tuple[Path, str]]
-    """File and class of the photograph's neighbours, nearest first."""
-    after: Sequence[tuple[Path, str]]
-
-
-def worst_sheet(rows: Sequence[Fallen], title: str, out_png: Path) -> Path:
-    """One line a query: photograph, perturbation enlarged, adversarial image, neighbours before and
-    after, marked as right or wrong.
+def worst_sheet(victim: Victim, result: Robustness, eps: float, out_png: Path) -> Path:
+    """One line an example of a radius: photograph, perturbation enlarged, adversarial image,
+    neighbours before and after, marked as right or wrong.
     """
     heads = ("query", f"change x{MAGNIFIED}", "attacked query", "neighbours before", "after")
     content = []
-    for n, row in enumerate(rows):
-        change = (row.adversarial_CHW - row.clean_CHW) * MAGNIFIED + 0.5
-        groups = [
-            (Tile(_pixels(row.clean_CHW), (row.class_name,)),),
-            (Tile(_pixels(change)),),
-            (Tile(_pixels(row.adversarial_CHW), (f"by {row.attack}",)),),
-            *(
-                tuple(Tile(path, (name,), name == row.class_name) for path, name in found)
-                for found in (row.before, row.after)
-            ),
-        ]
+    for n, example in enumerate(result.examples[eps]):
+        clean, attacked = (
+            image.float().numpy() for image in (example.clean_CHW, example.adversarial_CHW)
+        )
+        name = victim.classes[victim.labels_Q[example.query]]
+
+        def neighbours(index_K: NDArray[np.int64], name: str = name) -> tuple[Tile, ...]:
+            found = [g for g in index_K[:NEIGHBOURS] if g >= 0]
+            names = [victim.classes[victim.gallery_labels_G[g]] for g in found]
+            paths = [victim.gallery_paths[g] for g in found]
+            return tuple(Tile(p, (c,), c == name) for p, c in zip(paths, names, strict=True))
+
+        groups = (
+            (Tile(_pixels(clean), (name,)),),
+            (Tile(_pixels((attacked - clean) * MAGNIFIED + 0.5)),),
+            (Tile(_pixels(attacked), (f"by {example.attack}",)),),
+            neighbours(result.nearest_QK[example.query]),
+            neighbours(example.after_K),
+        )
         content.append(
             [Group("" if n else head, tiles) for head, tiles in zip(heads, groups, strict=True)]
         )
+    title = f"queries that fell at {key(eps)}/255 ({victim.config.norm})"
     return contact_sheet(content, out_png, title)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from flowerray.cluster.driver import check_run
-from flowerray.cluster.session import own_signals, ray_session, require_gpus, slots
+from flowerray.cluster.session import nodes_of, own_signals, ray_session, require_gpus, slots
 from flowerray.cluster.watch import Ending, Watcher
 from flowerray.cluster.worker import refuse_changed
 from flowerray.config import Config
@@ -204,8 +204,7 @@ def search(study: Study, resources: TrialResources, watcher: Watcher) -> None:
     with ray_session(math.ceil(resources.cpus_per_trial), frees_workers=workers > 1) as ray:
         from ray import tune as ray_tune
 
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        concurrent = resources.max_concurrent or room(nodes, resources)
+        concurrent = resources.max_concurrent or room(nodes_of(ray), resources)
         share = {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
         if study.of_heads:
             search_heads(study, share, concurrent, resources.time_limit, missing, watcher)

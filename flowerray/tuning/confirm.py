@@ -65,7 +65,7 @@ def confirm(study: Study, watcher: Watcher, cpus: float, gpus: float) -> dict[st
     winner, then_all = study.trial_dir(best), study.config.then_all
     share: dict[str, Any] = {"cpus": cpus, "gpus": gpus, "quiet": watcher.quiet}
     if study.of_heads:
-        heads = best_heads(study, ended)
+        heads = best_heads(study)
         jobs = [(with_params(study.base, t.params), study.trial_dir(t).path) for t in heads]
         train(study, jobs, **share)
         if then_all:
@@ -216,11 +216,10 @@ def train(study: Study, jobs: list[tuple[Run, Path]], **share: Any) -> None:
     train_many(jobs, **share, parent=study.folder, in_process=in_process)
 
 
-def best_heads(study: Study, ended: Sequence[Any]) -> list[Any]:
+def best_heads(study: Study) -> list[Any]:
     """The best of Optuna's complete trials, the earlier one first where two are equal."""
-    complete = [trial for trial in ended if outcome(trial) == "complete"]
-    complete.sort(key=lambda trial: -trial.value)
-    return complete[: max(HEADS, study.config.then_all)]
+    ranked = sorted(study.complete(), key=lambda trial: -trial.value)
+    return ranked[: max(HEADS, study.config.then_all)]
 
 
 def whole(run: Run, head: Path | None) -> Run:

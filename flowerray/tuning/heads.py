@@ -15,7 +15,14 @@ from torch import Tensor
 from flowerray.cluster.driver import open_dataset
 from flowerray.cluster.trainer import innermost
 from flowerray.cluster.watch import Watcher
-from flowerray.cluster.worker import Kept, build_method, head_data, keep_features, pick_device
+from flowerray.cluster.worker import (
+    Kept,
+    build_method,
+    head_data,
+    keep_features,
+    pick_device,
+    trained_classes,
+)
 from flowerray.errors import UserError
 from flowerray.model.embedder import Embedder, start_from_pca
 from flowerray.training import checkpoint
@@ -96,11 +103,12 @@ def train_head(
     """One trial: the training of `flowerray train` from the same start, without its files."""
     torch.set_num_threads(threads)
     began, run = time.perf_counter(), Run.from_dict(content)
+    classes, _ = trained_classes(kept.dataset)
     standings, reason = Standings(run.train.images, cutoffs), None
     try:
-        method, embedder = build_method(run, len(kept.classes), embedder_of(kept, run))
+        method, embedder = build_method(run, len(classes), embedder_of(kept, run))
         if run.init is not None:
-            checkpoint.initialise(method, embedder, run.init, kept.classes)
+            checkpoint.initialise(method, embedder, run.init, classes)
         method.to(pick_device(run.resources.device))
         quiet = run.train.model_copy(update={"log_every_steps": 2**31})
         train(quiet, run.augment, run.harden, method, head_data(kept, embedder), standings, {})
@@ -120,7 +128,8 @@ _embedders: dict[tuple[str, ...], tuple[Embedder, Tensor]] = {}
 
 def embedder_of(kept: Kept, run: Run) -> Embedder:
     """The embedder as a training begins with it, on the CPU; built once for many trials."""
-    key = kept.fingerprint, run.embedder.model_dump_json(), str(run.train.seed)
+    fingerprint = kept.dataset.tags["dataset/fingerprint"]
+    key = fingerprint, run.embedder.model_dump_json(), str(run.train.seed)
     if key not in _embedders:
         embedder = Embedder(run.embedder, seed=run.train.seed)
         if run.embedder.start == "pca":

@@ -95,22 +95,10 @@ class TrialReporter(FolderReporter):
     counts once the model is exported.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        tell: Tell,
-        objectives: Sequence[str],
-        epochs: int,
-        scheduled: float,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        super().__init__(path, rank, world)
-        self.tell = tell
-        self.objectives = objectives
-        self.epochs = epochs
-        self.scheduled = scheduled
-        """When the trial was scheduled, in seconds since 1970."""
+    def __init__(self, config: dict[str, Any], tell: Tell, rank: int = 0, world: int = 1) -> None:
+        """Of `trial`'s configuration."""
+        super().__init__(Path(config["folder"]), rank, world)
+        self.config, self.tell = config, tell
         self.told_seconds = 0.0
         """Spent so far in telling."""
 
@@ -121,7 +109,7 @@ class TrialReporter(FolderReporter):
         checkpoint = super().restore()
         if checkpoint is None:
             self.rewind(-1)  # an earlier try that was cut off before its first checkpoint
-            super().report(0, 0, {"trial/start_seconds": time.time() - self.scheduled})
+            super().report(0, 0, {"trial/start_seconds": time.time() - self.config["scheduled"]})
         return checkpoint
 
     def report(
@@ -132,9 +120,10 @@ class TrialReporter(FolderReporter):
         if ends_epoch:
             metrics = {**metrics, "trial/report_seconds": self.told_seconds}
         super().report(step, epoch, metrics, *args, **more)
-        if ends_epoch and epoch < self.epochs:
+        if ends_epoch and epoch < self.config["epochs"]:
             started = time.perf_counter()
-            self.tell(history(self.dir, self.objectives)[-1] if self.rank == 0 else {})
+            objectives = self.config["objectives"]
+            self.tell(history(self.dir, objectives)[-1] if self.rank == 0 else {})
             self.told_seconds += time.perf_counter() - started
 
 
@@ -143,15 +132,13 @@ def trial(config: dict[str, Any]) -> None:
 
     Args:
         config: `folder` of the RUN, `objectives`, `epochs` of the whole training, `cpus` and `gpus`
-            of all workers together, their number (`workers`), and when it was `scheduled`.
+            of all workers together, their number (`workers`), and when it was `scheduled`, in
+            seconds since 1970.
     """
     from ray import tune
 
     folder, workers = RunDir(Path(config["folder"])), config["workers"]
-    reporter = partial(
-        TrialReporter, folder.path, _tell_train if workers > 1 else tune.report,
-        config["objectives"], config["epochs"], config["scheduled"],
-    )  # fmt: skip
+    reporter = partial(TrialReporter, config, _tell_train if workers > 1 else tune.report)
 
     def training() -> None:
         run = Run.from_dict(folder.read())

@@ -5,11 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from flowerray.robustness import pictures
-from flowerray.robustness.pictures import Fallen, plot_robustness, worst_sheet
+from flowerray.robustness.attack import Example, Robustness, Score
+from flowerray.robustness.pictures import plot_robustness, worst_sheet
 from flowerray.show.contact import Group
 from flowerray.show.style import SERIES
+from tests.robustness.victim import victim_of
 from tests.show.drawn import catch
 
 
@@ -43,10 +46,13 @@ def test_turned_queries_and_what_they_found(
 ) -> None:
     drawn: list[list[list[Group]]] = []
     monkeypatch.setattr(pictures, "contact_sheet", lambda rows, *_: drawn.append(rows))
-    clean = np.full((3, 2, 2), 0.5, np.float32)
-    found = [(tmp_path / "a.png", "rose"), (tmp_path / "b.png", "iris")]
-    row = Fallen("rose", "fgsm", clean, clean + 0.02, found, found[1:])
-    worst_sheet([row, row], "title", tmp_path / "sheet.png")
+    victim, clean = victim_of(), torch.full((3, 2, 2), 0.5)
+    label = victim.labels_Q[0]
+    own, other = (int(np.flatnonzero((victim.gallery_labels_G == label) == x)[0]) for x in (1, 0))
+    row = Example(0, "fgsm", clean, clean + 0.02, np.array([other, -1]), 0.1)
+    score = Score(np.ones(24, bool), np.ones(24))
+    result = Robustness(False, score, np.array([[own, other, -1]]), examples={8.0: [row, row]})
+    worst_sheet(victim, result, 8.0, tmp_path / "sheet.png")
     (first, second) = drawn[0]
     assert [g.heading for g in first] == [
         "query", "change x10", "attacked query", "neighbours before", "after",
@@ -58,3 +64,4 @@ def test_turned_queries_and_what_they_found(
     assert attacked.tiles[0].captions == ("by fgsm",)
     assert [tile.right for tile in before.tiles] == [True, False]
     assert [tile.right for tile in after.tiles] == [False]
+    assert before.tiles[0].picture == victim.gallery_paths[own]

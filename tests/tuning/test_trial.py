@@ -16,6 +16,11 @@ from tests.tuning.studies import pretend
 OBJECTIVES = ["val/map_at_r"]
 
 
+def asked(folder: RunDir) -> dict[str, Any]:
+    """What Ray Tune gives a trial."""
+    return {"folder": str(folder.path), "objectives": OBJECTIVES, "epochs": 3, "scheduled": 0.0}
+
+
 def a_run(tmp_path: Path) -> RunDir:
     folder = RunDir(tmp_path / "run")
     folder.create(small(tmp_path, epochs=3).to_dict())
@@ -52,7 +57,7 @@ def test_a_trial_stands_where_equal_attacked_figures_are_told_apart(tmp_path: Pa
 
 def test_the_last_epoch_is_told_once_the_model_is_there(tmp_path: Path) -> None:
     folder, told = a_run(tmp_path), list[dict[str, Any]]()
-    reporter = TrialReporter(folder.path, told.append, OBJECTIVES, 3, scheduled=0.0)
+    reporter = TrialReporter(asked(folder), told.append)
     assert reporter.restore() is None
     for epoch, value in enumerate([0.2, 0.5, 0.4], start=1):
         reporter.report(6 * epoch - 3, epoch, {"train/loss": 1.0})
@@ -65,7 +70,7 @@ def test_the_last_epoch_is_told_once_the_model_is_there(tmp_path: Path) -> None:
 def test_a_first_try_that_was_cut_off_leaves_no_trace(tmp_path: Path) -> None:
     folder = a_run(tmp_path)
     for _ in range(2):
-        reporter = TrialReporter(folder.path, lambda _: None, OBJECTIVES, 3, scheduled=0.0)
+        reporter = TrialReporter(asked(folder), lambda _: None)
         assert reporter.restore() is None
         reporter.report(2, 1, {"train/loss": 1.0})
     assert [r["step"] for r in folder.records()] == [0, 2]
