@@ -39,15 +39,12 @@ MANY_REPEATS = 5
 """Times K that an epoch may show an image without a warning."""
 
 
-def train_run(
-    run: Run, out: Path, resume: bool = False, quiet: bool = False, parent: Path | None = None
-) -> dict[str, Any]:
+def train_run(run: Run, out: Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Trains a run into the folder `out`; returns the worker's summary.
 
     Args:
         resume: `out` holds an interrupted run that goes on; otherwise `out` must not exist.
         quiet: no progress line.
-        parent: the folder whose MLflow run this one is shown under.
 
     Raises:
         UserError: bad data, options, folder or cluster; a diverged loss; another process that
@@ -67,7 +64,7 @@ def train_run(
     else:
         folder.create(run.to_dict())
     with only_driver(folder.path), Watcher(quiet) as watcher:
-        with watcher.running(folder, run.to_dict(), tags, steps=steps, parent=parent):
+        with watcher.running(folder, run.to_dict(), tags, steps=steps):
             # One worker gains nothing from a Ray of its own that takes longer than its training.
             head = run.embedder.train == "head" and run.resources.workers == 1
             if run.resources.workers == 0 or (head and "RAY_ADDRESS" not in os.environ):

@@ -73,41 +73,12 @@ def compare(
         if entry.run.train.seed == entries[0].run.train.seed:
             check_run(entry.run, quiet)  # what is wrong with a row is wrong with all its seeds
     open_folder(config, out, resume)
-    with only_driver(out):
-        return run_comparison(config, out, entries, trials, notes, quiet)
-
-
-def as_begun(entries: Sequence[PlannedRun], out: Path, notes: list[str]) -> list[PlannedRun]:
-    """The entries of a comparison that 0.1.0 began: its trainings were of whole epochs."""
-    epochs: dict[tuple[str, str], int] = {}
-    for entry in entries:
-        folder = RunDir(out / "runs" / entry.name)
-        if folder.run_json.exists():
-            begun = Run.from_dict(folder.read()).train
-            if not begun.images:
-                epochs[entry.protocol, entry.row] = begun.epochs
-    if not epochs:
-        return list(entries)
-    notes.append("begun by 0.1.0: trained for whole epochs, so that rows drew nearly equally many.")
-    found = []
-    for entry in entries:
-        number = epochs.get((entry.protocol, entry.row), max(epochs.values()))
-        train = entry.run.train.model_copy(update={"images": 0, "epochs": number})
-        found.append(replace(entry, run=entry.run.model_copy(update={"train": train})))
-    return found
-
-
-def run_comparison(
-    config: CompareConfig,
-    out: Path,
-    entries: Sequence[PlannedRun],
-    trials: int,
-    notes: list[str],
-    quiet: bool,
-) -> dict[str, Any]:
-    """Trains what is missing, measures and writes; see `compare`."""
     params = config.model_dump(mode="json")
-    with Watcher(quiet, line=None, bar=False) as watcher, watcher.running(RunDir(out), params, {}):
+    with (
+        only_driver(out),
+        Watcher(quiet, line=None, bar=False) as watcher,
+        watcher.running(RunDir(out), params, {}),
+    ):
         entries, costs, lost = train(config, out, entries, quiet)
         content = {
             "flowerray": VERSION,
@@ -132,6 +103,26 @@ def run_comparison(
         plot_comparison(content, out / "compare.png")
         sync.log_folder(out, params, means(content))
     return content
+
+
+def as_begun(entries: Sequence[PlannedRun], out: Path, notes: list[str]) -> list[PlannedRun]:
+    """The entries of a comparison that 0.1.0 began: its trainings were of whole epochs."""
+    epochs: dict[tuple[str, str], int] = {}
+    for entry in entries:
+        folder = RunDir(out / "runs" / entry.name)
+        if folder.run_json.exists():
+            begun = Run.from_dict(folder.read()).train
+            if not begun.images:
+                epochs[entry.protocol, entry.row] = begun.epochs
+    if not epochs:
+        return list(entries)
+    notes.append("begun by 0.1.0: trained for whole epochs, so that rows drew nearly equally many.")
+    found = []
+    for entry in entries:
+        number = epochs.get((entry.protocol, entry.row), max(epochs.values()))
+        train = entry.run.train.model_copy(update={"images": 0, "epochs": number})
+        found.append(replace(entry, run=entry.run.model_copy(update={"train": train})))
+    return found
 
 
 def train(

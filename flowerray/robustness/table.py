@@ -4,8 +4,8 @@ import textwrap
 from typing import Any
 
 from flowerray.show.interval import MISSING, read_score, words
+from flowerray.text import WIDTH
 
-_WIDTH = 80
 _NAME = 12
 _RADII = 11
 """Columns of numbers that fit beside each other."""
@@ -18,14 +18,14 @@ def attack_table(content: dict[str, Any]) -> str:
         content: see `record.record`.
     """
     lines = [
-        f"{content['run']}"[-_WIDTH:],
-        *textwrap.wrap(f"threat     {content['threat_model']}", _WIDTH, subsequent_indent=" " * 11),
+        f"{content['run']}"[-WIDTH:],
+        *textwrap.wrap(f"threat     {content['threat_model']}", WIDTH, subsequent_indent=" " * 11),
         "",
         *_table(content),
     ]
     other = content["beside"]
     if other is not None:
-        lines += ["", f"beside it  {other['run']}"[:_WIDTH], *_table(other)]
+        lines += ["", f"beside it  {other['run']}"[:WIDTH], *_table(other)]
     elif content["hardening"] != "none":
         lines += ["", "No standard model beside it: give one with --beside RUN."]
     else:
@@ -86,7 +86,7 @@ def _ers(content: dict[str, Any]) -> list[str]:
         f"ERS {ers['ers']:.1f} beside a clean R@1 of {100 * content['clean']['recall_at_1']:.1f} % "
         f"({ers['num_queries']} queries, {ers['eps']:g}/255, {ers['steps']} steps): {terms}"
     )
-    return textwrap.wrap(text, _WIDTH, subsequent_indent="    ")
+    return textwrap.wrap(text, WIDTH, subsequent_indent="    ")
 
 
 def _shout(content: dict[str, Any]) -> list[str]:
@@ -97,7 +97,7 @@ def _shout(content: dict[str, Any]) -> list[str]:
     audit = content.get("audit")
     if audit is not None and audit["failed"]:
         text = f"AUDIT FAILED, do not believe these figures: {', '.join(audit['failed'])}."
-        lines += textwrap.wrap(text, _WIDTH)
+        lines += textwrap.wrap(text, WIDTH)
     return lines
 
 
@@ -107,14 +107,14 @@ def _audit(audit: dict[str, Any]) -> list[str]:
     for check in audit["checks"]:
         mark = {True: "pass", False: "FAIL", None: MISSING}[check["passed"]]
         wrapped = textwrap.wrap(
-            f"  {mark:<5}{check['name']}: {check['text']}", _WIDTH, subsequent_indent=" " * 9
+            f"  {mark:<5}{check['name']}: {check['text']}", WIDTH, subsequent_indent=" " * 9
         )
         lines += wrapped
     return lines
 
 
 def _row(name: str, cells: list[str]) -> str:
-    width = min(8, (_WIDTH - _NAME) // max(len(cells), 1))
+    width = min(8, (WIDTH - _NAME) // max(len(cells), 1))
     return f"{name:<{_NAME}}" + "".join(f"{cell:>{width}}" for cell in cells)
 
 

@@ -168,14 +168,14 @@ class Rungs:
         return {r: float(np.percentile(v, share)) for r, v in self.values.items() if v}
 
 
-def features(study: Study, progress: bool = False) -> Kept:
+def features(study: Study) -> Kept:
     """What every trial of a study is trained on; computed where it is not kept yet."""
     run = study.base
     dataset = open_dataset(run.data, progress=False)
     embedder = Embedder(run.embedder, seed=run.train.seed)
     if run.init is not None:
         embedder.load_state_dict(checkpoint.load_export(run.init)["embedder"])
-    return keep_features(run, embedder.to(pick_device(run.resources.device)), dataset, progress)
+    return keep_features(run, embedder.to(pick_device(run.resources.device)), dataset)
 
 
 def tell(study: Study, asked: Any, trial: Any, told: Told) -> Any:
