@@ -32,9 +32,10 @@ def backbones_table(content: dict[str, Any]) -> str:
     """What was measured, who was skipped and why, and which model to take."""
     c = content
     rows = c["models"]
-    names = [short(row["model"], NAME) for row in rows]
     cost = [["model", "M par", "GFLOP", "ms", "infer img/s", "train img/s"]]
-    for name, row in zip(names, rows, strict=True):
+    found = [["", "model", "weights", "R@1, 95 % CI", "MAP@R", "linear", "IN-1k"]]
+    for row in rows:
+        name = short(row["model"], NAME)
         speeds = (
             f"{row[f'{kind}_img_s']:,.0f} x{row[f'{kind}_ratio']:.2f}"
             for kind in ("inference", "training")
@@ -45,8 +46,6 @@ def backbones_table(content: dict[str, Any]) -> str:
                 f"{row['latency_ms']:.1f}", *speeds,
             ]
         )  # fmt: skip
-    found = [["", "model", "weights", "R@1, 95 % CI", "MAP@R", "linear", "IN-1k"]]
-    for name, row in zip(names, rows, strict=True):
         found.append(
             [
                 "*" if row["front_latency"] or row["front_params"] else "",

@@ -142,8 +142,7 @@ def _train(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str
         data = head_data(kept, embedder)
     else:
         stores = {split: resident(store, device) for split, store in stores.items()}
-        validate = validation(run, dataset, stores["train"], stores.get("val"))
-        data = Data(stores["train"], targets_N, validate)
+        data = Data(stores["train"], targets_N, validation(run, dataset, stores))
         if not run.embedder.freeze_bn and reporter.world > 1:
             method = convert_sync_batchnorm(method)
     facts = noted(run, dataset)
@@ -168,22 +167,32 @@ def too_large(run: Run) -> str:
     )
 
 
+Embedded = tuple[NDArray[np.float32], NDArray[np.int64]]
+"""Embeddings, and their classes."""
+
+
+def searched(
+    dataset: Dataset, embed_split: Callable[[str], NDArray[np.float32]]
+) -> tuple[NDArray[np.float32], NDArray[np.int64], Embedded | None]:
+    """Val's embeddings and classes, and the gallery that it is searched in; None: val itself."""
+    gallery = None
+    if dataset.protocol != "disjoint":
+        gallery = embed_split("train"), dataset.split_labels("train")
+    return embed_split("val"), dataset.split_labels("val"), gallery
+
+
 def validation(
-    run: Run, dataset: Dataset, train_store: Store, val_store: Store | None
+    run: Run, dataset: Dataset, stores: Mapping[str, Store]
 ) -> Callable[[Embedder], dict[str, float]] | None:
     """What measures an embedder on val after each epoch; None where there is no val."""
-    if val_store is None:
+    if "val" not in stores:
         return None
-    labels_Q = dataset.split_labels("val")
 
     def validate(embedder: Embedder) -> dict[str, float]:
-        emb_QD = embed_together(embedder, val_store)
-        gallery = None
-        if dataset.protocol != "disjoint":
-            gallery = embed_together(embedder, train_store), dataset.split_labels("train")
-        metrics = validation_metrics(emb_QD, labels_Q, gallery)
+        found = searched(dataset, lambda split: embed_together(embedder, stores[split]))
+        metrics = validation_metrics(*found)
         if run.harden.on:
-            metrics |= guard(run.harden, embedder, val_store, emb_QD, labels_Q, gallery)
+            metrics |= guard(run.harden, embedder, stores["val"], *found)
         return metrics
 
     return validate
@@ -222,16 +231,13 @@ def head_data(kept: Kept, embedder: Embedder) -> Data:
     device, dataset = embedder.projection.weight.device, kept.dataset
     validate = None
     if kept.val_QF is not None:
-        train_NF = torch.tensor(kept.views_NVF[:, 0], device=device)
-        val_QF, labels_Q = torch.tensor(kept.val_QF, device=device), dataset.split_labels("val")
+        features = {"train": kept.views_NVF[:, 0], "val": kept.val_QF}
+        there = {split: torch.tensor(found, device=device) for split, found in features.items()}
 
         @torch.no_grad()
         def validate(head: Head) -> dict[str, float]:
-            gallery = None
-            if dataset.protocol != "disjoint":
-                gallery = head(train_NF).float().cpu().numpy(), dataset.split_labels("train")
-            emb_QD = head(val_QF).float().cpu().numpy()
-            return validation_metrics(emb_QD, labels_Q, gallery)
+            found = searched(dataset, lambda split: head(there[split]).float().cpu().numpy())
+            return validation_metrics(*found)
 
     views = Views(kept.views_NVF, device)
     return Data(views, trained_classes(dataset)[1], validate, views.view)

@@ -173,7 +173,7 @@ def pipeline(bench: Bench, run: Run, validate_too: bool = False) -> dict[str, fl
     validate = None
     if validate_too:
         val_store = resident(split_store(bench.dataset, "val", bench.size), bench.device)
-        validate = validation(run, bench.dataset, store, val_store)
+        validate = validation(run, bench.dataset, {"train": store, "val": val_store})
     with tempfile.TemporaryDirectory(dir=bench.folder) as out:
         RunDir(Path(out) / "run").create(run.to_dict())
         reporter = FolderReporter(Path(out) / "run")
