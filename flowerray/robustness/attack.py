@@ -233,7 +233,7 @@ def attack_gallery(
         margin(victim.embedder, means_CD, classes_C, labels_G),
         lambda rows: victim.images(rows, victim.gallery_store),
         victim.config.pgd(victim.config.norm, eps),
-        1,
+        stream=(1,),
         progress=progress,
     )
 

@@ -114,7 +114,7 @@ class Victim:
         objective: Objective,
         images: Callable[[NDArray[np.int64]], Tensor],
         config: PGDConfig,
-        *more_seed: int,
+        stream: tuple[int, ...] = (),
         progress: Callable[[int], object] | None = None,
     ) -> NDArray[np.float32]:
         """(N, D): embeddings of N images after PGD; the journal keeps each batch.
@@ -124,7 +124,7 @@ class Victim:
             objective: of all N.
             images: those at some of the places 0..N-1, by which random starts are drawn.
             config: the search.
-            more_seed: keeps the starts apart from those of the configuration's seed alone.
+            stream: keeps the starts apart from those of the configuration's seed alone.
             progress: called with a number of images that are done, N in all.
         """
         parts = []
@@ -132,7 +132,7 @@ class Victim:
 
             def move(rows_M: NDArray[np.int64] = rows_M) -> Found:
                 some = objective.take(torch.from_numpy(rows_M).to(self.device))
-                seed = (self.config.seed, *more_seed)
+                seed = (self.config.seed, *stream)
                 found = pgd(some, images(rows_M), config, seed=seed, positions=rows_M.tolist())
                 return {"emb": self.embed(found.images_BCHW)}
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowerray.cluster.driver import open_dataset
 from flowerray.cluster.trainer import innermost
 from flowerray.cluster.watch import Watcher
 from flowerray.cluster.worker import (
@@ -23,6 +22,7 @@ from flowerray.cluster.worker import (
     pick_device,
     trained_classes,
 )
+from flowerray.data.source import open_dataset
 from flowerray.errors import UserError
 from flowerray.model.embedder import Embedder, start_from_pca
 from flowerray.training import checkpoint
