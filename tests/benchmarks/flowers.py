@@ -4,11 +4,10 @@
         [--protocol official] [--size 128] [--rows frozen center ...] [--seeds 0 1 2] [--split test]
 
 A row is `frozen`, or a training as a user would type it: `METHOD` or `METHOD:option=value,...` with
-options of the command line without dashes (`center:method.center-weight=0`); `head-first` among
-them begins at a head of the same method and seed. Each training is a RUN below `--out`, interrupted
-ones go on, and what stands in the results file is not made again: all of it may be done in pieces,
-on several machines. Without `--data.root` the set is the rendered one. Results of `--split val`,
-for choosing, stay in `--out`. Other options go to every training.
+options of the command line without dashes (`center:init=head,train.ema=0.98`). Each training is a
+RUN below `--out`, interrupted ones go on, and what stands in the results file is not made again:
+all of it may be done in pieces, on several machines. Without `--data.root` the set is the rendered
+one. Results of `--split val`, for choosing, stay in `--out`. Other options go to every training.
 """
 
 import argparse
@@ -132,12 +131,6 @@ def train(options: argparse.Namespace, extra: list[str], row: str, seed: int) ->
     first = "official" if options.protocol == "trainval" else options.protocol
     own = [*words(options, extra, first), "--train.seed", str(seed)]
     for change in filter(None, changes.split(",")):
-        if change == "head-first":
-            own += [
-                "--init",
-                str(made(f"{method}-head-{first}", [*own, "--embedder.train", "head"])),
-            ]
-            continue
         option, equals, value = change.partition("=")
         own += [f"--{option}", value] if equals else [f"--{option}"]
     source = made(f"{name}-{first}", own)

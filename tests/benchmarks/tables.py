@@ -21,7 +21,7 @@ BLOCK = re.compile(r"(<!-- table (\S+)( brief)? -->\n).*?(<!-- end -->)", re.DOT
 LABELS = {
     "frozen": "frozen features",
     "center:method.center-weight=0": "cross-entropy",
-    "center:head-first,train.ema=0.98": "`center`, head first, `--train.ema 0.98`",
+    "center:init=head,train.ema=0.98": "`center --init head --train.ema 0.98`",
 }
 COLUMNS = {
     "R@5": "recall_at_5",
