@@ -39,6 +39,8 @@ THUMBNAIL = 320
 """Side of the photographs on the page, pixels."""
 STEPS = 10
 """Of an attack."""
+SAMPLED = 50
+"""Photographs of the INDEX that are tried as a sample."""
 ATTACKED = 500
 """Nearest photographs whose classes an attack looks at."""
 FOLLOW_SECONDS = 1.0
@@ -80,22 +82,7 @@ class Served:
         Raises:
             RefusedError: none, no JPEG, PNG or WebP, too large, or damaged.
         """
-        if not data:
-            raise RefusedError(400, f"`{name}` is empty: send the bytes of a photograph.")
-        refuse_large(len(data), name)
-        try:
-            with Image.open(BytesIO(data), formats=FORMATS) as header:
-                pixels = header.width * header.height
-        except Image.DecompressionBombError:
-            pixels = MAX_PIXELS + 1
-        except Image.UnidentifiedImageError:
-            raise RefusedError(415, f"`{name}` is no JPEG, PNG or WebP photograph.") from None
-        except Exception as error:  # Pillow's readers raise almost any class
-            said = f"`{name}` cannot be read as an image: it is damaged."
-            raise RefusedError(422, said) from error
-        if pixels > MAX_PIXELS:
-            said = f"`{name}` has more than {MAX_PIXELS // 10**6} million pixels: send fewer."
-            raise RefusedError(413, said)
+        kind(data, name)
         try:
             crop_SSC = eval_crop(decode(data), self.model.embedder.image_size)
         except UserError as error:
@@ -178,13 +165,18 @@ class Served:
         return data
 
     def sample(self) -> tuple[bytes, str]:
-        """The file of any photograph, and its kind."""
+        """The file of any photograph that can be sent, and its kind; those that are gone, or of
+        another format or size, are passed over.
+        """
         if not len(self.index):
             raise RefusedError(404, "the index is empty.")
-        row = int(np.random.default_rng().integers(len(self.index)))
-        data = self.photograph(self.index.digest(row).hex())
-        with Image.open(BytesIO(data)) as image:
-            return data, Image.MIME.get(image.format or "", "application/octet-stream")
+        for row in np.random.default_rng().permutation(len(self.index))[:SAMPLED]:
+            with suppress(RefusedError):
+                data = self.photograph(self.index.digest(int(row)).hex())
+                return data, kind(data)
+        raise RefusedError(
+            404, "of the photographs that were drawn, none is still there and can be sent."
+        )
 
     def thumbnail(self, name: str) -> bytes:
         """A photograph of the INDEX as a small JPEG."""
@@ -233,6 +225,27 @@ def refuse_large(count: int, name: str = "the request") -> None:
     if count > MAX_BYTES:
         said = f"`{name}` has more than {MAX_BYTES // 2**20} MB: send a smaller file."
         raise RefusedError(413, said)
+
+
+def kind(data: bytes, name: str = "image") -> str:
+    """Media type of a photograph's bytes; raises RefusedError where they cannot be one."""
+    if not data:
+        raise RefusedError(400, f"`{name}` is empty: send the bytes of a photograph.")
+    refuse_large(len(data), name)
+    try:
+        with Image.open(BytesIO(data), formats=FORMATS) as header:
+            pixels, media = header.width * header.height, Image.MIME[header.format or ""]
+    except Image.DecompressionBombError:
+        pixels = MAX_PIXELS + 1
+    except Image.UnidentifiedImageError:
+        raise RefusedError(415, f"`{name}` is no JPEG, PNG or WebP photograph.") from None
+    except Exception as error:  # Pillow's readers raise almost any class
+        said = f"`{name}` cannot be read as an image: it is damaged."
+        raise RefusedError(422, said) from error
+    if pixels > MAX_PIXELS:
+        said = f"`{name}` has more than {MAX_PIXELS // 10**6} million pixels: send fewer."
+        raise RefusedError(413, said)
+    return media
 
 
 def picture(crop_SSC: NDArray[np.uint8]) -> str:

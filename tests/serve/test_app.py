@@ -170,6 +170,24 @@ def test_a_sample_is_a_photograph_of_the_index(client: TestClient) -> None:
     assert len(near) == 11 and digest not in {n["id"] for n in near}
 
 
+def test_a_sample_can_be_sent(small_run: Path, tmp_path: Path) -> None:
+    """An INDEX also holds formats that the service takes from nobody, and files that are gone."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    files = ("a.bmp", "BMP"), ("b.jpg", "GIF"), ("c.png", "PNG"), ("d.jpg", "JPEG")
+    for name, format in files:
+        (folder / name).write_bytes(saved(format))
+    command.build(open_model(str(small_run), CPU), folder, tmp_path / "index", quiet=True)
+    client = TestClient(make_app(Service(tmp_path / "index", CPU)), "http://localhost")
+    (folder / "d.jpg").unlink()
+    for _ in range(12):
+        found = client.get("/sample")
+        assert found.headers["content-type"] == "image/png"
+        assert client.post("/search", content=found.content).status_code == 200
+    (folder / "c.png").unlink()
+    assert client.get("/sample").status_code == 404
+
+
 def test_served_recall_is_what_evaluate_reports(
     small_set: Path, small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,13 +31,31 @@ USER = """<img src="/held" hidden>
   const photo = await (await fetch("/probe.jpg")).blob();
   await search(new File([photo], "mine.jpg", {type: "image/jpeg"}));
   await document.querySelector("#neighbours button").onclick();
-  await document.getElementById("why-map").decode();
-  document.getElementById("eps").value = 8;
-  await attack();
+  const map = document.getElementById("why-map"), high = map.offsetHeight * 2 === map.offsetWidth;
+  await map.decode();
+  const asks = [], fetched = window.fetch;
+  window.fetch = (...words) => { asks.push(words[0]); return fetched(...words); };
+  const attacks = () => asks.filter(address => address.includes("eps="));
+  const slider = document.getElementById("eps");
+  for (slider.value = 1; slider.dispatchEvent(new Event("change")) && slider.value < 8;) {
+    slider.stepUp();
+  }
+  while (attacks().length === 0) await new Promise(done => setTimeout(done, 50));
+  scrollTo(0, document.body.scrollHeight);
+  const status = document.getElementById("status"), place = status.getBoundingClientRect();
+  const told = status.textContent && place.top >= 0 && place.bottom <= innerHeight;
+  while (status.textContent) await new Promise(done => setTimeout(done, 50));
+  scrollTo(0, 0);
+  const columns = getComputedStyle(document.querySelector("#sides ol")).gridTemplateColumns;
+  const canvas = Object.assign(document.createElement("canvas"), {width: 2000, height: 1000});
+  const clear = await smaller(await new Promise(done => canvas.toBlob(done)));
+  canvas.getContext("2d").drawImage(await createImageBitmap(clear), 0, 0);
+  const corner = [...canvas.getContext("2d").getImageData(9, 9, 1, 1).data];
   const images = [...document.images].filter(image => image.src && !image.hidden);
   await Promise.all(images.map(image => image.decode()));
   const text = document.body.innerText, wide = document.documentElement.scrollWidth > innerWidth;
-  const body = JSON.stringify({text, wide, active: document.activeElement.id});
+  const body = JSON.stringify({text, wide, active: document.activeElement.id, attacks: attacks(),
+    told: Boolean(told), high, columns: columns.split(" ").length, corner});
   await fetch("/said", {method: "POST", body});
 })();
 </script>"""
@@ -109,3 +127,8 @@ def test_a_photograph_is_looked_for_and_explained(
     verdicts = said["text"].count("Most likely") + said["text"].count("None of these")
     assert verdicts == 3  # of the photograph, and of each model under attack
     assert not said["wide"] and said["active"] == "why-title"
+    assert {eps.partition("&")[0] for eps in said["attacks"]} == {"/attack?eps=8"}  # not 1 to 7
+    assert said["told"]  # what it is at stays in sight
+    assert said["high"]  # room for the map before it comes, so that the page scrolls far enough
+    assert said["columns"] == (2 if width == 500 else 4)  # names keep their words whole
+    assert min(said["corner"]) > 250  # transparent parts are white, as for the service
