@@ -81,8 +81,12 @@ def train(
     if preset not in PRESETS:
         raise UserError(f"`preset` = {preset!r}: choose one of {', '.join(PRESETS)}.")
     changes: dict[str, Any] = {"resources": {"workers": 0}, **parts}
+    for part, options in (("method", method or {}), ("embedder", changes.get("embedder", {}))):
+        if not isinstance(options, dict):
+            raise UserError(f"`{part}` = {options!r}: give its options, by name.")
     said = {k: v for k, v in changes.get("embedder", {}).items() if k in ("train", "backbone")}
-    content = from_preset(preset, methods.get(name).config(**method or {}), **said).to_dict()
+    run = from_preset(preset, methods.get(name).config(**method or {}), **said)
+    content = {k: v for k, v in run.to_dict().items() if k != "flowerray"} | {"method": run.method}
     if data is not None:
         changes["data"] = data if isinstance(data, dict) else {"root": data}
     if epochs is not None:
@@ -92,7 +96,7 @@ def train(
         merged = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
         content[part] = merged
     folder = Path(out or default_out(name)).expanduser().absolute()
-    run = head_first(absolute(Run.from_dict(content)), folder, resume, quiet)
+    run = head_first(absolute(Run(**content)), folder, resume, quiet)
     return Training(folder, train_run(run, folder, resume, quiet))
 
 
@@ -152,7 +156,7 @@ def evaluate(
     """
     from flowerray.retrieval.search import retrieval_per_query, summarise
 
-    emb_GD, labels_G = gallery or (None, None)
+    emb_GD, labels_G = (None, None) if gallery is None else _pair(gallery)
     per_query = retrieval_per_query(emb_QD, labels_Q, emb_GD, labels_G, ks=ks)
     metrics = summarise(per_query, labels_Q, ks=ks)
     if not metrics["num_queries"]:
@@ -200,9 +204,19 @@ def attack(
     from flowerray.attacks.objectives import margin
     from flowerray.attacks.pgd import PGDConfig, pgd
 
+    if not isinstance(images_BCHW, Tensor) or images_BCHW.ndim != 4 or images_BCHW.dtype not in (
+        torch.float32, torch.float64,
+    ):  # fmt: skip
+        raise UserError("`images_BCHW` is a float32 or float64 tensor (B, 3, H, W) in [0,1].")
+    if not isinstance(seed, int) or seed < 0:
+        raise UserError(f"`seed` = {seed!r}: give an integer of at least 0.")
     device = images_BCHW.device
-    gallery_GD = torch.as_tensor(gallery[0]).to(device)
-    own_B, other_G = (_names(labels) for labels in (labels_B, gallery[1]))
+    emb_GD, labels_G = _pair(gallery)
+    gallery_GD = torch.as_tensor(emb_GD).to(device)
+    if gallery_GD.ndim != 2:
+        shape = tuple(gallery_GD.shape)
+        raise UserError(f"the gallery's embeddings have shape {shape}: a matrix is needed.")
+    own_B, other_G = (_names(labels) for labels in (labels_B, labels_G))
     if len(own_B) != len(images_BCHW) or len(other_G) != len(gallery_GD):
         raise UserError(
             f"{len(images_BCHW)} images have {len(own_B)} labels, and {len(gallery_GD)} gallery "
@@ -212,9 +226,20 @@ def attack(
         raise UserError("the gallery's embeddings are no unit vectors: normalise them first.")
     _, codes = np.unique(np.concatenate([own_B, other_G]), return_inverse=True)
     code_B, code_G = torch.from_numpy(codes).to(device).split([len(own_B), len(other_G)])
+    if len(lost := own_B[~np.isin(codes[: len(own_B)], codes[len(own_B) :])]):
+        raise UserError(
+            f"the gallery holds no image of class {lost[0]}, so that its queries are lost before "
+            "any attack: leave them out."
+        )
     config = PGDConfig(norm=norm, epsilon=eps, steps=steps, restarts=restarts)
     aim = margin(model, gallery_GD, code_G, code_B)
     return pgd(aim, images_BCHW, config, seed=(seed,)).images_BCHW
+
+
+def _pair(gallery: Labelled) -> Labelled:
+    if isinstance(gallery, tuple | list) and len(gallery) == 2:
+        return gallery[0], gallery[1]
+    raise UserError("`gallery` is a pair: (embeddings, labels).")
 
 
 def _names(labels: ArrayLike | Tensor) -> NDArray:
@@ -235,8 +260,10 @@ class PairExplanation:
     def save(self, path: str | Path) -> Path:
         """Draws both photographs, their maps and the matches into a PNG file."""
         from flowerray.explain.draw import draw_pair
+        from flowerray.files import writing
 
-        return draw_pair(self.pair, Path(path))
+        with writing(Path(path), advice="choose another `path`"):
+            return draw_pair(self.pair, Path(path))
 
 
 def explain_pair(

@@ -16,6 +16,8 @@ from flowerray.methods import center, siamese, triplet
 from flowerray.methods._base import Method, Output
 from flowerray.methods.triplet import Miner
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 class _NoNetwork(nn.Module):
     """What a method asks of its embedder when it is built."""
@@ -49,20 +51,30 @@ class _Loss(nn.Module):
             UserError: shapes or types that do not fit; in the first call rows that are no unit
                 vectors.
         """
-        if emb_BD.ndim != 2 or not emb_BD.is_floating_point() or labels_B.shape != emb_BD.shape[:1]:
+        if not isinstance(emb_BD, Tensor) or not isinstance(labels_B, Tensor):
+            raise UserError("a loss takes `emb_BD` and `labels_B` as torch tensors.")
+        if (
+            emb_BD.ndim != 2 or not emb_BD.is_floating_point()
+            or labels_B.shape != emb_BD.shape[:1] or labels_B.dtype not in _INTEGERS
+        ):  # fmt: skip
             raise UserError(
                 "a loss takes float `emb_BD` of shape (B, D) and integer `labels_B` of shape (B,), "
-                f"and was given {emb_BD.dtype} {tuple(emb_BD.shape)} and {tuple(labels_B.shape)}."
+                f"and was given {emb_BD.dtype} {tuple(emb_BD.shape)} and {labels_B.dtype} "
+                f"{tuple(labels_B.shape)}."
             )
+        self._check(emb_BD, labels_B)
         if not self.calls and ((emb_BD.detach().norm(dim=1) - 1).abs() > 0.01).any():
             raise UserError("`emb_BD` has rows that are no unit vectors: normalise them first.")
         self.method.seed, self.calls = (self.seed, self.calls), self.calls + 1
         with torch.autocast(emb_BD.device.type, enabled=False):
-            loss = self.method.loss(emb_BD, labels_B)
+            loss = self.method.loss(emb_BD, labels_B.long())
         if self.training:
-            self.method.after_step(Output(loss, emb_BD.detach(), labels_B))
+            self.method.after_step(Output(loss, emb_BD.detach(), labels_B.long()))
         self.curves = loss.curves
         return loss.total
+
+    def _check(self, emb_BD: Tensor, labels_B: Tensor) -> None:
+        """Raises UserError where the batch does not fit this loss."""
 
     def get_extra_state(self) -> int:
         """The number of calls so far."""
@@ -92,7 +104,24 @@ class Center(_Loss):
     ) -> None:
         """See `methods.center.Config`; labels are 0..num_classes-1, `dim` is D."""
         config = center.Config(center_weight=center_weight, center_rate=center_rate, scale=scale)
+        if not all(isinstance(count, int) and count > 0 for count in (num_classes, dim)):
+            raise UserError(
+                f"`num_classes` = {num_classes!r}, `dim` = {dim!r}: give integers of at least 1."
+            )
         super().__init__(center.Center, config, seed, num_classes, dim)
+        self.num_classes, self.dim = num_classes, dim
+
+    def _check(self, emb_BD: Tensor, labels_B: Tensor) -> None:
+        if (found := emb_BD.shape[1]) != self.dim:
+            raise UserError(f"`emb_BD` has D = {found}, and this loss `dim` = {self.dim}.")
+        if labels_B.device.type != "cpu" or not len(labels_B):  # a GPU would be waited for
+            return
+        low, high = int(labels_B.min()), int(labels_B.max())
+        if low < 0 or high >= self.num_classes:
+            raise UserError(
+                f"`labels_B` has classes {low} to {high}: with `num_classes` = {self.num_classes} "
+                f"they are 0 to {self.num_classes - 1}."
+            )
 
 
 class Contrastive(_Loss):

@@ -152,6 +152,10 @@ def embed(embedder: Embedder, photos: Iterable[Photo], *, batch_size: int = 64) 
     Raises:
         UserError: a file that is missing or no image, or pixels of another shape or type.
     """
+    if isinstance(photos, str | Path | Image.Image) or getattr(photos, "ndim", 0) == 3:
+        raise UserError("`photos` is one photograph: give a list of them, `[photo]`.")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"`batch_size` = {batch_size!r}: give an integer of at least 1.")
     device = next(embedder.parameters()).device
     rows = [torch.empty(0, embedder.dim)]
     left = iter(photos)
@@ -173,6 +177,8 @@ def as_pixels(photo: Photo, size: int) -> Tensor:
     Raises:
         UserError: see `embed`.
     """
+    if 0 in getattr(photo, "shape", getattr(photo, "size", ())):
+        raise UserError("a photograph has no pixels: leave it out.")
     if isinstance(photo, Tensor) and photo.is_floating_point():
         if photo.ndim != 3 or len(photo) != 3 or not bool(((photo >= 0) & (photo <= 1)).all()):
             raise UserError(
@@ -183,7 +189,11 @@ def as_pixels(photo: Photo, size: int) -> Tensor:
     if isinstance(photo, str | Path):
         pixels = eval_image(Path(photo), size)
     elif isinstance(photo, Image.Image):
-        pixels = eval_pixels(photo, size)
+        try:
+            pixels = eval_pixels(photo, size)
+        except (OSError, ValueError) as error:  # cut short, or of a mode that has no white
+            said = f"a PIL image cannot be read ({error}): replace or remove it."
+            raise UserError(said) from error
     else:
         array = photo.permute(1, 2, 0).cpu().numpy() if isinstance(photo, Tensor) else photo
         if not (isinstance(array, np.ndarray) and array.ndim == 3 and array.shape[2] == 3

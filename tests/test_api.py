@@ -98,11 +98,41 @@ def test_embed_leaves_no_trace(embedder: Embedder, photographs: list[Path]) -> N
         (torch.rand(40, 40), r"given of shape \(40, 40\)"),
         (np.zeros((40, 40, 3)), r"ndarray float64 \(40, 40, 3\)"),
         (3, "given as int"),
+        (np.zeros((0, 5, 3), np.uint8), "no pixels"),
+        (torch.zeros(3, 0, 0), "no pixels"),
+        (Image.new("F", (9, 9)), "32-bit numbers"),
     ],
 )
 def test_what_is_no_photograph(photo: object, said: str, embedder: Embedder) -> None:
     with pytest.raises(fr.UserError, match=said):
         fr.embed(embedder, [photo])  # type: ignore[list-item]
+
+
+def test_one_photograph_is_no_list(embedder: Embedder, photographs: list[Path]) -> None:
+    image = Image.open(photographs[0])
+    for photo in (photographs[0], str(photographs[0]), image, np.asarray(image)):
+        with pytest.raises(fr.UserError, match="give a list of them"):
+            fr.embed(embedder, photo)  # type: ignore[arg-type]
+    assert len(fr.embed(embedder, np.array([str(p) for p in photographs[:2]]))) == 2
+    for size in (0, -1, 2.5):
+        with pytest.raises(fr.UserError, match="`batch_size` = "):
+            fr.embed(embedder, photographs[:2], batch_size=size)  # type: ignore[arg-type]
+
+
+def test_evaluate_refuses_what_is_no_label() -> None:
+    """NaN would be a class like another: R@1 of unlabelled rows would be 1."""
+    emb_ND = np.eye(4)
+    lost: Any = [np.nan] * 4, [0.0, 0.0, 1.0, np.nan], ["a", "a", None, "b"]
+    for labels in lost:
+        with pytest.raises(fr.UserError, match=r"label of row \d is (nan|None): give each row"):
+            fr.evaluate(emb_ND, labels)
+    for gallery in (emb_ND, torch.eye(4), (emb_ND, [0] * 4, 1)):
+        with pytest.raises(fr.UserError, match=r"`gallery` is a pair: \(embeddings, labels\)"):
+            fr.evaluate(emb_ND, [0, 0, 1, 1], gallery=gallery)  # type: ignore[arg-type]
+    found = fr.evaluate(emb_ND, [0, 0, 1, 1], ks=np.array([1, 3]))  # type: ignore[arg-type]
+    assert found.metrics["recall_at_3"] == 1
+    with pytest.raises(fr.UserError, match="integers K of at least 1"):
+        fr.evaluate(emb_ND, [0, 0, 1, 1], ks=(1.5,))  # type: ignore[arg-type]
 
 
 def test_evaluate_needs_no_run() -> None:
@@ -165,6 +195,16 @@ def test_attack_any_module() -> None:
         fr.attack(net, images_BCHW, labels_G, gallery=(2 * emb_GD, labels_G), eps=8)
     with pytest.raises(fr.UserError, match="12 images have 3 labels"):
         fr.attack(net, images_BCHW, labels_G[:3], gallery=(emb_GD, labels_G), eps=8)
+    with pytest.raises(fr.UserError, match="no image of class rose"):
+        fr.attack(net, images_BCHW, ["rose"] * 12, gallery=(emb_GD, labels_G), eps=8)
+    wrong: Any = images_BCHW.numpy(), images_BCHW[0], (255 * images_BCHW).byte()
+    for pixels in wrong:
+        with pytest.raises(fr.UserError, match=r"`images_BCHW` is a float32 or float64 tensor"):
+            fr.attack(net, pixels, labels_G, gallery=(emb_GD, labels_G), eps=8)
+    with pytest.raises(fr.UserError, match="`gallery` is a pair"):
+        fr.attack(net, images_BCHW, labels_G, gallery=emb_GD, eps=8)
+    with pytest.raises(fr.UserError, match="`seed` = -1"):
+        fr.attack(net, images_BCHW, labels_G, gallery=(emb_GD, labels_G), eps=8, seed=-1)
 
 
 def test_explain_pair(embedder: Embedder, photographs: list[Path], tmp_path: Path) -> None:
@@ -176,8 +216,27 @@ def test_explain_pair(embedder: Embedder, photographs: list[Path], tmp_path: Pat
         assert pair.maps_2HW.sum((1, 2)) == pytest.approx([pair.similarity] * 2, abs=1e-4)
     with Image.open(found.save(tmp_path / "pair.png")) as picture:
         assert picture.width > 500
+    with pytest.raises(fr.UserError, match="choose another `path`"):
+        found.save(tmp_path)
     with pytest.raises(fr.UserError, match="`method` = 'magic': choose one of"):
         fr.explain_pair(embedder, *photographs[:2], method="magic")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"epochs": 0}, "^`train.epochs` = 0"),
+        ({"train": {"foo": 3}}, "^there is no option `train.foo`"),
+        ({"train": 3}, "^`train` = 3"),
+        ({"method": 5}, "^`method` = 5: give its options"),
+        ({"method": {"margin": -1}}, "^`margin` = -1"),
+        ({"embedder": "resnet"}, "^`embedder` = 'resnet': give its options"),
+    ],
+)
+def test_train_says_which_option(words: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """In the caller's words: no file was written by another version."""
+    with pytest.raises(fr.UserError, match=said):
+        fr.train("triplet", out=tmp_path / "run", quiet=True, **words)
 
 
 def test_train_in_ones_own_program(small_set: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,7 +104,26 @@ def test_what_does_not_fit_is_said() -> None:
     loss = fr.losses.Contrastive()
     with pytest.raises(fr.UserError, match="normalise them first"):
         loss(torch.randn(4, 8), torch.arange(4))
-    with pytest.raises(fr.UserError, match=r"shape \(B,\), and was given .*\(4, 8\) and \(3,\)"):
+    with pytest.raises(fr.UserError, match=r"given .*\(4, 8\) and torch.int64 \(3,\)"):
         loss(F.normalize(torch.randn(4, 8)), torch.arange(3))
+    good_BD = F.normalize(torch.randn(4, 8), dim=1)
+    for labels in ([0, 0, 1, 1], np.array([0, 0, 1, 1])):
+        with pytest.raises(fr.UserError, match="as torch tensors"):
+            loss(good_BD, labels)
+    with pytest.raises(fr.UserError, match=r"and torch.float32 \(4,\)"):
+        loss(good_BD, torch.rand(4))
     with pytest.raises(fr.UserError, match="`margin` = -1"):
         fr.losses.Triplet(margin=-1)
+
+
+def test_the_center_loss_says_which_classes_it_has() -> None:
+    loss, emb_BD = fr.losses.Center(4, 8), F.normalize(torch.randn(4, 8), dim=1)
+    assert loss(emb_BD, torch.arange(4, dtype=torch.int32)).isfinite()
+    for labels_B in (torch.arange(1, 5), torch.arange(-1, 3)):
+        with pytest.raises(fr.UserError, match="`num_classes` = 4 they are 0 to 3"):
+            loss(emb_BD, labels_B)
+    with pytest.raises(fr.UserError, match="`emb_BD` has D = 6, and this loss `dim` = 8"):
+        loss(F.normalize(torch.randn(4, 6), dim=1), torch.arange(4))
+    for words in ((0, 8), (4, 0), (2.5, 8)):
+        with pytest.raises(fr.UserError, match="give integers of at least 1"):
+            fr.losses.Center(*words)

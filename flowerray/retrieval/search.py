@@ -9,6 +9,7 @@ E tied entries.
 """
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -108,8 +109,8 @@ def retrieval_per_query(
         is 0), `nearest` (Q, max(ks); gallery indices, -1 where the gallery is smaller), and the
         scalar array `num_gallery`.
     """
-    if not ks or min(ks) < 1:
-        raise UserError(f"Recall@K needs K of at least 1, but ks is {tuple(ks)}.")
+    if not all(isinstance(k, Integral) and k >= 1 for k in ks) or not len(ks):
+        raise UserError(f"Recall@K needs integers K of at least 1, but ks is {tuple(ks)}.")
     query, gallery = _embeddings(query_QD, gallery_GD)
     itself = gallery_GD is None
     query_labels = _labels("query", query_labels_Q, len(query))
@@ -178,6 +179,9 @@ def _labels(name: str, labels: ArrayLike | Tensor | None, expected: int | None =
             f"The {name} labels have shape {array.shape}, but there are {expected} {name} "
             "embeddings: give one label a row."
         )
+    for row, label in enumerate(array if array.dtype.kind in "fO" else ()):
+        if label is None or label != label:  # NaN would be a class like another
+            raise UserError(f"The {name} label of row {row} is {label}: give each row a class.")
     return array
 
 
