@@ -16,7 +16,7 @@ from flowerray.backbones.bench import (
 )
 from flowerray.backbones.pictures import plot_backbones
 from flowerray.backbones.remote import assess_all, time_alone
-from flowerray.data.source import DataConfig, open_dataset
+from flowerray.data.source import DataConfig, open_dataset, refuse_inside
 from flowerray.errors import UserError
 from flowerray.files import atomic_file, read_json, read_kept, refuse_unwritable, write_json
 from flowerray.retrieval.measure import default_gallery
@@ -63,6 +63,7 @@ def survey_backbones(
     """
     names = find_models(patterns)
     published = {} if results is None else read_published(results)
+    refuse_inside(out, data.root)
     dataset = open_dataset(data, progress=not quiet)
     if not len(dataset.splits.get(config.split, ())):
         raise UserError(

@@ -40,9 +40,7 @@ def index(words: list[str]) -> int:
         """A folder that `flowerray index build` made."""
 
     class Change(Check):
-        paths: Annotated[
-            tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH...")
-        ] = Field(min_length=1)
+        paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH...")]
         """Photographs, or folders of them."""
 
     class Rebuild(Check):
@@ -71,6 +69,8 @@ def index(words: list[str]) -> int:
     line = next(line for line in USAGE.splitlines() if f" index {words[0]} " in line)
     about = f"{line.rpartition('  ')[2].capitalize()}."
     options = parse(kinds[words[0]], words[1:], f"index {words[0]}", about)
+    if not getattr(options, "paths", True):
+        raise UserError(f"say what to {words[0]}: photographs, or folders of them, after INDEX.")
     from flowerray.index import command, table
     from flowerray.index.contents import open_index, read_manifest
     from flowerray.opening import open_model

@@ -38,6 +38,7 @@ def build(model: Model, gallery: Path, out: Path, quiet: bool = False) -> dict[s
     """Makes an INDEX of a folder's photographs; see `add`."""
     if not (gallery.is_dir() or is_listing(gallery)):
         raise UserError(f"{gallery} is not a folder of photographs.")
+    photographs(gallery)  # an INDEX without any would be in the way of the next call
     file = export_file(resolve(model.name))
     contents.create(out, file, model.name, model.embedder.dim)
     return add(out, [gallery], model.embedder, quiet)
@@ -238,7 +239,7 @@ def check(folder: Path) -> dict[str, Any]:
         "index": str(folder),
         "model": manifest["model"]["name"],
         "photographs": len(index),
-        "classes": len(manifest["classes"]),
+        "classes": len(np.setdiff1d(index.entries_N["label"], [-1])),  # some may be removed
         "exact": index.cells is None,
         "recall_at_10": found,
     }

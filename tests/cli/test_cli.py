@@ -36,7 +36,9 @@ def test_a_terminal_that_lacks_a_letter_gets_its_number() -> None:
     assert (done.stdout, done.stderr) == ("r\\xe9\n", "")
 
 
-@pytest.mark.parametrize("command", ["train triplet", "tune triplet", "compare"])
+@pytest.mark.parametrize(
+    "command", ["train triplet", "tune triplet", "compare", "backbones --models test_vit"]
+)
 def test_results_do_not_become_a_class(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

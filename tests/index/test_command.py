@@ -90,6 +90,7 @@ def test_what_is_known_stays_and_what_changed_is_embedded_again(
     assert (gone["removed"], gone["photographs"]) == (7, 6)
     left = open_index(index)
     assert {left.label(row) for row in range(6)} == {"b"}
+    assert json.loads(say("index", "check", index, "--json")[0])["classes"] == 1
 
 
 def test_a_rebuild_is_the_index_of_another_model(
@@ -155,6 +156,8 @@ def test_check_notes_the_recall_and_finds_a_flipped_bit(
         (["search", "PHOTOS", "PHOTOS/a/0.jpg"], "is no INDEX: `flowerray index build RUN DIR"),
         (["search", "INDEX", "PHOTOS/a/note.jpg"], "cannot be read as an image"),
         (["add", "INDEX", "nowhere"], "nowhere is not there"),
+        (["add", "INDEX"], "say what to add: photographs, or folders of them"),
+        (["remove", "INDEX"], "say what to remove: photographs, or folders of them"),
         (["remove", "INDEX", "nowhere"], "holds no photograph nowhere"),
         (["check", "PHOTOS"], "is no INDEX"),
         (["rebuild", "PHOTOS"], "is no INDEX"),
@@ -176,6 +179,17 @@ def test_bad_input_is_one_sentence(
     shown = capsys.readouterr()
     assert said in shown.err and shown.err.count("\n") == 1 and shown.out == ""
     assert {f: f.read_bytes() for f in index.rglob("*") if f.is_file()} == before
+
+
+def test_a_folder_without_photographs_leaves_no_index(
+    small_run: Path, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which would refuse the right folder next."""
+    (tmp_path / "empty").mkdir()
+    words = ["--out", str(tmp_path / "new.index")]
+    assert dispatch(["index", "build", str(small_run), str(tmp_path / "empty"), *words]) == 2
+    assert "holds no images" in capsys.readouterr().err and not Path(words[1]).exists()
+    assert dispatch(["index", "build", str(small_run), str(folders), *words]) == 0
 
 
 def test_it_runs_without_a_model_where_none_is_needed(
