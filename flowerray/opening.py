@@ -1,5 +1,6 @@
 """A trained model as the commands use it."""
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -69,8 +70,11 @@ class Model:
             return None
         return float(self.calibrated().probability(cosine, PRIOR if prior is None else prior))
 
-    def own_dataset(self, quiet: bool = False) -> Dataset:
+    def own_dataset(self, quiet: bool = False, compared: bool = False) -> Dataset:
         """The set that it was trained on.
+
+        Args:
+            compared: say where photographs of the training have other content now.
 
         Raises:
             UserError: it holds other files, classes or splits now; see also `open_dataset`.
@@ -82,6 +86,16 @@ class Model:
                 "trained, so that its training images may be among the queries: put back what was "
                 "there, or measure it on a folder of photographs that it has not seen."
             )
+        if compared and self.seen is not None:
+            paths = [dataset.paths[i] for i in dataset.splits["train"]]
+            store = store_builder(self.embedder.image_size, quiet)(paths)
+            if others := int((~np.isin(store.checks_N, self.seen)).sum()):
+                print(
+                    f"{others} of the {len(paths)} training photographs in {dataset.root} are not "
+                    f"those that {self.name} was trained on: they were replaced under their old "
+                    "names, or are decoded otherwise here.",
+                    file=sys.stderr,
+                )
         return dataset
 
 

@@ -21,6 +21,7 @@ from flowerray.cluster.worker import (
     pick_device,
     refuse_changed,
     split_stores,
+    tell_replaced,
     train_worker,
     trained_classes,
 )
@@ -61,6 +62,7 @@ def train_run(run: Run, out: Path, resume: bool = False, quiet: bool = False) ->
         folder.read()
         if (saved := folder.checkpoint()) is not None:
             refuse_changed(checkpoint.trained_on(saved), tags, run.data.root)
+            tell_replaced(saved, run)
     else:
         folder.create(run.to_dict())
     with only_driver(folder.path), Watcher(quiet) as watcher:

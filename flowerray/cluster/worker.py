@@ -2,6 +2,7 @@
 result.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,6 +104,19 @@ def refuse_changed(known: str | None, tags: Mapping[str, str], root: Path | None
         )
 
 
+def tell_replaced(saved: Path, run: Run) -> None:
+    """Says where photographs have other content than when the training of a checkpoint began."""
+    dataset = open_dataset(run.data, progress=False)
+    now = [store.fingerprint for store in split_stores(run, dataset).values()]
+    if checkpoint.noted(saved).get("photographs", now) != now:
+        print(
+            f"photographs in {dataset.root} were replaced under their old names since this "
+            "training began: it goes on with those that are there now, and does not end as if it "
+            "had been left alone.",
+            file=sys.stderr,
+        )
+
+
 def train_worker(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str, Any]:
     """Trains one run as one of `reporter.world` workers; returns a summary as plain data.
 
@@ -128,6 +142,7 @@ def _train(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str
     classes, targets_N = trained_classes(dataset)
     stores = split_stores(run, dataset)
     seen = np.unique(np.concatenate([store.checks_N for store in stores.values()]))
+    photographs = [store.fingerprint for store in stores.values()]
     method, embedder = build_method(run, len(classes))
     if run.init is not None and (saved is None or head):  # a head's checkpoint has no backbone
         checkpoint.initialise(method, embedder, run.init, classes)
@@ -145,7 +160,7 @@ def _train(run: Run, reporter: FolderReporter, device: torch.device) -> dict[str
         data = Data(stores["train"], targets_N, validation(run, dataset, stores))
         if not run.embedder.freeze_bn and reporter.world > 1:
             method = convert_sync_batchnorm(method)
-    facts = noted(run, dataset)
+    facts = noted(run, dataset) | {"photographs": photographs}
     with deterministic(run.train.deterministic):
         result = train(run.train, run.augment, run.harden, method, data, reporter, facts)
     if reporter.rank != 0:

@@ -63,7 +63,7 @@ def evaluate_model(
         whole: take every image of the set as query and gallery.
     """
     if data == model.run.data:
-        dataset, same = model.own_dataset(quiet), True
+        dataset, same = model.own_dataset(quiet, compared=True), True
     else:
         dataset = open_whole_or_split(data, whole, config.gallery, quiet)
         own_root = model.run.data.root

@@ -40,6 +40,8 @@ class Trained(TypedDict):
     """What a checkpoint's run.json has beside the Run."""
 
     dataset: NotRequired[str | None]
+    photographs: NotRequired[list[str]]
+    """Fingerprints of the stores of train and val; since 0.2.0."""
 
 
 def split_state(method: Method) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -69,8 +71,13 @@ def save_state(folder: Path, state: dict[str, Any], run: dict[str, Any]) -> None
 
 def trained_on(folder: Path) -> str | None:
     """The fingerprint of the data that a checkpoint was trained on, where it says so."""
-    known = read_json(folder / RUN, Trained, advice=OTHERS)
-    return known.get("dataset")
+    return noted(folder).get("dataset")
+
+
+def noted(folder: Path) -> Trained:
+    """What a checkpoint says of its data."""
+    found: Trained = read_json(folder / RUN, Trained, advice=OTHERS)
+    return found
 
 
 def load_state(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

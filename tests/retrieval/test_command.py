@@ -278,9 +278,11 @@ def test_a_lone_export_knows_what_it_was_trained_on(
 
 
 def test_a_set_that_has_changed_since_the_training_is_refused(
-    model: Model, small_set: Path, tmp_path: Path
+    model: Model, small_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A photograph more, and the splits of class folders are drawn anew."""
+    """A photograph more, and the splits of class folders are drawn anew; another one under an old
+    name is told of.
+    """
     root = tmp_path / "flowers"
     labels = open_dataset(DataConfig(root=small_set), progress=False)
     for path, label in zip(labels.paths, labels.labels_N, strict=True):
@@ -294,6 +296,17 @@ def test_a_set_that_has_changed_since_the_training_is_refused(
         update={"data": data, "train": run.train.model_copy(update={"epochs": 2})}
     )
     train_run(later, tmp_path / "later", quiet=True)
+    evaluated = open_model(str(out), CPU), data, False, EvaluateConfig()
+    capsys.readouterr()
+    measuring.evaluate_model(*evaluated, quiet=True)
+    train_run(later, tmp_path / "later", resume=True, quiet=True)
+    assert "replaced under their old names" not in capsys.readouterr().err
+    own = open_dataset(data, progress=False)
+    shutil.copy(labels.paths[-1], own.paths[own.splits["train"][3]])
+    measuring.evaluate_model(*evaluated, quiet=True)
+    assert "1 of the " in (said := capsys.readouterr().err) and "under their old names" in said
+    train_run(later, tmp_path / "later", resume=True, quiet=True)
+    assert f"photographs in {root} were replaced under their old names" in capsys.readouterr().err
     shutil.copy(labels.paths[0], root / "c0" / "0.jpg")
     with pytest.raises(UserError, match="other files, classes or splits than when"):
         measuring.evaluate_model(
