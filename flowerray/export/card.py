@@ -23,21 +23,34 @@ LABELS = {
 }
 IDENTIFIERS = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0")
 """Licences that the Hub knows by these names, of those that timm names."""
+_PIXELS = """
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+scale = {side} / min(image.size)
+image = image.resize([round(n * scale) for n in image.size], Image.Resampling.BICUBIC)
+left, top = ((n - {size}) // 2 for n in image.size)
+pixels = np.asarray(image.crop((left, top, left + {size}, top + {size})))[None]
+"""
 _LOADING = {
-    "onnx": """import onnxruntime
-
+    "onnx": """import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+{pixels}
 session = onnxruntime.InferenceSession("model.onnx")
 embedding = session.run(None, {{"pixels": pixels}})[0]""",
-    "torch": """import torch
-
+    "torch": """import numpy as np
+import torch
+from PIL import Image, ImageOps
+{pixels}
 embed = torch.export.load("model.pt2").module()
 embedding = embed(torch.from_numpy(pixels))""",
     "safetensors": """import json
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file
 from flowerray.model.embedder import Embedder, EmbedderConfig
-
+{pixels}
 with safe_open("model.safetensors", "pt") as file:
     config = EmbedderConfig(**{{**json.loads(file.metadata()["embedder"]), "weights": "none"}})
 embedder = Embedder(config).eval()
@@ -104,6 +117,8 @@ def card(model: Model, kind: str, record: Mapping[str, Any] | None, checked: int
     run, embedder = model.run, model.embedder
     size, calibration = embedder.image_size, model.calibration
     splits = f"protocol {run.data.protocol}, seed {run.data.seed}"
+    side = round(size / 0.875)
+    pixels = _PIXELS.format(side=side, size=size)
     lines = [
         front_matter(model, record),
         f"# {embedder.config.backbone}, trained for image similarity",
@@ -131,10 +146,10 @@ def card(model: Model, kind: str, record: Mapping[str, Any] | None, checked: int
             lines.append("\n".join([*head, *rows]))
     lines += [
         "## Preprocessing",
-        f"Shorter side to {round(size / 0.875)} px (bicubic, antialiased), the middle {size} x "
+        f"Shorter side to {side} px (bicubic, antialiased), the middle {size} x "
         f"{size} px, RGB, uint8 (B, {size}, {size}, 3). Scaling and normalisation are inside.",
         "## Use",
-        f"```python\n{_LOADING[kind].format()}\n```",
+        f"```python\n{_LOADING[kind].format(pixels=pixels)}\n```",
         f"Compared with the model that it was made from on {checked} photographs. `model.json` has "
         "threshold, calibration, classes and options.",
         "## Licence",

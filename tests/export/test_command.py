@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ def cpu(model: Model) -> Model:
 
 @pytest.mark.parametrize("kind", ["onnx", "torch", "safetensors"])
 def test_a_file_embeds_as_the_model_does(
-    kind: portable.Format, cpu: Model, small_set: Path, tmp_path: Path
+    kind: portable.Format, cpu: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind == "onnx":
         pytest.importorskip("onnxruntime")
@@ -43,7 +45,15 @@ def test_a_file_embeds_as_the_model_does(
     found = portable.opened(tmp_path / "out" / portable.FILES[kind], kind)
     for size in (1, 5, 32):
         np.testing.assert_allclose(found(pixels[:size]), own[:size], atol=1e-4)
-    kept = json.loads((tmp_path / "out" / "model.json").read_text())
+    monkeypatch.chdir(tmp_path / "out")
+    shutil.copy(paths[0], "photo.jpg")
+    found_there: dict[str, Any] = {}
+    (block,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    exec(block, found_there)  # as it stands in the card
+    embedding = torch.as_tensor(found_there["embedding"]).detach().numpy()
+    np.testing.assert_allclose(embedding[0], own[0], atol=1e-2)
+    assert embedding[0] @ own[0] > 0.9999
+    kept = json.loads(Path("model.json").read_text())
     assert kept["threshold"] == cpu.threshold and len(kept["classes"]) == 6
     assert cpu.calibration and kept["calibration"]["a"] == cpu.calibration.a
     with pytest.raises(UserError, match="exists already"):
