@@ -97,7 +97,8 @@ def _add(
             for path, digest, crop in batch:
                 before = known.get(os.fsencode(path))
                 if isinstance(crop, str):
-                    unreadable[str(path)] = crop
+                    stays = "" if before is None else "; what it was when it was added stays"
+                    unreadable[str(path)] = crop + stays
                 elif before == digest:
                     counts["known"] += 1
                 else:

@@ -79,6 +79,9 @@ def test_what_is_known_stays_and_what_changed_is_embedded_again(
     own = shutil.copy(folders / "a" / "0.jpg", tmp_path / "own.jpg")
     added = json.loads(say("index", "add", index, own, folders / "b", "--json")[0])
     assert (added["added"], added["known"], added["photographs"]) == (1, 6, 13)
+    Path(own).write_text("no photograph")
+    said, _ = say("index", "add", index, own)
+    assert f"{own} (no known image format; what it was when it was added stays)" in said
     shutil.copy(folders / "b" / "1.jpg", own)
     assert "13 photographs (1 replaced" in say("index", "add", index, own)[0]
     found = json.loads(say("index", "search", index, own, "--json")[0])["neighbours"]
