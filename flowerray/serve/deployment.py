@@ -148,10 +148,15 @@ def run(serving: Serving, host: str, port: int, ready: Callable[[], None]) -> No
             first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise UserError(f"the service did not start: {first}.") from error
         finally:
-            before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C cuts nothing
-            try:
-                serve.delete(NAME)
-                if not serve.status().applications:  # of others, on a cluster
-                    serve.shutdown()
-            finally:
-                signal.signal(signal.SIGINT, before)
+            if "RAY_ADDRESS" in os.environ:  # a Ray of our own ends with all that is in it
+                _leave(serve)
+
+
+def _leave(serve: Any) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C cuts nothing
+    try:
+        serve.delete(NAME)
+        if not serve.status().applications:  # of others
+            serve.shutdown()
+    finally:
+        signal.signal(signal.SIGINT, before)
