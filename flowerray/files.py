@@ -74,6 +74,14 @@ def saving(folder: Path) -> AbstractContextManager[None]:
     return writing(folder, "can no longer be written", "make room there, then `resume`")
 
 
+def refuse_existing(folder: Path) -> None:
+    """Raises UserError where a folder of results is there already."""
+    if folder.exists():
+        raise UserError(
+            f"{folder} exists already: choose another `out`, or continue it with `resume` {folder}."
+        )
+
+
 def refuse_unwritable(out: Path) -> None:
     """Raises UserError where `out`, a folder, cannot be made or written into; it makes nothing."""
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())

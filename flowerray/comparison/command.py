@@ -30,14 +30,20 @@ from flowerray.data.dataset import Dataset
 from flowerray.data.source import open_dataset, refuse_inside
 from flowerray.description import VERSION, flatten
 from flowerray.errors import UserError
-from flowerray.files import only_driver, read_json, read_kept, write_json, writing
+from flowerray.files import (
+    only_driver,
+    read_json,
+    read_kept,
+    refuse_existing,
+    write_json,
+    writing,
+)
 from flowerray.opening import open_model
 from flowerray.retrieval.command import evaluate_frozen, keep, run_measure
 from flowerray.retrieval.measure import EvaluateConfig, Evaluation, as_record
 from flowerray.tracking import sync
 from flowerray.training.run import Run
 from flowerray.training.rundir import RunDir
-from flowerray.tuning.study import refuse_existing
 
 ELSEWHERE = ("cpus", "gpus")
 """Where trainings run; it does not change the comparison, so a resume may change it."""

@@ -81,12 +81,9 @@ class Auditor:
                 progress(1)
         failed = [check.name for check in checks if check.passed is False]
         return {
-            "passed": not failed,
-            "failed": failed,
-            "eps": self.eps,
-            "queries": len(self.clean_Q),
+            "passed": not failed, "failed": failed, "eps": self.eps, "queries": len(self.clean_Q),
             "checks": [check._asdict() for check in checks],
-        }
+        }  # fmt: skip
 
     def _kept(self, name: str) -> dict[str, NDArray]:
         return {"checks": np.array(json.dumps(getattr(self, name)()))}
@@ -376,14 +373,9 @@ class Auditor:
         return self._survive(left_Q, lambda batch: attacked(batch).images_BCHW)
 
     def _pgd(
-        self,
-        victim: Victim,
-        eps: float,
-        steps: int,
-        restart: int,
-        stop: float | None,
+        self, victim: Victim, eps: float, steps: int, restart: int, stop: float | None,
         batch: NDArray,
-    ) -> Attacked:
+    ) -> Attacked:  # fmt: skip
         """One start of PGD on the margin; above the value `stop` an image is left alone."""
         return pgd(
             self._objective(victim, batch),

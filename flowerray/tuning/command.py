@@ -20,7 +20,7 @@ from flowerray.cluster.worker import refuse_changed
 from flowerray.config import Config
 from flowerray.data.source import open_dataset, refuse_inside
 from flowerray.errors import UserError
-from flowerray.files import only_driver, refuse_unwritable
+from flowerray.files import only_driver, refuse_existing, refuse_unwritable
 from flowerray.tracking.state import State
 from flowerray.training.loop import images_a_step
 from flowerray.training.run import ResourcesConfig, Run
@@ -31,7 +31,7 @@ from flowerray.tuning.heads import search_heads
 from flowerray.tuning.pictures import plot_study, write_rows
 from flowerray.tuning.searcher import make_scheduler, make_searcher
 from flowerray.tuning.space import Knobs, search_space
-from flowerray.tuning.study import Study, refuse_existing
+from flowerray.tuning.study import Study
 from flowerray.tuning.trial import trial
 
 ENVIRONMENT = {

@@ -395,11 +395,3 @@ class Study:
         """What MLflow is told of an Optuna trial that ended."""
         status: Status = STATUSES[outcome(trial)]
         return Ending(self.trial_dir(trial).path, status, trial.user_attrs.get("reason"))
-
-
-def refuse_existing(folder: Path) -> None:
-    """Raises UserError where a study's folder is there already."""
-    if folder.exists():
-        raise UserError(
-            f"{folder} exists already: choose another `out`, or continue it with `resume` {folder}."
-        )
