@@ -68,7 +68,7 @@ def rebuild(folder: Path, model: Model, quiet: bool = False) -> dict[str, Any]:
     with the old one. After a kill the same call goes on.
     """
     file = export_file(resolve(model.name))
-    beside = contents.beside(folder, file, model.name, model.embedder.dim)
+    beside = contents.begin_beside(folder, file, model.name, model.embedder.dim)
     if beside is None:
         return {"index": str(folder), "model": model.name, "photographs": len(open_index(folder))}
     while True:  # photographs may be added meanwhile

@@ -273,7 +273,7 @@ def change(
         return open_index(folder), len(index) - int(left_N.sum())
 
 
-def beside(folder: Path, model: Path, name: str, dim: int) -> Path | None:
+def begin_beside(folder: Path, model: Path, name: str, dim: int) -> Path | None:
     """An INDEX by another model, begun inside the one whose place it will take.
 
     Returns:

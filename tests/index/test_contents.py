@@ -13,7 +13,7 @@ from flowerray.errors import UserError
 from flowerray.index import contents
 from flowerray.index.contents import (
     Photograph,
-    beside,
+    begin_beside,
     change,
     checksum,
     create,
@@ -151,7 +151,7 @@ def test_a_kill_while_another_model_takes_over_leaves_the_old_or_the_new(
         copy = shutil.copytree(folder, tmp_path / f"copy-{event}")
 
         def work(copy: Path = copy) -> None:
-            if (ours := beside(copy, model, "other", DIM)) is not None:
+            if (ours := begin_beside(copy, model, "other", DIM)) is not None:
                 change(ours, photographs(20, seed=1))
                 assert exchange(copy, ours, [])
 
@@ -176,7 +176,7 @@ def test_a_kill_while_another_model_takes_over_leaves_the_old_or_the_new(
 def test_what_is_added_meanwhile_is_not_lost(folder: Path, tmp_path: Path) -> None:
     model = tmp_path / "other.pth"
     model.write_bytes(b"other weights")
-    ours = beside(folder, model, "other", DIM)
+    ours = begin_beside(folder, model, "other", DIM)
     assert ours is not None
     change(ours, photographs(20, seed=1))
     change(folder, photographs(1, seed=2, place="/new"))
@@ -184,10 +184,10 @@ def test_what_is_added_meanwhile_is_not_lost(folder: Path, tmp_path: Path) -> No
     assert not exchange(folder, ours, []) and content(folder) == before
     assert exchange(folder, ours, [Path("/new/0000-\udce4.jpg")])
     assert content(folder) == expected(photographs(20, seed=1))
-    assert beside(folder, model, "other", DIM) is None
+    assert begin_beside(folder, model, "other", DIM) is None
     (folder / "next-0badf00d").symlink_to(tmp_path)
     with pytest.raises(UserError, match="next-0badf00d is a link, which an INDEX has none of"):
-        beside(folder, model, "other", DIM)
+        begin_beside(folder, model, "other", DIM)
 
 
 def test_another_model_is_refused_by_name(folder: Path, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """An INDEX is built again when the alias of its model moves, on a real registry."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,3 +63,25 @@ def test_an_index_of_a_run_has_no_alias(
     shutil.copytree(served, tmp_path / "index")
     assert dispatch(["serve", str(tmp_path / "index"), "--follow", "--port", "8131"]) == 2
     assert "is no alias that could move" in capsys.readouterr().err
+
+
+def test_what_fails_is_said_once_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers: Iterator[Any] = iter(
+        [UserError("MLflow is away."), UserError("MLflow is away."), "2", "3"]
+    )
+    asked: list[str] = []
+
+    def take_over(folder: Path, known: str) -> str:
+        asked.append(known)
+        if isinstance(answer := next(answers, KeyboardInterrupt()), BaseException):
+            raise answer
+        return str(answer)
+
+    monkeypatch.setattr(follow, "take_over", take_over)
+    monkeypatch.setattr(follow, "SECONDS", 0)
+    with pytest.raises(KeyboardInterrupt):
+        follow.follow({Path("index"): "1"})
+    assert asked == ["1", "1", "1", "2", "3"]
+    assert capsys.readouterr().err == "warning: MLflow is away.\n"
