@@ -1,7 +1,7 @@
 """`flowerray index build`, `add`, `remove`, `rebuild`, `search` and `check`, as plain data."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -47,8 +47,8 @@ def build(model: Model, gallery: Path, out: Path, quiet: bool = False) -> dict[s
 def add(
     folder: Path, places: Sequence[Path], by: Embedder | torch.device, quiet: bool = False
 ) -> dict[str, Any]:
-    """Adds photographs, or every one of a folder; those whose path and content are known stay, and
-    a known path with another content is embedded again.
+    """Adds photographs, or every one of a folder or table; those whose path and content are known
+    stay, but take the class that a table says; a known path with another content is embedded again.
 
     What is embedded is written now and then: after a kill the same call goes on.
 
@@ -57,10 +57,12 @@ def add(
     """
     index = open_index(folder)
     labels: dict[Path, str] = {}
+    stated: set[Path] = set()
     for place in places:
-        labels |= photographs(place)
+        labels |= (found := photographs(place))
+        stated |= found.keys() if is_listing(place) else set()
     embedder = model_of(index, by).embedder if isinstance(by, torch.device) else by
-    return _add(index, labels, embedder, quiet)
+    return _add(index, labels, embedder, quiet, stated)
 
 
 def rebuild(folder: Path, model: Model, quiet: bool = False) -> dict[str, Any]:
@@ -84,26 +86,34 @@ def rebuild(folder: Path, model: Model, quiet: bool = False) -> dict[str, Any]:
 
 
 def _add(
-    index: Index, labels: Mapping[Path, str], embedder: Embedder, quiet: bool
+    index: Index,
+    labels: Mapping[Path, str],
+    embedder: Embedder,
+    quiet: bool,
+    stated: Collection[Path] = (),
 ) -> dict[str, Any]:
-    folder = index.folder
-    known = {path: index.digest(row) for row, path in enumerate(index.paths())}
+    """See `add`; the classes of `stated` are right also where they are known as another."""
+    folder, old = index.folder, index
+    known = {path: row for row, path in enumerate(old.paths())}
     pending: list[Photograph] = []
-    counts = {"added": 0, "replaced": 0, "known": 0}
+    counts = {"added": 0, "replaced": 0, "relabelled": 0, "known": 0}
     unreadable: dict[str, str] = {}
     with tqdm(total=len(labels), unit="img", desc="embed", disable=quiet or None) as bar:
         for batch in batches(list(labels), embedder.image_size):
             new: list[tuple[Path, bytes, NDArray[np.uint8]]] = []
             for path, digest, crop in batch:
-                before = known.get(os.fsencode(path))
+                row = known.get(os.fsencode(path))
                 if isinstance(crop, str):
-                    stays = "" if before is None else "; what it was when it was added stays"
+                    stays = "" if row is None else "; what it was when it was added stays"
                     unreadable[str(path)] = crop + stays
-                elif before == digest:
-                    counts["known"] += 1
-                else:
-                    counts["added" if before is None else "replaced"] += 1
+                elif row is None or old.digest(row) != digest:
+                    counts["added" if row is None else "replaced"] += 1
                     new.append((path, digest, crop))
+                elif path in stated and old.label(row) != labels[path]:
+                    counts["relabelled"] += 1
+                    pending.append(Photograph(path, digest, labels[path], old.vectors_ND[row]))
+                else:
+                    counts["known"] += 1
             emb_BD = embed_crops(embedder, [crop for _, _, crop in new])
             pending += [
                 Photograph(path, digest, labels[path], emb_D)

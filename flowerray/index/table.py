@@ -17,6 +17,7 @@ def changed(result: dict[str, Any]) -> str:
         for key, text in (
             ("added", "added"),
             ("replaced", "replaced, since their content is new"),
+            ("relabelled", "of another class now"),
             ("known", "there already"),
             ("removed", "removed"),
             ("embedded", f"embedded by {visible(result.get('model', ''))}"),

@@ -96,6 +96,28 @@ def test_what_is_known_stays_and_what_changed_is_embedded_again(
     assert json.loads(say("index", "check", index, "--json")[0])["classes"] == 1
 
 
+def test_a_corrected_table_corrects_the_classes(
+    say: Say, small_run: Path, photographs: Path, tmp_path: Path
+) -> None:
+    folders, index = shutil.copytree(photographs, tmp_path / "root"), tmp_path / "index"
+    say("index", "build", small_run, folders, "--out", index)
+    before = open_index(index)
+    paths = [before.path(row) for row in range(len(before))]
+    rows = [f"{path.relative_to(folders)},{n % 3}\n" for n, path in enumerate(paths)]
+    (table := folders / "table.csv").write_text("path,label\n" + "".join(rows))
+    added = json.loads(say("index", "add", index, folders, table, "--json")[0])
+    assert (added["relabelled"], added["known"], added["photographs"]) == (12, 0, 12)
+    after = open_index(index)
+    found = {after.path(row): (after.label(row), after.vectors_ND[row]) for row in range(12)}
+    for row, path in enumerate(paths):
+        label, emb_D = found[path]
+        assert label == str(row % 3) and (emb_D == before.vectors_ND[row]).all()
+    # A folder has no say, and a second time nothing is left to correct.
+    for place in (folders, table):
+        assert "12 photographs (12 there already)" in say("index", "add", index, place)[0]
+    assert json.loads(say("index", "check", index, "--json")[0])["classes"] == 3
+
+
 def test_a_rebuild_is_the_index_of_another_model(
     say: Say, index: Path, small_run: Path, small_set: Path, folders: Path, tmp_path: Path
 ) -> None:
