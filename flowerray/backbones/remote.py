@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from flowerray.backbones.bench import BackbonesConfig, assess, time_models
-from flowerray.cluster.session import nodes_of, ray_session, require_gpus
+from flowerray.cluster.session import nodes_of, on_cluster, ray_session, require_gpus
 from flowerray.cluster.tasks import run_tasks
 from flowerray.cluster.trainer import innermost
 from flowerray.cluster.worker import pick_device
@@ -84,7 +84,7 @@ def time_alone(
         `device`, `threads` and `models`, the result of `time_models`.
     """
     device = "cuda" if gpus else "cpu"
-    if "RAY_ADDRESS" not in os.environ:
+    if not on_cluster():
         return time_here(names, config, device, None, quiet)
     with ray_session(min_cpus=1) as ray:
         fit = [node.get("CPU", 0) for node in nodes_of(ray) if not gpus or node.get("GPU")]

@@ -1,6 +1,5 @@
 """One training from the driver's side: prepares the RUN, starts 0..N workers, and watches them."""
 
-import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowerray.cluster.session import nodes_of, own_signals, ray_session, slots
+from flowerray.cluster.session import nodes_of, on_cluster, own_signals, ray_session, slots
 from flowerray.cluster.trainer import innermost, train_on_workers
 from flowerray.cluster.watch import Watcher
 from flowerray.cluster.worker import (
@@ -69,7 +68,7 @@ def train_run(run: Run, out: Path, resume: bool = False, quiet: bool = False) ->
         with watcher.running(folder, run.to_dict(), tags, steps=steps):
             # One worker gains nothing from a Ray of its own that takes longer than its training.
             head = run.embedder.train == "head" and run.resources.workers == 1
-            if run.resources.workers == 0 or (head and "RAY_ADDRESS" not in os.environ):
+            if run.resources.workers == 0 or (head and not on_cluster()):
                 device = pick_device(run.resources.device)
                 summary = train_worker(run, FolderReporter(folder.path), device)
             else:
@@ -164,13 +163,13 @@ def check_run(run: Run, quiet: bool = False, resume: bool = False) -> tuple[dict
             "change `train.classes_per_batch`, `train.images_per_class` or `resources.workers`."
         )
     # A cluster's GPUs need not be on the driver's machine.
-    no_gpus = "RAY_ADDRESS" not in os.environ and not torch.cuda.is_available()
+    no_gpus = not on_cluster() and not torch.cuda.is_available()
     if not run.embedder.freeze_bn and workers > 1 and (run.resources.device == "cpu" or no_gpus):
         raise UserError(
             "`embedder.freeze_bn` off with several workers needs GPUs, since torch synchronises "
             "BatchNorm only there: use one worker, or freeze it."
         )
-    if run.resources.device == "cuda" and "RAY_ADDRESS" not in os.environ:
+    if run.resources.device == "cuda" and not on_cluster():
         # Ray would wait for GPUs that never come; a cluster's may still be starting.
         if torch.cuda.device_count() < workers:
             raise UserError(
@@ -191,7 +190,7 @@ def check_run(run: Run, quiet: bool = False, resume: bool = False) -> tuple[dict
     if run.init is not None and not resume:  # which has its own weights
         checkpoint.initialise(method, embedder, run.init, classes)
     split_stores(run, dataset, progress=not quiet)
-    alone = run.resources.workers <= 1 and "RAY_ADDRESS" not in os.environ
+    alone = run.resources.workers <= 1 and not on_cluster()
     if run.embedder.train == "head" and alone:
         keep_features(run, embedder.to(pick_device(run.resources.device)), dataset, not quiet)
     return dataset.tags, total_steps(config, run.harden, sampler)
@@ -203,7 +202,7 @@ def train_on_ray(run: Run, folder: RunDir, watcher: Watcher) -> dict[str, Any]:
     with ray_session(min_cpus=workers * max(1, asked.cpus_per_worker)) as ray:
         resources = ray.cluster_resources()
         gpus = resources.get("GPU", 0)
-        alone = "RAY_ADDRESS" not in os.environ
+        alone = not on_cluster()
         if alone:  # Ray also counts those that torch cannot use
             gpus = min(gpus, torch.cuda.device_count())
         use_gpu = asked.device == "cuda" or (asked.device == "auto" and gpus >= workers)

@@ -56,13 +56,18 @@ def knows_ray() -> bool:
     return ray.__version__.startswith(KNOWN_RAY)
 
 
+def on_cluster() -> bool:
+    """Whether `RAY_ADDRESS` names a Ray; else one is started on this machine where it is needed."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 def require_gpus(gpus: float, option: str = "`gpus`") -> None:
     """Raises UserError where a task is to have more GPUs than this machine has and no cluster could
     give them: Ray would wait for them for ever.
     """
     import torch
 
-    if gpus and "RAY_ADDRESS" not in os.environ and torch.cuda.device_count() < gpus:
+    if gpus and not on_cluster() and torch.cuda.device_count() < gpus:
         raise UserError(
             f"{option} {gpus:g}: this machine has {torch.cuda.device_count()} that torch can use; "
             "ask for fewer, or 0 for the CPU."
@@ -75,7 +80,7 @@ def own_gpus(workers: int = 1) -> float:
     """
     import torch
 
-    enough = "RAY_ADDRESS" not in os.environ and torch.cuda.device_count() >= workers
+    enough = not on_cluster() and torch.cuda.device_count() >= workers
     return float(workers) if enough else 0.0
 
 
@@ -121,7 +126,7 @@ def ray_session(min_cpus: int, frees_workers: bool = False) -> Iterator[Any]:
     Raises:
         UserError: the cluster cannot be reached.
     """
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ["RAY_ADDRESS"] if on_cluster() else None
     short = "/tmp" if sys.platform != "win32" else None  # a socket's path has 107 bytes
     with tempfile.TemporaryDirectory(
         prefix="flowerray-", dir=short, ignore_cleanup_errors=True

@@ -3,7 +3,6 @@ such calls, each a RUN folder of its own.
 """
 
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,7 +14,7 @@ import torch
 
 from flowerray import methods
 from flowerray.cluster.driver import check_run
-from flowerray.cluster.session import ray_session, require_gpus
+from flowerray.cluster.session import on_cluster, ray_session, require_gpus
 from flowerray.cluster.trainer import innermost
 from flowerray.cluster.watch import Ending, Watcher, brief
 from flowerray.cluster.worker import pick_device, train_worker
@@ -59,7 +58,7 @@ def run_tasks(
         UserError: Ray cannot be had.
     """
     threads = max(1, int(cpus))
-    local = "RAY_ADDRESS" not in os.environ
+    local = not on_cluster()
     if in_process or (local and (len(calls) <= 1 or cpus >= cores())):
         before = torch.get_num_threads()
         try:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from flowerray.cluster.session import ray_session
+from flowerray.cluster.session import on_cluster, ray_session
 from flowerray.errors import UserError
 
 WAITING = 32
@@ -148,7 +148,7 @@ def run(serving: Serving, host: str, port: int, ready: Callable[[], None]) -> No
             first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise UserError(f"the service did not start: {first}.") from error
         finally:
-            if "RAY_ADDRESS" in os.environ:  # a Ray of our own ends with all that is in it
+            if on_cluster():  # a Ray of our own ends with all that is in it
                 _leave(serve)
 
 

@@ -4,7 +4,6 @@ The best of many trials is also the luckiest; trained again with seeds that the 
 it has to be better than the default to win, and than its frozen backbone to be registered.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -12,6 +11,7 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
+from flowerray.cluster.session import on_cluster
 from flowerray.cluster.tasks import DivergedTrainingsError, train_many
 from flowerray.cluster.watch import Watcher
 from flowerray.cluster.worker import pick_device
@@ -212,7 +212,7 @@ def retrain(
 def train(study: Study, jobs: list[tuple[Run, Path]], **share: Any) -> None:
     """`train_many`; heads on this machine without a Ray, whose start would take longer."""
     heads = all(run.embedder.train == "head" for run, _ in jobs)
-    in_process = heads and "RAY_ADDRESS" not in os.environ
+    in_process = heads and not on_cluster()
     train_many(jobs, **share, parent=study.folder, in_process=in_process)
 
 

@@ -1,5 +1,5 @@
-"""The peer of the pipeline benchmark: a plain loop as a careful user of pytorch-metric-learning and
-timm would write it.
+"""The peers of the pipeline benchmark: plain loops as a careful user of pytorch-metric-learning and
+timm, or of timm alone, would write them.
 
 Letters: N training images, B images of a batch, C H W an image, D embedding dimensions.
 """
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from pytorch_metric_learning.losses import TripletMarginLoss
@@ -138,6 +139,7 @@ def train_peer(
     steps: int,
     folded: bool,
     validate: bool,
+    cross_entropy: bool = False,
     device: torch.device | None = None,
     loaders: int = LOADERS,
 ) -> tuple[list[Mark], list[Epoch]]:
@@ -147,6 +149,8 @@ def train_peer(
         steps_per_epoch: flowerray's, so that the schedules are equal.
         folded: flowerray's model in place of timm's.
         validate: after each epoch, outside the clock.
+        cross_entropy: of a linear classifier on the embedding, from shuffled images, in place of
+            pytorch-metric-learning's triplet loss, miner and sampler.
         device: by default the CPU; bf16 is autocast there.
         loaders: processes of the DataLoader.
     """
@@ -164,24 +168,35 @@ def train_peer(
 
     batch = config.classes_per_batch * config.images_per_class
     paths, targets_N = [dataset.paths[i] for i in dataset.splits["train"]], targets(dataset)
+    photographs = Photographs(paths, targets_N, transforms(run, None if folded else embedder))
+    sampler: torch.utils.data.Sampler = MPerClassSampler(
+        targets_N, config.images_per_class, batch, length_before_new_iter=steps_per_epoch * batch
+    )
+    if cross_entropy:
+        sampler = torch.utils.data.RandomSampler(photographs, num_samples=steps_per_epoch * batch)
     loader = DataLoader(
-        Photographs(paths, targets_N, transforms(run, None if folded else embedder)),
+        photographs,
         batch_size=batch,
-        sampler=MPerClassSampler(
-            targets_N,
-            config.images_per_class,
-            batch,
-            length_before_new_iter=steps_per_epoch * batch,
-        ),
+        sampler=sampler,
         num_workers=loaders,
         pin_memory=device.type == "cuda",
         persistent_workers=True,
     )
     criterion, miner = TripletMarginLoss(margin=0.2), BatchHardMiner()
+    classifier = nn.Linear(embedder.dim, int(targets_N.max()) + 1).to(device)
+
+    def loss_of(emb_BD: Tensor, labels_B: Tensor) -> Tensor:
+        if cross_entropy:
+            return F.cross_entropy(classifier(emb_BD), labels_B)
+        return criterion(emb_BD, labels_B, miner(emb_BD, labels_B))
+
     optimizer = torch.optim.AdamW(
         [
             {"params": model.backbone.parameters(), "lr": config.lr},
-            {"params": model.projection.parameters(), "lr": config.lr * config.head_lr_factor},
+            {
+                "params": [*model.projection.parameters(), *classifier.parameters()],
+                "lr": config.lr * config.head_lr_factor,
+            },
         ],
         weight_decay=config.weight_decay,
     )
@@ -199,7 +214,7 @@ def train_peer(
             labels_B = labels_B.to(device, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 emb_BD = model(images_BCHW).float()
-            loss = criterion(emb_BD, labels_B, miner(emb_BD, labels_B))
+            loss = loss_of(emb_BD, labels_B)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)

@@ -17,9 +17,15 @@ own; they take turns, with the same threads, batches of 12 x 4 images, optimizer
 The speed is that of the steps after 20 steps of warm-up, without start-up; flowerray's includes its
 checkpoints and the change of epochs. It trains on train and val together, so nothing is validated.
 
-With --until-quality flowerray and the peer train on the train split for the same steps, and each is
-validated after every epoch by the same code, outside the clock: after how many seconds of training
-does each reach the R@1 (val queries, train gallery) that the peer ends with?
+With --until-quality flowerray and the peers train on the train split for the same steps, and each
+is validated after every epoch by the same code, outside the clock: after how many seconds of
+training does each reach the R@1 (val queries, train gallery) that a peer ends with?
+
+    flowerray         the peer's loss, miner and rate (1e-4)
+    flowerray-center  `center --init head`, the rate its default; what the head took, features and
+                      its validations included, is on the clock
+    peer              as above
+    peer-cross-entropy  timm, a linear classifier on the embedding, shuffled images, center's rate
 
 By default the photographs are the synthetic set's, 160 px on the shorter side. Larger files cost
 the peer more: real Flowers-102 has 500 px (--photo-size 500 renders such).
@@ -48,18 +54,18 @@ from flowerray.data.batches import PKSampler
 from flowerray.data.dataset import Dataset
 from flowerray.data.source import DataConfig, open_dataset
 from flowerray.memory import keep_freed_memory
-from flowerray.methods import triplet
+from flowerray.methods import center, triplet
 from flowerray.model.embedder import EmbedderConfig
 from flowerray.rendered.synthetic import SyntheticConfig
 from flowerray.training.config import TrainConfig
 from flowerray.training.loop import Schedule
 from flowerray.training.optimizer import make_optimizer
-from flowerray.training.run import ResourcesConfig, Run
+from flowerray.training.run import HEAD, ResourcesConfig, Run, own_defaults
 from flowerray.training.rundir import Record, RunDir
 from tests.benchmarks.peer import Clock, Epoch, Mark, targets, train_peer
 
 SPEED_SIDES = ("flowerray", "compute", "peer", "peer-folded")
-QUALITY_SIDES = ("flowerray", "peer")
+QUALITY_SIDES = ("flowerray", "flowerray-center", "peer", "peer-cross-entropy")
 WARMUP = 20
 """Steps before the clock counts."""
 
@@ -99,6 +105,9 @@ def make_run(job: Job) -> Run:
         threshold=0.5 if speed else None,
         resources=ResourcesConfig(workers=1, cpus_per_worker=job.threads, device="cpu"),
     )
+    if job.side in ("flowerray-center", "peer-cross-entropy"):
+        train = own_defaults(run.train, "center", run.embedder)
+        return run.model_copy(update={"method": center.Config(), "train": train, "init": HEAD})
     if speed:
         epochs = -(-(WARMUP + job.steps) // make_sampler(run, open_dataset(data)).steps)
         run = run.model_copy(update={"train": run.train.model_copy(update={"epochs": epochs})})
@@ -114,14 +123,27 @@ def make_sampler(run: Run, dataset: Dataset) -> PKSampler:
 
 def flowerray(job: Job, run: Run) -> dict[str, Any]:
     """The user's own way: `fit` with one Ray Train worker and a local MLflow database."""
-    from flowerray.cluster.driver import train_run
+    from flowerray.cluster.driver import head_first, train_run
 
     with tempfile.TemporaryDirectory(prefix="flowerray-pipeline-") as folder:
-        train_run(run, Path(folder) / "run", quiet=True)
-        records = RunDir(Path(folder) / "run").records()
+        out, seconds = Path(folder) / "run", 0.0
+        if run.init == HEAD:
+            os.environ["FLOWERRAY_HOME"] = folder  # no features are kept there
+            prepare(run)
+            start = time.perf_counter()
+            own = {"resources": ResourcesConfig(workers=0)}  # Ray's start-up is no training
+            init = head_first(run.model_copy(update=own), out, quiet=True).init
+            seconds = time.perf_counter() - start
+            run = run.model_copy(update={"init": init})
+        train_run(run, out, quiet=True)
+        records = RunDir(out).records()
     batch = run.train.classes_per_batch * run.train.images_per_class
     marks, epochs = read_records(records, batch)
-    return {"marks": marks, "epochs": epochs}
+    return {
+        "marks": marks,
+        "epochs": [epoch._replace(seconds=epoch.seconds + seconds) for epoch in epochs],
+        "head_seconds": seconds,
+    }
 
 
 def read_records(records: list[Record], batch: int) -> tuple[list[Mark], list[Epoch]]:
@@ -182,6 +204,7 @@ def peer(job: Job, run: Run) -> dict[str, Any]:
         steps=WARMUP + job.steps if speed else run.train.epochs * steps_per_epoch,
         folded=job.side == "peer-folded",
         validate=not speed,
+        cross_entropy=job.side == "peer-cross-entropy",
     )
     return {"marks": marks, "epochs": epochs}
 
@@ -190,8 +213,9 @@ def measure(job: Job) -> dict[str, Any]:
     """One side's raw figures."""
     torch.set_num_threads(job.threads)
     run = make_run(job)
-    sides = {"flowerray": flowerray, "compute": compute, "peer": peer, "peer-folded": peer}
-    return sides[job.side](job, run)
+    if job.side == "compute":
+        return compute(job, run)
+    return (flowerray if job.side.startswith("flowerray") else peer)(job, run)
 
 
 # ---- all sides in turn
@@ -249,7 +273,7 @@ def rate(marks: list[Mark]) -> float:
 
 
 def until_quality(job: Job, seeds: list[int]) -> dict[str, Any]:
-    """Seconds and images that each side needs to the R@1 that the peer ends with."""
+    """Seconds and images that each side needs to the R@1 that each peer ends with."""
     rows = []
     for seed in seeds:
         found = {}
@@ -257,18 +281,21 @@ def until_quality(job: Job, seeds: list[int]) -> dict[str, Any]:
             raw = in_process(job.model_copy(update={"side": side, "seed": seed}))
             found[side] = [Epoch(*epoch) for epoch in raw["epochs"]]
             print(f"seed {seed}  {side}: {found[side][-1]}", file=sys.stderr, flush=True)
-        target = found["peer"][-1].recall_at_1
-        reached = {side: reach(epochs, target) for side, epochs in found.items()}
-        ours, theirs = reached["flowerray"], reached["peer"]
-        rows.append(
-            {
+        for peer in filter(lambda side: side.startswith("peer"), QUALITY_SIDES):
+            target = found[peer][-1].recall_at_1
+            reached = {side: reach(epochs, target) for side, epochs in found.items()}
+            theirs = reached[peer]
+            assert theirs is not None
+            rows.append({
                 "seed": seed,
+                "peer": peer,
                 "target_recall_at_1": target,
-                "reached": {s: e._asdict() if e else None for s, e in reached.items()},
-                "share_of_peer_seconds": ours.seconds / theirs.seconds if ours and theirs else None,
+                "reached": {
+                    side: epoch and epoch._asdict() | {"share": epoch.seconds / theirs.seconds}
+                    for side, epoch in reached.items()
+                },
                 "epochs": {side: [e._asdict() for e in epochs] for side, epochs in found.items()},
-            }
-        )
+            })  # fmt: skip
     return {"seeds": rows}
 
 
@@ -310,19 +337,21 @@ def speed_table(report: dict[str, Any], batch: int) -> str:
 
 
 def quality_table(report: dict[str, Any]) -> str:
-    """Each seed's race in 80 columns."""
-    lines = [f"{'seed':<6}{'R@1 of the peer':<17}{'reached by':<12}{'epoch':>6}{'seconds':>10}"
-             f"{'images':>9}{'share of time':>16}"]  # fmt: skip
+    """Each seed's races in 80 columns."""
+    lines = []
     for row in report["seeds"]:
+        lines += [
+            f"seed {row['seed']}, until {row['peer']}'s R@1 of {row['target_recall_at_1']:.3f}",
+            f"  {'side':<20}{'epoch':>6}{'seconds':>9}{'images':>8}{'share':>7}{'last R@1':>10}"
+            f"{'last MAP@R':>12}",
+        ]
         for side, epoch in row["reached"].items():
-            cells = f"{row['seed']:<6}{row['target_recall_at_1']:<17.3f}{side:<12}"
-            if epoch is None:
-                lines.append(f"{cells} never")
-                continue
-            share = row["share_of_peer_seconds"] if side == "flowerray" else 1.0
-            lines.append(
-                f"{cells}{epoch['epoch']:>6}{epoch['seconds']:>10.1f}{epoch['images']:>9}{share:>16.2f}"
-            )
+            last = row["epochs"][side][-1]
+            end = f"{last['recall_at_1']:>10.3f}{last['map_at_r']:>12.3f}"
+            when = f"{'never':>30}" if epoch is None else (
+                f"{epoch['epoch']:>6}{epoch['seconds']:>9.1f}{epoch['images']:>8}{epoch['share']:>7.2f}"
+            )  # fmt: skip
+            lines.append(f"  {side:<20}{when}{end}")
     return "\n".join(lines)
 
 
@@ -331,7 +360,7 @@ def main() -> None:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--until-quality", action="store_true", help="time to the peer's final R@1")
+    parser.add_argument("--until-quality", action="store_true", help="time to a peer's last R@1")
     parser.add_argument("--root", type=Path, help="data set; by default the synthetic one")
     parser.add_argument("--photo-size", type=int, default=160, help="of the synthetic set, pixels")
     parser.add_argument("--rounds", type=int, default=3, help="of the speeds")
