@@ -21,7 +21,6 @@ BLOCK = re.compile(r"(<!-- table (\S+)( brief)? -->\n).*?(<!-- end -->)", re.DOT
 LABELS = {
     "frozen": "frozen features",
     "center:method.center-weight=0": "cross-entropy",
-    "center:init=head,train.ema=0.98": "`center --init head --train.ema 0.98`",
 }
 COLUMNS = {
     "R@5": "recall_at_5",
@@ -50,6 +49,14 @@ def with_tables(text: str) -> str:
     return BLOCK.sub(block, text)
 
 
+def typed(row: str) -> str:
+    """`METHOD:option=value,...` as the command line has it."""
+    method, _, changes = row.partition(":")
+    return " ".join(
+        [method, *(f"--{c.replace('=', ' ')}" for c in filter(None, changes.split(",")))]
+    )
+
+
 def table(content: dict[str, Any], brief: bool = False) -> str:
     """One results file in Markdown; `brief` leaves most of the means out."""
     columns = {} if brief else COLUMNS
@@ -65,7 +72,7 @@ def table(content: dict[str, Any], brief: bool = False) -> str:
         )  # fmt: skip
         maps = [one["metrics"]["map_at_r"] for one in ran]
         cells = [
-            LABELS.get(row, f"`{row}`"),
+            LABELS.get(row, f"`{typed(row)}`"),
             "–" if row == "frozen" else str(len(ran)),
             words(mean_interval(hits_SQ)),
             gain,
