@@ -19,7 +19,7 @@ checkpoints and the change of epochs. It trains on train and val together, so no
 
 With --until-quality flowerray and the peers train on the train split for the same steps, and each
 is validated after every epoch by the same code, outside the clock: after how many seconds of
-training does each reach the R@1 (val queries, train gallery) that a peer ends with?
+training does each reach the R@1 and MAP@R (val queries, train gallery) that a peer ends with?
 
     flowerray         the peer's loss, miner and rate (1e-4)
     flowerray-center  `center --init head`, the rate its default; what the head took, features and
@@ -273,35 +273,45 @@ def rate(marks: list[Mark]) -> float:
 
 
 def until_quality(job: Job, seeds: list[int]) -> dict[str, Any]:
-    """Seconds and images that each side needs to the R@1 that each peer ends with."""
-    rows = []
+    """Seconds and images that each side needs to what each peer ends with."""
+    rows: list[dict[str, Any]] = []
+    curves = {}
     for seed in seeds:
         found = {}
         for side in QUALITY_SIDES:
             raw = in_process(job.model_copy(update={"side": side, "seed": seed}))
             found[side] = [Epoch(*epoch) for epoch in raw["epochs"]]
             print(f"seed {seed}  {side}: {found[side][-1]}", file=sys.stderr, flush=True)
-        for peer in filter(lambda side: side.startswith("peer"), QUALITY_SIDES):
-            target = found[peer][-1].recall_at_1
-            reached = {side: reach(epochs, target) for side, epochs in found.items()}
-            theirs = reached[peer]
-            assert theirs is not None
-            rows.append({
-                "seed": seed,
-                "peer": peer,
-                "target_recall_at_1": target,
-                "reached": {
-                    side: epoch and epoch._asdict() | {"share": epoch.seconds / theirs.seconds}
-                    for side, epoch in reached.items()
-                },
-                "epochs": {side: [e._asdict() for e in epochs] for side, epochs in found.items()},
-            })  # fmt: skip
-    return {"seeds": rows}
+        rows += [
+            {"seed": seed, **race(found, peer, metric)}
+            for peer in QUALITY_SIDES
+            if peer.startswith("peer")
+            for metric in ("recall_at_1", "map_at_r")
+        ]
+        curves[seed] = {side: [e._asdict() for e in epochs] for side, epochs in found.items()}
+    return {"races": rows, "epochs": curves}
 
 
-def reach(epochs: list[Epoch], target: float) -> Epoch | None:
+def race(found: dict[str, list[Epoch]], peer: str, metric: str) -> dict[str, Any]:
+    """When each side is where a peer ends; shares are of the peer's seconds."""
+    target = getattr(found[peer][-1], metric)
+    reached = {side: reach(epochs, metric, target) for side, epochs in found.items()}
+    theirs = reached[peer]
+    assert theirs is not None
+    return {
+        "peer": peer,
+        "metric": metric,
+        "target": target,
+        "reached": {
+            side: epoch and epoch._asdict() | {"share": epoch.seconds / theirs.seconds}
+            for side, epoch in reached.items()
+        },
+    }
+
+
+def reach(epochs: list[Epoch], metric: str, target: float) -> Epoch | None:
     """The first epoch at or above the target, or None."""
-    return next((epoch for epoch in epochs if epoch.recall_at_1 >= target), None)
+    return next((epoch for epoch in epochs if getattr(epoch, metric) >= target), None)
 
 
 # ---- report
@@ -339,19 +349,18 @@ def speed_table(report: dict[str, Any], batch: int) -> str:
 def quality_table(report: dict[str, Any]) -> str:
     """Each seed's races in 80 columns."""
     lines = []
-    for row in report["seeds"]:
+    for row in report["races"]:
+        name = {"recall_at_1": "R@1", "map_at_r": "MAP@R"}[row["metric"]]
         lines += [
-            f"seed {row['seed']}, until {row['peer']}'s R@1 of {row['target_recall_at_1']:.3f}",
-            f"  {'side':<20}{'epoch':>6}{'seconds':>9}{'images':>8}{'share':>7}{'last R@1':>10}"
-            f"{'last MAP@R':>12}",
+            f"seed {row['seed']}, until {row['peer']}'s last {name} of {row['target']:.3f}",
+            f"  {'side':<20}{'epoch':>6}{'seconds':>9}{'images':>8}{'share':>7}{'at the end':>12}",
         ]
         for side, epoch in row["reached"].items():
-            last = row["epochs"][side][-1]
-            end = f"{last['recall_at_1']:>10.3f}{last['map_at_r']:>12.3f}"
+            end = report["epochs"][row["seed"]][side][-1][row["metric"]]
             when = f"{'never':>30}" if epoch is None else (
                 f"{epoch['epoch']:>6}{epoch['seconds']:>9.1f}{epoch['images']:>8}{epoch['share']:>7.2f}"
             )  # fmt: skip
-            lines.append(f"  {side:<20}{when}{end}")
+            lines.append(f"  {side:<20}{when}{end:>12.3f}")
     return "\n".join(lines)
 
 
