@@ -161,7 +161,10 @@ class Hosts:
         for name in NAMES:
             (seed / "usr/local/bin" / name).symlink_to("stand-in")
         python = f"python3.{sys.version_info.minor}"
-        (seed / "usr/local/bin" / python).symlink_to(f"{sys.base_prefix}/bin/{python}")
+        # No link: in an environment made from one, Python would find the system's own library.
+        own = seed / "usr/local/bin" / python
+        own.write_text(f'#!/bin/bash\nexec {sys.base_prefix}/bin/{python} "$@"\n')
+        own.chmod(0o755)
         asked = subprocess.run(["uv", "cache", "dir"], check=True, capture_output=True, text=True)
         (seed / "home/ubuntu/.cache/uv").symlink_to(asked.stdout.strip())
         shutil.copy(shutil.which("uv") or "uv", seed / "home/ubuntu/.local/bin/uv")
