@@ -42,7 +42,10 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(served: Path, port: int, log: Path) -> Iterator[psutil.Popen]:
     """`flowerray serve`, which answers."""
     out = log.with_name("out")
-    program = "from flowerray.cli import main; main()"
+    program = (  # a shell has what it starts in the background ignore Ctrl-C
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from flowerray.cli import main; main()"
+    )
     words = [sys.executable, "-c", program, "serve", str(served), "--port", str(port)]
     with out.open("w") as stdout, log.open("w") as stderr:
         process = psutil.Popen(words, stdout=stdout, stderr=stderr, start_new_session=True)
