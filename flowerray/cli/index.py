@@ -41,7 +41,7 @@ def index(words: list[str]) -> int:
 
     class Change(Check):
         paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH...")]
-        """Photographs, or folders of them."""
+        """Photographs, or folders of them; to add also a table, whose classes then count."""
 
     class Rebuild(Check):
         run: str | None = None
