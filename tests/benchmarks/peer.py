@@ -52,6 +52,28 @@ class Epoch(NamedTuple):
     map_at_r: float
 
 
+def race(found: dict[str, list[Epoch]], peer: str, metric: str) -> dict[str, Any]:
+    """When each side is where a peer ends; shares are of the peer's seconds."""
+    target = getattr(found[peer][-1], metric)
+    reached = {side: reach(epochs, metric, target) for side, epochs in found.items()}
+    theirs = reached[peer]
+    assert theirs is not None
+    return {
+        "peer": peer,
+        "metric": metric,
+        "target": target,
+        "reached": {
+            side: epoch and epoch._asdict() | {"share": epoch.seconds / theirs.seconds}
+            for side, epoch in reached.items()
+        },
+    }
+
+
+def reach(epochs: list[Epoch], metric: str, target: float) -> Epoch | None:
+    """The first epoch at or above the target, or None."""
+    return next((epoch for epoch in epochs if getattr(epoch, metric) >= target), None)
+
+
 class Clock:
     """Seconds since it was made, less those of its pauses."""
 

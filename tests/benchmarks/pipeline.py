@@ -34,7 +34,6 @@ the peer more: real Flowers-102 has 500 px (--photo-size 500 renders such).
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -62,7 +61,8 @@ from flowerray.training.loop import Schedule
 from flowerray.training.optimizer import make_optimizer
 from flowerray.training.run import HEAD, ResourcesConfig, Run, own_defaults
 from flowerray.training.rundir import Record, RunDir
-from tests.benchmarks.peer import Clock, Epoch, Mark, targets, train_peer
+from tests.benchmarks.command import about
+from tests.benchmarks.peer import Clock, Epoch, Mark, race, targets, train_peer
 
 SPEED_SIDES = ("flowerray", "compute", "peer", "peer-folded")
 QUALITY_SIDES = ("flowerray", "flowerray-center", "peer", "peer-cross-entropy")
@@ -292,44 +292,7 @@ def until_quality(job: Job, seeds: list[int]) -> dict[str, Any]:
     return {"races": rows, "epochs": curves}
 
 
-def race(found: dict[str, list[Epoch]], peer: str, metric: str) -> dict[str, Any]:
-    """When each side is where a peer ends; shares are of the peer's seconds."""
-    target = getattr(found[peer][-1], metric)
-    reached = {side: reach(epochs, metric, target) for side, epochs in found.items()}
-    theirs = reached[peer]
-    assert theirs is not None
-    return {
-        "peer": peer,
-        "metric": metric,
-        "target": target,
-        "reached": {
-            side: epoch and epoch._asdict() | {"share": epoch.seconds / theirs.seconds}
-            for side, epoch in reached.items()
-        },
-    }
-
-
-def reach(epochs: list[Epoch], metric: str, target: float) -> Epoch | None:
-    """The first epoch at or above the target, or None."""
-    return next((epoch for epoch in epochs if getattr(epoch, metric) >= target), None)
-
-
 # ---- report
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """What the figures hold for."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    packages = ("torch", "torchvision", "timm", "ray", "mlflow", "pytorch-metric-learning")
-    return {
-        "processor": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }
 
 
 def speed_table(report: dict[str, Any], batch: int) -> str:
@@ -400,7 +363,9 @@ def main() -> None:
     )
     options.out.mkdir(parents=True, exist_ok=True)
     name = "until-quality.json" if options.until_quality else "pipeline.json"
-    content = {"command": sys.argv[1:], **machine(options.threads), **report}
+    packages = ("torchvision", "timm", "ray", "mlflow", "pytorch-metric-learning")
+    versions = {name: version(name) for name in packages}
+    content = {**about(), "threads": options.threads, "versions": versions, **report}
     (options.out / name).write_text(json.dumps(content, indent=2) + "\n")
     batch = TrainConfig().classes_per_batch * TrainConfig().images_per_class
     print(quality_table(report) if options.until_quality else speed_table(report, batch))

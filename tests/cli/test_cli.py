@@ -88,7 +88,7 @@ def test_only_a_users_path_is_a_users_mistake(
 
 
 HANGING_UP = """
-import os, signal, sys, time
+import os, signal, sys, time; signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 from flowerray import cli
 def work(_, words):
     try:
@@ -97,7 +97,6 @@ def work(_, words):
     finally:
         open(words[0], "w").write("ended in order")
 cli.Command.run = work
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may run the tests
 cli.main(["report", sys.argv[1]])
 """
 
